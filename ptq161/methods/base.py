@@ -1,0 +1,202 @@
+"""What a quantization method is: one entry point per window of decoder blocks.
+
+A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq161.blockwise`) hands it a
+:class:`Window`; it returns one packed weight per linear. Layer-wise methods derive from
+:class:`LayerwiseMethod` and only say what becomes of one linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.errors import UserError
+from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class OnMetric(Protocol):
+    """Hears every number as it arises: ``on_metric("loss", 0.5, block=3, epoch=0)``."""
+
+    def __call__(self, name: str, value: float, /, **where: int | str) -> None:
+        """Take one value; ``where`` says to what it belongs (block, epoch, linear)."""
+
+
+def ignore_metric(name: str, value: float, /, **where: int | str) -> None:
+    """Drop the value: the :class:`OnMetric` of a caller who does not listen."""
+
+
+@dataclasses.dataclass
+class InputStatistics:
+    """Statistics of the inputs ``x [tokens, in]`` that a group of linears shares (float32).
+
+    Attributes:
+        hessian: ``[in, in]``, 2/n X^T X over the n calibration sequences, before damping (GPTQ, Eq. 1).
+        absolute_mean: ``[in]``, mean of |x| over all tokens.
+        absolute_max: ``[in]``, largest |x| over all tokens.
+        n_sequences: calibration sequences seen.
+        n_tokens: tokens seen.
+    """
+
+    hessian: Tensor
+    absolute_mean: Tensor
+    absolute_max: Tensor
+    n_sequences: int = 0
+    n_tokens: int = 0
+
+
+@dataclasses.dataclass
+class Window:
+    """``block_size`` consecutive decoder blocks, on the device where the work is to be done.
+
+    Attributes:
+        first_block: index in the model of the first block.
+        blocks: the full-precision blocks; a method must leave their weights as they were.
+        input_groups: names of the linears that share an input, in the order in which their inputs arise. A name is
+            ``"{block}.{path}"`` with the block's index in the model, as in ``"3.self_attn.q_proj"``.
+        linears: those linears by name.
+        full_inputs: ``[n_samples, seq_len, hidden]``: the full-precision chain's input of the first block.
+        quant_inputs: the same of the quantized chain.
+        run_block: ``run_block(i, hidden)`` runs block ``i`` of the window (0 is the first) on a batch of hidden
+            states ``[b, seq_len, hidden]`` with the arguments that the model itself passed to it.
+        batches: ``batches(batch_size)`` yields slices over the samples.
+        generator: ``generator(stage)`` is a fresh CPU generator that belongs to this run's seed, this stage and
+            this window.
+        on_metric: hears every number.
+        device: where the blocks are; inputs are moved there batch by batch.
+    """
+
+    first_block: int
+    blocks: list[nn.Module]
+    input_groups: list[list[str]]
+    linears: dict[str, nn.Linear]
+    full_inputs: Tensor
+    quant_inputs: Tensor
+    run_block: Callable[[int, Tensor], Tensor]
+    generator: Callable[[str], torch.Generator]
+    on_metric: OnMetric
+    device: torch.device
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Run all blocks of the window on ``hidden [b, seq_len, hidden]``."""
+        for i in range(len(self.blocks)):
+            hidden = self.run_block(i, hidden)
+        return hidden
+
+    def batches(self, batch_size: int) -> Iterator[slice]:
+        """Yield slices of at most ``batch_size`` samples; the last may be shorter."""
+        for start in range(0, self.full_inputs.shape[0], batch_size):
+            yield slice(start, start + batch_size)
+
+
+class Method(Protocol):
+    """A frozen dataclass of hyperparameters with one entry point."""
+
+    @property
+    def block_size(self) -> int:
+        """Consecutive decoder blocks per window."""
+
+    @property
+    def batch_size(self) -> int:
+        """Calibration sequences per forward pass."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of matrix products: float32, or bfloat16/float16 by autocast."""
+
+    def nominal_bits(self) -> float:
+        """Bits per weight as the method's paper counts them."""
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Quantize every linear of the window.
+
+        Returns:
+            a packed weight for each name in ``window.linears``.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseMethod(ABC):
+    """A method that quantizes each linear on its own, from its weight and its inputs' statistics.
+
+    The statistics are taken on the quantized chain with the block's linears still in float, all linears of a
+    block at once.
+
+    Attributes:
+        block_size: always 1.
+        batch_size: calibration sequences per forward pass.
+        compute_dtype: dtype of the forward passes' matrix products; statistics are float32 always.
+        scale_dtype: dtype in which scales, means and zero points are stored.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+
+    block_size: int = 1
+    batch_size: int = 8
+    compute_dtype: str = "float32"
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Reject values that no layer-wise method can use."""
+        name = type(self).__name__
+        if self.block_size != 1:
+            raise UserError(f"block_size={self.block_size}: {name} quantizes one block at a time; use block_size=1.")
+        check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
+
+    @abstractmethod
+    def nominal_bits(self) -> float:
+        """Bits per weight as the method's paper counts them."""
+
+    @abstractmethod
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize the linears that share one input.
+
+        Args:
+            weights: name -> ``[out, in]`` float32.
+            statistics: of the shared input; None when ``needs_statistics`` is False.
+            window: for generators and metrics.
+
+        Returns:
+            a packed weight for each name.
+        """
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Collect statistics once per shared input, then quantize group by group."""
+        from ptq161.methods.statistics import collect_statistics
+
+        collected = collect_statistics(self, window) if self.needs_statistics else {}
+        packed: dict[str, PackedWeight] = {}
+        for group in window.input_groups:
+            weights = {name: window.linears[name].weight.detach().float() for name in group}
+            packed.update(self.quantize_group(weights, collected.pop(group[0], None), window))
+        return packed
+
+
+def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
+    """Check the hyperparameters that every method has.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    if batch_size < 1:
+        raise UserError(f"method.batch_size={batch_size}: use at least 1.")
+    check_choice("method.compute_dtype", compute_dtype, COMPUTE_DTYPES)
+    check_choice("method.scale_dtype", scale_dtype, SCALE_DTYPES)
+
+
+def check_choice(setting: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
+    """Check that a setting has one of its values.
+
+    Raises:
+        UserError: it has not.
+    """
+    if value not in choices:
+        raise UserError(f"{setting}={value}: use one of {', '.join(choices)}.")

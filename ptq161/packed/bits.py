@@ -1,0 +1,90 @@
+"""Codes of 1, 2, 3, 4 and 8 bits in bytes: the innermost layer of every packed weight.
+
+A row of ``n`` codes of ``b`` bits takes ``ceil(n * b / 8)`` bytes; each row starts on a byte. Bits are
+written in the order of the codes, the least significant bit of a code and of a byte first.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CODE_BITS = (1, 2, 3, 4, 8)
+
+
+def packed_width(n: int, bits: int) -> int:
+    """Bytes that a row of ``n`` codes of ``bits`` bits takes."""
+    return (n * bits + 7) // 8
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack integer codes, each below ``2**bits``, into bytes.
+
+    Args:
+        codes: ``[..., n]``, bool or any integer dtype.
+        bits: one of ``CODE_BITS``.
+
+    Returns:
+        ``[..., ceil(n * bits / 8)]`` uint8.
+
+    Raises:
+        ValueError: a code does not fit in ``bits`` bits, or ``bits`` is not supported.
+    """
+    _check_bits(bits)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise ValueError(f"codes must lie in [0, {2**bits}) to be packed to {bits} bits")
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes.clone()
+    n = codes.shape[-1]
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    planes = (codes.unsqueeze(-1) >> shifts) & 1
+    stream = planes.flatten(-2)
+    stream = torch.nn.functional.pad(stream, (0, packed_width(n, bits) * 8 - n * bits))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
+    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
+    """Undo :func:`pack_codes`.
+
+    Args:
+        packed: ``[..., ceil(n * bits / 8)]`` uint8.
+        n: codes per row.
+        bits: one of ``CODE_BITS``.
+
+    Returns:
+        ``[..., n]`` uint8.
+
+    Raises:
+        ValueError: the row's width is not that of ``n`` codes, or ``bits`` is not supported.
+    """
+    _check_bits(bits)
+    if packed.shape[-1] != packed_width(n, bits):
+        raise ValueError(
+            f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, not {packed.shape[-1]}"
+        )
+    if bits == 8:
+        return packed.clone()
+    if bits in (1, 2, 4):
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :n].contiguous()
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : n * bits]
+    places = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
+    return (stream.unflatten(-1, (n, bits)) * places).sum(-1, dtype=torch.uint8)
+
+
+def pack_plane(plane: Tensor) -> Tensor:
+    """Pack a bool plane ``[..., n]`` eight to a byte: ``[..., ceil(n / 8)]`` uint8."""
+    return pack_codes(plane, 1)
+
+
+def unpack_plane(packed: Tensor, n: int) -> Tensor:
+    """Undo :func:`pack_plane`: ``[..., n]`` bool."""
+    return unpack_codes(packed, n, 1).bool()
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in CODE_BITS:
+        raise ValueError(f"codes have {CODE_BITS} bits, not {bits}")

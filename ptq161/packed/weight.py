@@ -1,0 +1,109 @@
+"""What every storage format has in common: bytes, bits per weight, a state dict and a version.
+
+A format is a frozen dataclass derived from :class:`PackedWeight`. Its ``Tensor`` fields are what is stored;
+its ``int`` and ``bool`` fields are settings that stand once per linear in the checkpoint's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_FORMATS: dict[str, type[PackedWeight]] = {}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedWeight(ABC):
+    """A linear's weight ``[out_features, in_features]`` as it is stored.
+
+    Subclasses set ``format`` (the name in checkpoints) and ``version`` (raised when the layout of the stored
+    tensors changes), and are registered by being defined.
+    """
+
+    format: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    out_features: int
+    in_features: int
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "format" in cls.__dict__:
+            _FORMATS[cls.format] = cls
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Return the weight that the stored bytes stand for: ``[out_features, in_features]`` float32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all tensors: codes, planes, masks, scales, means, zero points."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured bits: 8 x stored bytes / weights."""
+        return 8 * self.nbytes / (self.out_features * self.in_features)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the stored tensors by field name."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything else that :meth:`from_state_dict` needs, as JSON values."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
+        return {"format": self.format, "version": self.version, **plain}
+
+    @classmethod
+    def from_state_dict(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild a packed weight of this format from :meth:`settings` and :meth:`state_dict`."""
+        plain = {k: v for k, v in settings.items() if k not in ("format", "version")}
+        return cls(**plain, **tensors)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """Return the same weight over other tensors of the same names (another device, or a module's buffers)."""
+        return dataclasses.replace(self, **tensors)
+
+
+def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
+    """Rebuild a packed weight of any registered format.
+
+    Raises:
+        UserError: the format is unknown, or was written by another version of the layout.
+    """
+    cls = _FORMATS.get(str(settings["format"]))
+    if cls is None:
+        raise UserError(
+            f"the checkpoint holds weights of format {settings['format']!r}; known are {', '.join(sorted(_FORMATS))}."
+        )
+    if settings["version"] != cls.version:
+        raise UserError(
+            f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
+            f"this version of ptq161 reads version {cls.version}."
+        )
+    return cls.from_state_dict(settings, tensors)
+
+
+def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
+    """Round scales, means or zero points to the dtype in which they are stored.
+
+    Raises:
+        UserError: a value is not finite or leaves the range of ``scale_dtype``.
+    """
+    stored = value.to(SCALE_DTYPES[scale_dtype])
+    if not bool(torch.isfinite(stored).all()):
+        largest = float(value.abs().max())
+        raise UserError(
+            f"a scale of {largest:g} cannot be stored as {scale_dtype}; use scale_dtype=float32 or check the weights."
+        )
+    return stored
