@@ -1,0 +1,90 @@
+"""Round to nearest: each weight goes to the nearest point of its channel's or group's uniform grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.packed.uniform import (
+    UniformWeight,
+    check_uniform,
+    grouped,
+    per_column,
+    uniform_codes,
+    uniform_parameters,
+)
+from ptq161.packed.weight import PackedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class RTN(LayerwiseMethod):
+    """Round to nearest, without any data.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel.
+        symmetric: centre the grid on zero and store no zero points.
+    """
+
+    needs_statistics: ClassVar[bool] = False
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject bits and group sizes that the format cannot hold."""
+        super().__post_init__()
+        check_uniform(self.bits, self.group_size)
+
+    def nominal_bits(self) -> float:
+        """Bits of a code; scales and zero points are not counted."""
+        return float(self.bits)
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize each linear on its own; the statistics are not looked at."""
+        return {
+            name: quantize_weight(
+                weight, self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype
+            )
+            for name, weight in weights.items()
+        }
+
+
+def quantize_weight(
+    weight: Tensor,
+    bits: int,
+    *,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    scale_dtype: str = "float16",
+) -> UniformWeight:
+    """Round a weight to nearest (IST-DASLab/gptq, ``quant.py``: ``Quantizer`` with ``perchannel``, without ``mse``).
+
+    Args:
+        weight: ``[out, in]``.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel. The last group may be shorter.
+        symmetric: centre the grid on zero.
+        scale_dtype: dtype of stored scales and zero points.
+
+    Raises:
+        UserError: a setting is out of range, or a weight is not finite.
+    """
+    check_uniform(bits, group_size)
+    weight = weight.float()
+    scale, zero_point = uniform_parameters(grouped(weight, group_size), bits, symmetric, scale_dtype=scale_dtype)
+    scales, zero_points = scale.squeeze(-1), zero_point.squeeze(-1)
+    in_features = weight.shape[1]
+    codes = uniform_codes(
+        weight, per_column(scales, in_features, group_size), per_column(zero_points, in_features, group_size), bits
+    )
+    return UniformWeight.pack(
+        codes, scales, zero_points, bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype
+    )
