@@ -32,7 +32,7 @@ class UniformWeight(PackedWeight):
         codes: ``[out, ceil(in * bits / 8)]`` uint8.
         scales: ``[out, groups]`` in ``scale_dtype``.
         zero_points: ``[out, groups]`` in ``scale_dtype``; None when symmetric.
-        group_index: ``[in]`` int16, the group of each column; None when groups are consecutive columns.
+        group_index: ``[in]`` int32, the group of each column; None when groups are consecutive columns.
     """
 
     format: ClassVar[str] = "uniform"
@@ -83,7 +83,7 @@ class UniformWeight(PackedWeight):
             codes=pack_codes(codes, bits),
             scales=stored_scale(scales, scale_dtype),
             zero_points=None if symmetric else zero_points.to(SCALE_DTYPES[scale_dtype]),
-            group_index=None if group_index is None else group_index.to(torch.int16),
+            group_index=None if group_index is None else group_index.to(torch.int32),
         )
 
     def unpacked_codes(self) -> Tensor:
@@ -101,7 +101,7 @@ class UniformWeight(PackedWeight):
 
     def _per_column(self, parameter: Tensor) -> Tensor:
         if self.group_index is not None:
-            return parameter.float()[:, self.group_index.long()]
+            return parameter.float()[:, self.group_index]
         return per_column(parameter.float(), self.in_features, self.group_size)
 
 

@@ -1,0 +1,234 @@
+"""Error compensation through the inverse hessian's Cholesky factor (GPTQ, arXiv 2210.17323, Algorithm 1).
+
+Shared by GPTQ, PB-LLM, BiLLM and QuIP's LDLQ. Columns are quantized in order; what a column loses is made good in
+the columns to its right. Within a block of columns that happens column by column, beyond it once per block.
+The hessian is 2/n X^T X over n calibration sequences, before damping.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import InputStatistics, Window
+
+LARGEST_DAMPING = 1.0
+
+QuantizeColumn = Callable[[Tensor, int, Tensor], Tensor]
+QuantizeBlock = Callable[[Tensor, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class InverseFactor:
+    """The upper Cholesky factor of the damped hessian's inverse.
+
+    Attributes:
+        upper: ``[in, in]`` float32, ``upper.T @ upper = inverse(hessian + damping * mean(diagonal) * identity)``.
+        dead: ``[in]`` bool, the columns whose input was always zero: their hessian diagonal counts as one, their
+            weights as zero.
+        damping: the share of the mean diagonal with which the factorisation succeeded.
+        order: ``[in]``, which original column stands at each place; None is the original order.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    order: Tensor | None = None
+
+
+def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = False) -> InverseFactor:
+    """Factorise a hessian, raising the damping tenfold each time that it fails.
+
+    Args:
+        hessian: ``[in, in]``, left as it is.
+        damping: added to the diagonal, as a share of its mean.
+        act_order: take the columns in the order of falling diagonal.
+
+    Raises:
+        UserError: the hessian is not square, not finite, or not positive definite with a damping of
+            ``LARGEST_DAMPING``; or ``damping`` is negative.
+    """
+    check_damping(damping)
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise UserError(f"a hessian of shape {list(hessian.shape)} is not [in_features, in_features].")
+    if not bool(torch.isfinite(hessian).all()):
+        raise UserError(
+            "the hessian of the inputs is NaN or infinite, which no damping mends; check the activations' range."
+        )
+    hessian = hessian.to(torch.float32, copy=True)
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    order = None
+    if act_order:
+        order = torch.argsort(diagonal, descending=True)
+        hessian, dead = hessian[order][:, order], dead[order]
+    for share in _dampings(damping):
+        upper = _inverse_cholesky(hessian, share)
+        if upper is not None:
+            return InverseFactor(upper, dead, share, order)
+    raise UserError(
+        f"the hessian is not positive definite, even with method.damping={LARGEST_DAMPING:g}; "
+        "it has to be 2/n X^T X of the calibration inputs X."
+    )
+
+
+def compensate_columns(
+    weight: Tensor, factor: InverseFactor, quantize_column: QuantizeColumn, column_block: int = 128
+) -> Tensor:
+    """Quantize column by column, each loss made good in all columns to the right.
+
+    Args:
+        weight: ``[out, in]``, its columns in the factor's order.
+        factor: from :func:`inverse_factor`.
+        quantize_column: ``quantize_column(column, j, lagged)`` returns the stored values ``[out]`` for the compensated
+            column ``[out]`` at place ``j``; ``lagged [out, in]`` is the weight as compensated up to the last finished
+            block, from which authors take a group's range.
+        column_block: columns per block; changes rounding errors and ``lagged`` only.
+
+    Returns:
+        the quantized weight ``[out, in]`` float32, in the factor's order.
+
+    Raises:
+        UserError: ``column_block`` is below 1, or the shapes do not match.
+    """
+
+    def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
+        values, losses = torch.empty_like(block), torch.empty_like(block)
+        pivots = upper.diagonal().tolist()
+        for i, pivot in enumerate(pivots):
+            values[i] = quantize_column(block[i], start + i, lagged.T)
+            losses[i] = (block[i] - values[i]) / pivot
+            block[i + 1 :].addr_(upper[i, i + 1 :], losses[i], alpha=-1)
+        return values, losses
+
+    return _compensate(weight, factor, quantize, column_block)
+
+
+def compensate_blocks(
+    weight: Tensor, factor: InverseFactor, quantize_block: QuantizeBlock, column_block: int = 128
+) -> Tensor:
+    """Quantize whole blocks, each loss made good in the blocks to the right but not within the block.
+
+    Args:
+        weight: ``[out, in]``, its columns in the factor's order.
+        factor: from :func:`inverse_factor`.
+        quantize_block: ``quantize_block(block, start)`` returns the stored values of the compensated columns
+            ``block [out, columns]`` that begin at ``start``.
+        column_block: columns per block; the last one may be shorter.
+
+    Returns:
+        the quantized weight ``[out, in]`` float32.
+
+    Raises:
+        UserError: ``column_block`` is below 1, or the shapes do not match.
+    """
+
+    def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
+        values = quantize_block(block.T.contiguous(), start).T
+        return values, (block - values) / upper.diagonal().unsqueeze(1)
+
+    return _compensate(weight, factor, quantize, column_block)
+
+
+def weighted_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """Return ``trace(D H D^T)`` of the difference ``D [out, in]``: 2/n times the squared error of the outputs."""
+    difference = (weight - quantized).double()
+    return float(((difference @ hessian.double()) * difference).sum())
+
+
+def group_factor(
+    statistics: InputStatistics | None, names: list[str], window: Window, damping: float, *, act_order: bool = False
+) -> InverseFactor:
+    """Factorise the hessian that a group of linears shares, and report a damping that had to be raised.
+
+    Raises:
+        UserError: as :func:`inverse_factor`; the sentence names the linears.
+    """
+    assert statistics is not None, "a method with needs_statistics gets them from the driver"
+    with naming(", ".join(names)):
+        factor = inverse_factor(statistics.hessian, damping, act_order=act_order)
+    if factor.damping != damping:
+        window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=names[0])
+    return factor
+
+
+@contextlib.contextmanager
+def naming(linears: str) -> Iterator[None]:
+    """Put the names of linears (block.path) in front of a user error that arises inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{linears}: {error}") from error
+
+
+def check_damping(damping: float) -> None:
+    """Check the share of the mean diagonal that is added to the hessian.
+
+    Raises:
+        UserError: it is not in [0, ``LARGEST_DAMPING``].
+    """
+    if not 0 <= damping <= LARGEST_DAMPING:
+        raise UserError(f"method.damping={damping}: use a value in [0, {LARGEST_DAMPING:g}], such as 0.01.")
+
+
+def check_column_block(column_block: int) -> None:
+    """Check the number of columns per block.
+
+    Raises:
+        UserError: it is below 1.
+    """
+    if column_block < 1:
+        raise UserError(f"method.column_block={column_block}: use at least 1, such as 128.")
+
+
+def _compensate(
+    weight: Tensor,
+    factor: InverseFactor,
+    quantize: Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]],
+    column_block: int,
+) -> Tensor:
+    check_column_block(column_block)
+    in_features = weight.shape[1]
+    if factor.upper.shape[0] != in_features:
+        raise UserError(
+            f"a hessian of {factor.upper.shape[0]} inputs does not belong to a weight with {in_features} columns."
+        )
+    # Transposed: a column of the weight lies in one piece of memory, which the loop over columns lives on.
+    work = weight.float().masked_fill(factor.dead, 0.0).T.contiguous()
+    for start in range(0, in_features, column_block):
+        stop = min(start + column_block, in_features)
+        block = work[start:stop].clone()
+        values, losses = quantize(block, start, factor.upper[start:stop, start:stop], work)
+        work[start:stop] = values
+        work[stop:].addmm_(factor.upper[start:stop, stop:].T, losses, alpha=-1)
+    return work.T.contiguous()
+
+
+def _dampings(first: float) -> list[float]:
+    """Return the shares to try: the first, then tenfold, up to the largest."""
+    shares = [first]
+    while shares[-1] < LARGEST_DAMPING:
+        shares.append(min(max(10 * shares[-1], 1e-3), LARGEST_DAMPING))
+    return shares
+
+
+def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
+    """Return the upper factor of the damped hessian's inverse; None where a factorisation fails."""
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    # The authors' own sequence: a shorter one exists, but rounds differently on ill-conditioned hessians.
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return None
+    upper: Tensor
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed) or not math.isfinite(float(upper.sum())):
+        return None
+    return upper
