@@ -1,0 +1,188 @@
+"""PB-LLM: salient weights at 8 bits, the rest binarized, inside GPTQ's compensation (arXiv 2310.00034).
+
+Follows ``LowHighGPT.fasterquant`` of hahnyuan/PB-LLM (``gptq_pb/gptq.py``) with its ``xnor`` binarization and one
+group per row. Its accidents are reproduced and named where they happen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
+from ptq161.methods.compensation import (
+    InverseFactor,
+    check_column_block,
+    check_damping,
+    compensate_columns,
+    group_factor,
+    inverse_factor,
+    naming,
+)
+from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
+from ptq161.packed.uniform import uniform_codes, uniform_parameters, uniform_values
+from ptq161.packed.weight import PackedWeight, stored_scale
+
+SALIENCIES = ("magnitude", "hessian")
+
+
+@dataclasses.dataclass(frozen=True)
+class PBLLM(LayerwiseMethod):
+    """PB-LLM.
+
+    Attributes:
+        low_frac: share of the weights that are binarized.
+        high_bit: bits of the others: 2, 3, 4 or 8.
+        saliency: ``magnitude`` (the released default) or ``hessian``.
+        damping: added to the hessian's diagonal, as a share of its mean.
+        column_block: columns per block of the compensation.
+    """
+
+    low_frac: float = 0.9
+    high_bit: int = 8
+    saliency: str = "magnitude"
+    damping: float = 0.01
+    column_block: int = 128
+
+    def __post_init__(self) -> None:
+        """Reject values out of range."""
+        super().__post_init__()
+        _check(self.low_frac, self.high_bit, self.saliency)
+        check_damping(self.damping)
+        check_column_block(self.column_block)
+
+    def nominal_bits(self) -> float:
+        """Bits of signs and codes as the paper counts them, without the mask: 1.7 by default."""
+        return self.low_frac + (1 - self.low_frac) * self.high_bit
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Factorise the shared hessian once, then quantize each linear."""
+        factor = group_factor(statistics, list(weights), window, self.damping)
+        packed: dict[str, PackedWeight] = {}
+        for name, weight in weights.items():
+            with naming(name):
+                packed[name] = quantize_with_factor(
+                    weight,
+                    factor,
+                    self.low_frac,
+                    self.high_bit,
+                    self.saliency,
+                    self.column_block,
+                    scale_dtype=self.scale_dtype,
+                )
+        return packed
+
+
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    low_frac: float,
+    high_bit: int,
+    saliency: str,
+    column_block: int = 128,
+    *,
+    damping: float = 0.01,
+    scale_dtype: str = "float16",
+) -> PBLLMWeight:
+    """Quantize a weight with PB-LLM.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``, 2/n X^T X before damping.
+        low_frac: share of the weights that are binarized, in [0, 1).
+        high_bit: bits of the others: 2, 3, 4 or 8.
+        saliency: ``magnitude`` or ``hessian``.
+        column_block: columns per block of the compensation; the last one may be shorter.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        scale_dtype: dtype of stored scales, means and zero points.
+
+    Raises:
+        UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
+            definite.
+    """
+    factor = inverse_factor(hessian, damping)
+    return quantize_with_factor(weight, factor, low_frac, high_bit, saliency, column_block, scale_dtype=scale_dtype)
+
+
+def quantize_with_factor(
+    weight: Tensor,
+    factor: InverseFactor,
+    low_frac: float,
+    high_bit: int,
+    saliency: str,
+    column_block: int = 128,
+    *,
+    scale_dtype: str = "float16",
+) -> PBLLMWeight:
+    """Quantize a weight, given the factor that linears of one input share (see :func:`quantize_weight`)."""
+    _check(low_frac, high_bit, saliency)
+    weight = weight.float()
+    # Accident: the salient weights' grid spans the whole row, and dead columns still count.
+    grid = uniform_parameters(weight, high_bit, scale_dtype=scale_dtype)
+    weight = weight.masked_fill(factor.dead, 0.0)
+    salient = salient_weights(weight, factor, low_frac, saliency)
+    mean, scale = binary_parameters(weight.masked_fill(salient, 0.0), scale_dtype)
+    high, low = (level.squeeze(1) for level in binary_levels(mean, scale))
+    high_scale, high_zero_point = (parameter.squeeze(1) for parameter in grid)
+    threshold, salient_columns = mean.squeeze(1), salient.T.contiguous()
+
+    def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
+        # The authors' sign of an exact zero is 0, which one bit cannot hold; it is +1 here.
+        binary = torch.where(column >= threshold, high, low)
+        codes = uniform_codes(column, high_scale, high_zero_point, high_bit)
+        return torch.where(salient_columns[j], uniform_values(codes, high_scale, high_zero_point), binary)
+
+    values = compensate_columns(weight, factor, quantize_column, column_block)
+    return PBLLMWeight.pack(
+        salient,
+        values == high.unsqueeze(1),
+        uniform_codes(values, *grid, high_bit),
+        means=mean,
+        scales=scale,
+        high_scales=grid[0],
+        high_zero_points=grid[1],
+        high_bit=high_bit,
+        scale_dtype=scale_dtype,
+    )
+
+
+def salient_weights(weight: Tensor, factor: InverseFactor, low_frac: float, saliency: str) -> Tensor:
+    """Choose the weights that keep more bits: ``[out, in]`` bool.
+
+    Args:
+        weight: ``[out, in]``.
+        factor: of the inputs' hessian.
+        low_frac: share of the weights that are not salient.
+        saliency: ``magnitude`` is |w|; ``hessian`` is (w / d)^2 with d the diagonal of the inverse's Cholesky factor
+            (the paper has the inverse's own diagonal there).
+    """
+    score = weight.abs() if saliency == "magnitude" else weight**2 / factor.upper.diagonal() ** 2
+    # Accident: a score equal to the threshold is not salient, so one weight more than the share is binarized.
+    place = int(score.numel() * low_frac)
+    return score > score.flatten().kthvalue(place + 1).values
+
+
+def binary_parameters(weight: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]:
+    """Return the mean and the scale ``[out, 1]`` between whose sums binarized weights choose, as they are stored.
+
+    Args:
+        weight: ``[out, in]`` with the salient weights set to zero. Accident: those zeros count, both in the mean and,
+            with their distance from it, in the scale.
+        scale_dtype: dtype of stored means and scales.
+    """
+    mean = stored_scale(weight.mean(1, keepdim=True), scale_dtype).float()
+    scale = stored_scale((weight - mean).abs().mean(1, keepdim=True), scale_dtype).float()
+    return mean, scale
+
+
+def _check(low_frac: float, high_bit: int, saliency: str) -> None:
+    if not 0 <= low_frac < 1:
+        raise UserError(f"method.low_frac={low_frac}: use a value in [0, 1), the share of binarized weights.")
+    check_high_bit(high_bit)
+    check_choice("method.saliency", saliency, SALIENCIES)
