@@ -9,7 +9,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,8 @@ CORPORA = ("boolq", "lambada", "wikitext2", "c4", "ptb", "text_file")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKERS = ("wandb", "none")
 WANDB_MODES = ("auto", "online", "offline")
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +207,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     return RunConfig(method=method, method_name=method_name, **built)
 
 
-def build[T](cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Instantiate a config dataclass, with every key known and every value of its type.
 
     Raises:

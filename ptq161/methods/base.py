@@ -51,9 +51,22 @@ class InputStatistics:
     n_tokens: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ActivationScale:
+    """Size of a linear's inputs over the calibration tokens on the full-precision chain, per channel.
+
+    Attributes:
+        maximum: ``[in]`` float32, largest |x|.
+        mean: ``[in]`` float32, mean of |x|.
+    """
+
+    maximum: Tensor
+    mean: Tensor
+
+
 @dataclasses.dataclass
 class Window:
-    """``block_size`` consecutive decoder blocks, on the device where the work is to be done.
+    """``block_size`` consecutive decoder blocks, in float32 on the device where the work is to be done.
 
     Attributes:
         first_block: index in the model of the first block.
@@ -61,13 +74,12 @@ class Window:
         input_groups: names of the linears that share an input, in the order in which their inputs arise. A name is
             ``"{block}.{path}"`` with the block's index in the model, as in ``"3.self_attn.q_proj"``.
         linears: those linears by name.
-        full_inputs: ``[n_samples, seq_len, hidden]``: the full-precision chain's input of the first block.
-        quant_inputs: the same of the quantized chain.
+        quant_inputs: ``[n_samples, seq_len, hidden]`` in host memory: the quantized chain's input of the window.
+        full_outputs: the same of the full-precision chain's output; None unless the method asks for that chain.
+        activations: activation scales by linear on the full-precision chain; empty unless the method asks for it.
         run_block: ``run_block(i, hidden)`` runs block ``i`` of the window (0 is the first) on a batch of hidden
             states ``[b, seq_len, hidden]`` with the arguments that the model itself passed to it.
-        batches: ``batches(batch_size)`` yields slices over the samples.
-        generator: ``generator(stage)`` is a fresh CPU generator that belongs to this run's seed, this stage and
-            this window.
+        generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
         on_metric: hears every number.
         device: where the blocks are; inputs are moved there batch by batch.
     """
@@ -76,8 +88,9 @@ class Window:
     blocks: list[nn.Module]
     input_groups: list[list[str]]
     linears: dict[str, nn.Linear]
-    full_inputs: Tensor
     quant_inputs: Tensor
+    full_outputs: Tensor | None
+    activations: dict[str, ActivationScale]
     run_block: Callable[[int, Tensor], Tensor]
     generator: Callable[[str], torch.Generator]
     on_metric: OnMetric
@@ -89,14 +102,48 @@ class Window:
             hidden = self.run_block(i, hidden)
         return hidden
 
+    def run_all(self, inputs: Tensor, batch_size: int, compute_dtype: str) -> Tensor:
+        """Run the window on a whole chain ``[n_samples, seq_len, hidden]`` without gradients, batch by batch.
+
+        Returns:
+            the outputs in host memory, in the dtype of ``inputs``.
+
+        Raises:
+            UserError: an output is NaN or infinite.
+        """
+        outputs = torch.empty_like(inputs)
+        with torch.no_grad(), self.autocast(compute_dtype):
+            for batch in self.batches(batch_size):
+                outputs[batch] = self.run(self.to_device(inputs[batch])).to(outputs.device, outputs.dtype)
+        if not bool(torch.isfinite(outputs).all()):
+            raise UserError(f"block {self.first_block} returns NaN or infinite activations; check the model's weights.")
+        return outputs
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices of at most ``batch_size`` samples; the last may be shorter."""
-        for start in range(0, self.full_inputs.shape[0], batch_size):
+        for start in range(0, self.quant_inputs.shape[0], batch_size):
             yield slice(start, start + batch_size)
+
+    def to_device(self, hidden: Tensor) -> Tensor:
+        """Move a batch of a chain to the window's device, in float32."""
+        return hidden.to(self.device, torch.float32)
+
+    def autocast(self, compute_dtype: str) -> torch.autocast:
+        """Return the autocast context for a name of ``COMPUTE_DTYPES``; float32 switches it off."""
+        dtype = COMPUTE_DTYPES[compute_dtype]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put ``module`` in the place of the linear called ``name``."""
+        block, path = name.split(".", 1)
+        self.blocks[int(block) - self.first_block].set_submodule(path, module)
 
 
 class Method(Protocol):
     """A frozen dataclass of hyperparameters with one entry point."""
+
+    needs_full_chain: ClassVar[bool]
+    """Whether the window has to bring the full-precision chain's outputs and activation scales."""
 
     @property
     def block_size(self) -> int:
@@ -135,6 +182,7 @@ class LayerwiseMethod(ABC):
         scale_dtype: dtype in which scales, means and zero points are stored.
     """
 
+    needs_full_chain: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = True
 
     block_size: int = 1

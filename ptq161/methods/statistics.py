@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq161.errors import UserError
-from ptq161.methods.base import COMPUTE_DTYPES, InputStatistics, LayerwiseMethod, Window
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
 
 
 def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, InputStatistics]:
@@ -26,12 +26,8 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
         window.linears[name].register_forward_pre_hook(_accumulate_into(name, entry))
         for name, entry in statistics.items()
     ]
-    dtype = COMPUTE_DTYPES[method.compute_dtype]
-    autocast = torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32)
     try:
-        with torch.no_grad(), autocast:
-            for batch in window.batches(method.batch_size):
-                window.run(window.quant_inputs[batch].to(window.device))
+        window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,313 @@
+"""The one driver: capture block inputs, run a method window by window, propagate both chains.
+
+The full-precision chain carries each full-precision block's output on to the next, the quantized chain each packed
+block's. Blocks are replayed with the very arguments that the model passed to them. The model stays where it is; only
+one window of blocks and one batch are on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ptq161.errors import UserError
+from ptq161.methods.base import COMPUTE_DTYPES, ActivationScale, Method, OnMetric, Window, ignore_metric
+from ptq161.models import architecture_of, check_quantizable, decoder_blocks, max_seq_len
+from ptq161.packed.linear import PackedLinear, dense_cache
+from ptq161.packed.weight import PackedWeight
+
+
+def quantize(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    method: Method,
+    *,
+    on_metric: OnMetric | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> PreTrainedModel:
+    """Quantize a model in place: its blocks' linears become :class:`ptq161.packed.linear.PackedLinear`.
+
+    Args:
+        model: a supported transformers model in full precision.
+        tokens: ``[n_samples, seq_len]`` integer calibration tokens.
+        method: hyperparameters, as in ``ptq161.methods.ptq161.PTQ161(mask_ratio=0.2)``.
+        on_metric: hears every number as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
+            linear ``output_error`` (relative squared error of its output on the first calibration batch), ``nbytes``
+            and ``bits_per_weight``; per window ``seconds``.
+        seed: the methods' random numbers follow from it.
+        device: where windows are worked on; None is where the model is.
+        progress: show a progress bar over the blocks.
+
+    Returns:
+        the same model.
+
+    Raises:
+        UserError: the model is unsupported, already quantized or has NaN weights; the tokens do not fit the model; an
+            activation or a loss is not finite.
+    """
+    check_quantizable(model)
+    _check_tokens(model, tokens)
+    on_metric = on_metric or ignore_metric
+    target = torch.device(device) if device is not None else model.device
+    training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = False
+    try:
+        inputs, arguments = capture_inputs(model, tokens, method.batch_size)
+        _quantize_blocks(model, method, inputs, arguments, on_metric, seed, target, progress)
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockArguments:
+    """What the model passed to one block beside the hidden states, for each batch size that occurs.
+
+    Attributes:
+        by_batch_size: batch size -> (args after the first, kwargs).
+    """
+
+    by_batch_size: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def to(self, device: torch.device) -> BlockArguments:
+        """Move every tensor, however deeply nested, to ``device``."""
+        return BlockArguments({size: _to_device(call, device) for size, call in self.by_batch_size.items()})
+
+    def call(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run ``block`` on ``hidden [b, seq_len, hidden]`` as the model would."""
+        args, kwargs = self.by_batch_size[hidden.shape[0]]
+        output = block(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def capture_inputs(
+    model: PreTrainedModel, tokens: Tensor, batch_size: int
+) -> tuple[Tensor, list[BlockArguments]]:
+    """Run the model up to its first block, and record what each block is called with.
+
+    Blocks are replaced for the moment by recorders that hand the hidden states on, so that no block is computed.
+
+    Args:
+        model: the full-precision model.
+        tokens: ``[n_samples, seq_len]``.
+        batch_size: sequences per batch, also of the later replays.
+
+    Returns:
+        the hidden states ``[n_samples, seq_len, hidden]`` that enter the first block, and each block's arguments.
+    """
+    blocks = decoder_blocks(model)
+    calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = [{} for _ in blocks]
+    hidden_states: list[Tensor] = []
+
+    def record(i: int, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        rest = args[1:] if args and hidden is args[0] else args
+        if i == 0:
+            hidden_states.append(hidden)
+        calls[i].setdefault(hidden.shape[0], (rest, kwargs))
+        if i == len(blocks) - 1:
+            raise _CapturedError
+        return hidden  # type: ignore[no-any-return]  # the model's own hidden states
+
+    originals = [block.forward for block in blocks]
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = partial(record, i)  # type: ignore[method-assign]  # undone below
+        for batch in tokens.split(batch_size):
+            with torch.no_grad():
+                try:
+                    model(input_ids=batch.to(model.device), use_cache=False)
+                except _CapturedError:
+                    continue
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            block.forward = original  # type: ignore[method-assign]
+    return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
+
+
+class _CapturedError(Exception):
+    """Ends a forward pass once the last block's arguments are known."""
+
+
+def _quantize_blocks(
+    model: PreTrainedModel,
+    method: Method,
+    inputs: Tensor,
+    arguments: list[BlockArguments],
+    on_metric: OnMetric,
+    seed: int,
+    device: torch.device,
+    progress: bool,
+) -> None:
+    blocks = decoder_blocks(model)
+    starts = range(0, len(blocks), method.block_size)
+    full_inputs = quant_inputs = inputs.cpu()
+    bar = tqdm(starts, desc="quantize", unit="window" if method.block_size > 1 else "block", disable=not progress)
+    with bar:
+        for start in starts:
+            began = time.perf_counter()
+            listener = _with_bar(on_metric, bar)
+            window = _open_window(model, method, start, arguments, full_inputs, quant_inputs, listener, seed, device)
+            packed = method.quantize_window(window)
+            _report_linears(window, packed, method)
+            if window.full_outputs is not None:
+                full_inputs = window.full_outputs
+            quant_inputs = _close_window(model, window, packed, method)
+            on_metric("seconds", time.perf_counter() - began, block=start)
+            bar.update()
+
+
+def _open_window(
+    model: PreTrainedModel,
+    method: Method,
+    start: int,
+    arguments: list[BlockArguments],
+    full_inputs: Tensor,
+    quant_inputs: Tensor,
+    on_metric: OnMetric,
+    seed: int,
+    device: torch.device,
+) -> Window:
+    row = architecture_of(model)
+    blocks = list(decoder_blocks(model))[start : start + method.block_size]
+    # Half-precision checkpoints are worked on in float32, which holds them exactly.
+    replicas = [copy.deepcopy(block).to(device, torch.float32) for block in blocks]
+    groups = [[f"{start + i}.{path}" for path in group] for i in range(len(blocks)) for group in row.linears]
+    calls = [arguments[start + i].to(device) for i in range(len(blocks))]
+    window = Window(
+        first_block=start,
+        blocks=replicas,
+        input_groups=groups,
+        linears={name: _linear(replicas, start, name) for group in groups for name in group},
+        quant_inputs=quant_inputs,
+        full_outputs=None,
+        activations={},
+        run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
+        generator=partial(_generator, seed, start),
+        on_metric=on_metric,
+        device=device,
+    )
+    if method.needs_full_chain:
+        window.activations, window.full_outputs = _run_full_chain(window, method, full_inputs)
+    return window
+
+
+def _linear(blocks: list[nn.Module], start: int, name: str) -> nn.Linear:
+    index, path = name.split(".", 1)
+    module = blocks[int(index) - start].get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tuple[dict[str, ActivationScale], Tensor]:
+    """Run the full-precision chain through the window, watching the size of what enters each linear."""
+    maxima: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+
+    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        absolute = args[0].detach().flatten(0, -2).abs().float()
+        maximum, total = absolute.amax(0), absolute.sum(0)
+        maxima[name] = torch.maximum(maxima[name], maximum) if name in maxima else maximum
+        sums[name] = sums[name] + total if name in sums else total
+
+    leaders = [group[0] for group in window.input_groups]
+    hooks = [window.linears[name].register_forward_pre_hook(partial(watch, name)) for name in leaders]
+    try:
+        outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n_tokens = full_inputs.shape[0] * full_inputs.shape[1]
+    return {name: ActivationScale(maxima[name], sums[name] / n_tokens) for name in leaders}, outputs
+
+
+def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:
+    """Tell each linear's size and its relative output error on the first calibration batch."""
+    errors: dict[str, float] = {}
+
+    def compare(name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(linear, nn.Linear)
+        x = args[0].detach().flatten(0, -2)
+        difference = packed[name].dequantize() - linear.weight
+        error, size = ((x @ w.T.to(x.dtype)).float().square().sum() for w in (difference, linear.weight))
+        errors[name] = float(error / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+    hooks = [linear.register_forward_pre_hook(partial(compare, name)) for name, linear in window.linears.items()]
+    try:
+        with torch.no_grad(), window.autocast(method.compute_dtype):
+            window.run(window.to_device(window.quant_inputs[: method.batch_size]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, weight in packed.items():
+        window.on_metric("output_error", errors[name], linear=name)
+        window.on_metric("nbytes", weight.nbytes, linear=name)
+        window.on_metric("bits_per_weight", weight.bits_per_weight, linear=name)
+
+
+def _close_window(model: PreTrainedModel, window: Window, packed: dict[str, PackedWeight], method: Method) -> Tensor:
+    """Put the packed linears into the model; return the quantized chain's outputs (its inputs after the last window)."""
+    blocks = decoder_blocks(model)
+    for name, weight in packed.items():
+        window.replace(name, PackedLinear(weight, window.linears[name].bias))
+        index, path = name.split(".", 1)
+        original = blocks[int(index)].get_submodule(path)
+        assert isinstance(original, nn.Linear)
+        home = {k: tensor.to(original.weight.device) for k, tensor in weight.state_dict().items()}
+        blocks[int(index)].set_submodule(path, PackedLinear(weight.with_tensors(home), original.bias))
+    if window.first_block + len(window.blocks) == len(blocks):
+        return window.quant_inputs
+    with dense_cache(nn.ModuleList(window.blocks), COMPUTE_DTYPES[method.compute_dtype]):
+        return window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
+
+
+def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
+    """Show the loss beside the progress bar."""
+
+    def listener(name: str, value: float, /, **where: int | str) -> None:
+        if name == "loss":
+            bar.set_postfix_str(f"loss {value:.4f}", refresh=True)
+        on_metric(name, value, **where)
+
+    return listener
+
+
+def _generator(seed: int, block: int, stage: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{stage}/{block}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value
+
+
+def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise UserError(f"calibration tokens have shape {list(tokens.shape)}: use integers [n_samples, seq_len].")
+    if tokens.shape[1] > max_seq_len(model):
+        raise UserError(
+            f"calib.seq_len={tokens.shape[1]}: the model holds at most {max_seq_len(model)} tokens; use a shorter one."
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise UserError(f"calibration tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")

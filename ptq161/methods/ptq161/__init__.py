@@ -1,0 +1,21 @@
+"""PTQ1.61 (Zhao et al., ACL 2025): one-dimensional mask, binarization, block-wise optimisation."""
+
+from ptq161.methods.ptq161.binarization import (
+    block_loss,
+    dequantized_weight,
+    initial_scales,
+    pack_weight,
+    quantize_salient,
+    salient_mask,
+)
+from ptq161.methods.ptq161.method import PTQ161
+
+__all__ = [
+    "PTQ161",
+    "block_loss",
+    "dequantized_weight",
+    "initial_scales",
+    "pack_weight",
+    "quantize_salient",
+    "salient_mask",
+]

@@ -1,0 +1,179 @@
+"""PTQ1.61 on one weight matrix: the mask, the initial scales, the quantized weight and the block loss.
+
+Zhao et al., "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large
+Language Models", ACL 2025 (arXiv 2502.13179). Equation numbers are those of the paper; where the released code
+differs from it, the code is followed and the difference is named.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import check_choice
+from ptq161.packed.structured_binary import StructuredBinaryWeight
+from ptq161.packed.uniform import uniform_codes, uniform_parameters
+
+SALIENT_RANGES = ("row", "salient")
+# The released code clamps activation scales from below, so that dead channels tie.
+_LEAST_ACTIVATION = 1e-5
+
+
+def salient_mask(activation_scale: Tensor, mask_ratio: float) -> Tensor:
+    """Choose the salient input channels (Section 3.2).
+
+    The released comparison is ``activation >= sorted_descending[int(mask_ratio * in)]``: it keeps one channel more
+    than ``int(mask_ratio * in)``, and all that tie with the last one.
+
+    Args:
+        activation_scale: ``[in]``, largest (or mean) absolute input of each channel over the calibration tokens.
+        mask_ratio: share of salient channels, in [0, 1). 0 means none; one channel at least stays binary.
+
+    Returns:
+        ``[in]`` bool, True for salient channels.
+
+    Raises:
+        UserError: ``mask_ratio`` is outside [0, 1), or an activation is not finite.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")
+    if not bool(torch.isfinite(activation_scale).all()):
+        raise UserError("the activations are NaN or infinite, so no salient channels can be chosen; check the model.")
+    if mask_ratio == 0:
+        return torch.zeros_like(activation_scale, dtype=torch.bool)
+    activation = activation_scale.flatten().clamp(min=_LEAST_ACTIVATION)
+    descending, order = torch.sort(activation, descending=True, stable=True)
+    mask = activation >= descending[int(mask_ratio * activation.numel())]
+    if bool(mask.all()):
+        mask[order[-1]] = False
+    return mask
+
+
+def initial_scales(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Row mean and row scale of the binary part (Eq. 2 and 3).
+
+    Weights that are exactly zero count in neither, as in the released code; a row without any gives zero.
+
+    Args:
+        weight: ``[out, in]``.
+        mask: ``[in]`` bool, True for salient channels.
+
+    Returns:
+        mean ``[out, 1]`` and scale ``[out, 1]`` (mean of |w|), float32.
+    """
+    binary = weight.float() * ~mask
+    count = (binary != 0).sum(dim=1, keepdim=True).clamp(min=1)
+    return binary.sum(dim=1, keepdim=True) / count, binary.abs().sum(dim=1, keepdim=True) / count
+
+
+def quantize_salient(
+    weight: Tensor, mask: Tensor, bits: int = 4, salient_range: str = "row", scale_dtype: str = "float32"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric round-to-nearest of the salient channels, per output row.
+
+    Args:
+        weight: ``[out, in]``.
+        mask: ``[in]`` bool, True for salient channels.
+        bits: bits of a code.
+        salient_range: ``row`` takes minimum and maximum (zero included) over the whole row, as the released code
+            does; ``salient`` over the salient channels alone.
+        scale_dtype: the codes are chosen against the scale as it is stored.
+
+    Returns:
+        codes ``[out, s]`` uint8, scale ``[out, 1]`` and zero point ``[out, 1]``, float32 (``[out, 0]`` where ``s = 0``).
+
+    Raises:
+        UserError: ``salient_range`` is unknown.
+    """
+    check_choice("method.salient_range", salient_range, SALIENT_RANGES)
+    salient = weight[:, mask].float()
+    if not salient.numel():  # a mask without salient channels stores no grid either
+        return salient.to(torch.uint8), salient, salient
+    ranged = weight if salient_range == "row" else salient
+    scale, zero_point = uniform_parameters(ranged, bits, scale_dtype=scale_dtype)
+    return uniform_codes(salient, scale, zero_point, bits), scale, zero_point
+
+
+def pack_weight(
+    weight: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    row_angle: Tensor,
+    column_angle: Tensor,
+    salient_bits: int = 4,
+    salient_range: str = "row",
+    scale_dtype: str = "float16",
+) -> StructuredBinaryWeight:
+    """Quantize and pack a weight with given scales and angular factors (Eq. 2 and 5).
+
+    Args:
+        weight: ``[out, in]``, the full-precision weight.
+        mask: ``[in]`` bool, True for salient channels.
+        mean: ``[out, 1]``.
+        scale: ``[out, 1]``.
+        row_angle: ``[out, 1]``, angular factor r1.
+        column_angle: ``[1, in]``, angular factor r2; only its binary channels are used.
+        salient_bits: bits of a salient code.
+        salient_range: see :func:`quantize_salient`.
+        scale_dtype: dtype in which scales, means, angles and zero points are stored.
+
+    Raises:
+        UserError: a scale does not fit ``scale_dtype``.
+    """
+    codes, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
+    return StructuredBinaryWeight.pack(
+        mask=mask,
+        sign=weight[:, ~mask].float() >= mean,
+        scale=scale * row_angle,
+        mean=mean * row_angle,
+        column_angle=column_angle.flatten()[~mask],
+        codes=codes,
+        salient_scale=salient_scale,
+        salient_zero_point=zero_point,
+        salient_bits=salient_bits,
+        scale_dtype=scale_dtype,
+    )
+
+
+def dequantized_weight(
+    weight: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    row_angle: Tensor,
+    column_angle: Tensor,
+    salient_bits: int = 4,
+    salient_range: str = "row",
+) -> Tensor:
+    """Return the weight that the packed form stands for, with scales in float32: ``[out, in]``.
+
+    Arguments are those of :func:`pack_weight`. Binary channels are ``(r1 x r2) * (scale * sign(W - mean) + mean)``;
+    the sign of zero is +1 (the paper's Eq. 2; ``torch.sign`` in the released code gives 0).
+    """
+    return pack_weight(
+        weight, mask, mean, scale, row_angle, column_angle, salient_bits, salient_range, "float32"
+    ).dequantize()
+
+
+def block_loss(y_quant: Tensor, y_full: Tensor, y_homologous: Tensor, cosine: bool = True) -> Tensor:
+    """Two-branch objective of the block-wise optimisation (Section 3.3).
+
+    ``MSE(Yq, Yf) + MSE(Yq, Yh) - log|mean cos(Yq, Yf)| - log|mean cos(Yq, Yh)|``
+
+    Args:
+        y_quant: ``[batch, seq, hidden]``, the quantized block on the quantized chain's input.
+        y_full: the full-precision block on the full-precision chain's input, same shape.
+        y_homologous: the full-precision block on the quantized chain's input, same shape.
+        cosine: include the two cosine terms.
+
+    Returns:
+        a float32 scalar.
+    """
+    y_quant, loss = y_quant.float(), y_quant.new_zeros((), dtype=torch.float32)
+    for target in (y_full.float(), y_homologous.float()):
+        loss = loss + torch.nn.functional.mse_loss(y_quant, target)
+        if cosine:
+            loss = loss - torch.nn.functional.cosine_similarity(y_quant, target, dim=-1).mean().abs().log()
+    return loss

@@ -1,0 +1,167 @@
+"""PTQ1.61 on a window of decoder blocks: mask, binarize, then learn scales and angles against full precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.errors import UserError
+from ptq161.methods.base import COMPUTE_DTYPES, Window, check_choice, check_common
+from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss, salient_mask
+from ptq161.methods.ptq161.trainable import BinaryLinear
+from ptq161.packed.bits import CODE_BITS
+from ptq161.packed.weight import PackedWeight
+
+SALIENCIES = ("max", "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class PTQ161:
+    """PTQ1.61 (Zhao et al., ACL 2025). The defaults are those of the released code.
+
+    Attributes:
+        mask_ratio: share of salient input channels, kept at ``salient_bits``.
+        epochs: passes over the calibration set per window; 0 leaves the initial scales.
+        scale_lr: learning rate of the row scales.
+        angle_lr: learning rate of both angular factors.
+        batch_size: calibration sequences per step.
+        block_size: consecutive decoder blocks optimised together.
+        compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); scales, losses and the optimiser
+            are float32 always.
+        scale_dtype: dtype in which scales, means, angles and zero points are stored.
+        salient_bits: bits of the salient channels.
+        salient_range: range of the salient channels' quantizer, ``row`` (released) or ``salient``.
+        saliency: what makes a channel salient: the ``max`` (released) or ``mean`` (the paper's pseudocode) of |x| over
+            the calibration tokens on the full-precision chain.
+        learn_scale: optimise the row scales.
+        learn_angles: optimise the angular factors.
+        cosine_loss: include the cosine terms in the objective.
+    """
+
+    needs_full_chain: ClassVar[bool] = True
+
+    mask_ratio: float = 0.2
+    epochs: int = 20
+    scale_lr: float = 5e-4
+    angle_lr: float = 1e-3
+    batch_size: int = 1
+    block_size: int = 1
+    compute_dtype: str = "float32"
+    scale_dtype: str = "float16"
+    salient_bits: int = 4
+    salient_range: str = "row"
+    saliency: str = "max"
+    learn_scale: bool = True
+    learn_angles: bool = True
+    cosine_loss: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject values outside their range."""
+        check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
+        if not 0 <= self.mask_ratio < 1:
+            raise UserError(f"mask_ratio={self.mask_ratio}: use a value in [0, 1), the share of salient channels.")
+        if self.block_size < 1:
+            raise UserError(f"block_size={self.block_size}: use at least 1.")
+        if self.epochs < 0:
+            raise UserError(f"method.epochs={self.epochs}: use at least 0.")
+        for name, rate in (("scale_lr", self.scale_lr), ("angle_lr", self.angle_lr)):
+            if not (rate >= 0 and math.isfinite(rate)):
+                raise UserError(f"method.{name}={rate}: use a finite learning rate of at least 0.")
+        if self.salient_bits not in CODE_BITS:
+            raise UserError(f"method.salient_bits={self.salient_bits}: use one of {CODE_BITS}.")
+        check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)
+        check_choice("method.saliency", self.saliency, SALIENCIES)
+
+    def nominal_bits(self) -> float:
+        """Bits as the paper counts them: one per binary and ``salient_bits`` per salient weight."""
+        return (1 - self.mask_ratio) + self.mask_ratio * self.salient_bits
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Binarize the window's linears and learn their scales and angles.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        layers = self._binarize(window)
+        if self.epochs:
+            homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
+            with _swapped(window, layers):
+                self._optimise(window, layers, homologous)
+        for name, layer in layers.items():
+            window.on_metric("salient_channels", int(layer.mask.sum()), linear=name)
+        return {name: layer.pack() for name, layer in layers.items()}
+
+    def _binarize(self, window: Window) -> dict[str, BinaryLinear]:
+        layers = {}
+        for group in window.input_groups:
+            scale = window.activations[group[0]]
+            mask = salient_mask(scale.maximum if self.saliency == "max" else scale.mean, self.mask_ratio)
+            for name in group:
+                layers[name] = BinaryLinear(
+                    window.linears[name],
+                    mask.to(window.device),
+                    salient_bits=self.salient_bits,
+                    salient_range=self.salient_range,
+                    scale_dtype=self.scale_dtype,
+                    compute_dtype=COMPUTE_DTYPES[self.compute_dtype],
+                )
+        return layers
+
+    def _optimise(self, window: Window, layers: dict[str, BinaryLinear], homologous: Tensor) -> None:
+        scales = [layer.scale for layer in layers.values()]
+        angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
+        for parameters, learned in ((scales, self.learn_scale), (angles, self.learn_angles)):
+            for parameter in parameters:
+                parameter.requires_grad_(learned)
+        groups = [{"params": scales, "lr": self.scale_lr}] if self.learn_scale else []
+        groups += [{"params": angles, "lr": self.angle_lr}] if self.learn_angles else []
+        if not groups:
+            return
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        for epoch in range(self.epochs):
+            losses = [
+                self._step(window, optimizer, batch, homologous) for batch in window.batches(self.batch_size)
+            ]
+            if not all(map(math.isfinite, losses)):
+                raise UserError(
+                    f"the loss is {losses[-1]} in block {window.first_block}, epoch {epoch}: lower method.scale_lr="
+                    f"{self.scale_lr:g} and method.angle_lr={self.angle_lr:g}."
+                )
+            window.on_metric("loss", sum(losses) / len(losses), block=window.first_block, epoch=epoch)
+
+    def _step(self, window: Window, optimizer: torch.optim.Optimizer, batch: slice, homologous: Tensor) -> float:
+        assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
+        inputs, full, same_input = (
+            window.to_device(chain[batch]) for chain in (window.quant_inputs, window.full_outputs, homologous)
+        )
+        with window.autocast(self.compute_dtype):
+            output = window.run(inputs)
+        loss = block_loss(output, full, same_input, self.cosine_loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+
+@contextmanager
+def _swapped(window: Window, layers: dict[str, BinaryLinear]) -> Iterator[None]:
+    """Run the window's blocks on ``layers`` in place of their linears, with nothing else trainable."""
+    originals: dict[str, nn.Linear] = dict(window.linears)
+    frozen = [p for block in window.blocks for p in block.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        for name, layer in layers.items():
+            window.replace(name, layer)
+        yield
+    finally:
+        for name, linear in originals.items():
+            window.replace(name, linear)
+        for parameter in frozen:
+            parameter.requires_grad_(True)

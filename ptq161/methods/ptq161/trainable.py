@@ -1,0 +1,123 @@
+"""A binarized linear whose scale and angular factors are learned with two matrix products per step.
+
+With ``u = r2 * x``, ``z = u S^T`` and ``s = sum of u over the binary channels``, the layer computes
+``y = r1 * (scale * z + mean * s) + x_salient W_salient^T + bias``. Given the gradient ``g`` at ``y``, the gradients
+of scale, r1 and r2 are sums over tokens of ``g * z``, ``g * s`` and ``x * (g W)``, so the product ``g^T x`` that a
+weight's gradient would take is never needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.methods.ptq161.binarization import initial_scales, pack_weight
+from ptq161.packed.structured_binary import StructuredBinaryWeight
+
+
+class BinaryLinear(nn.Module):
+    """A linear during block-wise optimisation: everything that does not change is computed once.
+
+    Attributes:
+        scale: parameter ``[out, 1]`` float32.
+        row_angle: parameter ``[out, 1]`` float32, starts at one.
+        column_angle: parameter ``[1, in]`` float32, starts at one; salient channels ignore theirs.
+        mask: ``[in]`` bool, salient channels.
+        mean: ``[out, 1]`` float32, frozen.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        mask: Tensor,
+        *,
+        salient_bits: int,
+        salient_range: str,
+        scale_dtype: str,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        """Binarize ``linear`` around ``mask`` ([in] bool); products are taken in ``compute_dtype``."""
+        super().__init__()
+        self.weight = linear.weight.detach().float()
+        self.bias = linear.bias
+        self.mask = mask
+        self.salient_bits, self.salient_range, self.scale_dtype = salient_bits, salient_range, scale_dtype
+        self.compute_dtype = compute_dtype
+        self.mean, scale = initial_scales(self.weight, mask)
+        out_features, in_features = self.weight.shape
+        self.scale = nn.Parameter(scale)
+        self.row_angle = nn.Parameter(torch.ones(out_features, 1, device=scale.device))
+        self.column_angle = nn.Parameter(torch.ones(1, in_features, device=scale.device))
+
+        self.salient_index = mask.nonzero().flatten()
+        sign = torch.where(self.weight >= self.mean, 1.0, -1.0) * ~mask
+        self.sign = sign.to(compute_dtype)
+        self.binary_channel = (~mask).to(compute_dtype)
+        self.salient_weight = (self.pack().dequantize() * mask).to(compute_dtype)
+        self.salient_columns = self.salient_weight[:, self.salient_index].contiguous()
+
+    def pack(self) -> StructuredBinaryWeight:
+        """Return the packed weight of the present scales and angles."""
+        with torch.no_grad():
+            return pack_weight(
+                self.weight,
+                self.mask,
+                self.mean,
+                self.scale,
+                self.row_angle,
+                self.column_angle,
+                self.salient_bits,
+                self.salient_range,
+                self.scale_dtype,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` of ``compute_dtype``."""
+        y: Tensor = _BinaryProduct.apply(x, self.scale, self.row_angle, self.column_angle, self)
+        return y
+
+
+class _BinaryProduct(torch.autograd.Function):
+    """The layer's product, with the gradients as sums (see the module's docstring)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # autograd.Function declares *args
+        ctx: Any, x: Tensor, scale: Tensor, row_angle: Tensor, column_angle: Tensor, layer: BinaryLinear
+    ) -> Tensor:
+        dtype = layer.compute_dtype
+        x_shape, x_dtype = x.shape, x.dtype
+        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        # Salient channels pass unscaled; their signs are zero, so that they do not reach z.
+        column = torch.where(layer.mask, 1.0, column_angle).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            u = x * column
+            z = u @ layer.sign.T
+            total = u @ layer.binary_channel
+            rest = torch.cat([u[:, layer.salient_index], total.unsqueeze(1)], dim=1)
+            rest_weight = torch.cat([layer.salient_columns, (row_angle * layer.mean).to(dtype)], dim=1)
+            bias = None if layer.bias is None else layer.bias.to(dtype)
+            y = torch.nn.functional.linear(rest, rest_weight, bias)
+            y.addcmul_(z, (row_angle * scale).to(dtype).T)
+        ctx.save_for_backward(x, z, total, column, scale, row_angle)
+        ctx.layer, ctx.x_dtype = layer, x_dtype
+        return y.view(*x_shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the same
+        x, z, total, column, scale, row_angle = ctx.saved_tensors
+        layer: BinaryLinear = ctx.layer
+        g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            grad_z = (g * z).sum(0, dtype=torch.float32).unsqueeze(1)
+            grad_total = (g.T @ total).float().unsqueeze(1)
+            effective = layer.sign * (row_angle * scale).to(z.dtype)
+            effective.addcmul_((row_angle * layer.mean).to(z.dtype), layer.binary_channel)
+            effective += layer.salient_weight
+            grad_u = g @ effective
+            grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * ~layer.mask
+            grad_x = (grad_u * column).view(*grad_y.shape[:-1], -1).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        grad_scale = row_angle * grad_z
+        grad_row = scale * grad_z + layer.mean * grad_total
+        return grad_x, grad_scale, grad_row, grad_column, None

@@ -1,0 +1,197 @@
+"""Checkpoints of packed models: ``config.json``, the tokenizer and one safetensors file.
+
+The file is called ``packed.safetensors`` so that transformers, which would build random layers from an unknown
+quantization method, says that it finds no weights instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptq161.errors import UserError
+from ptq161.models import PACKED_FORMAT, is_packed_folder
+from ptq161.packed.linear import PackedLinear
+from ptq161.packed.weight import packed_weight_from
+
+WEIGHTS_FILE = "packed.safetensors"
+SCHEMA_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSize:
+    """What a packed model stores.
+
+    Attributes:
+        linear_bytes: bytes of all packed weights.
+        linear_weights: weights that they stand for.
+        other_bytes: bytes of everything else (embeddings, norms, biases), tied tensors counted once.
+    """
+
+    linear_bytes: int
+    linear_weights: int
+    other_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured bits over all packed linears."""
+        return 8 * self.linear_bytes / self.linear_weights
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the model's packed linears by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def measure(model: PreTrainedModel) -> PackedSize:
+    """Count the bytes of a packed model."""
+    layers = packed_linears(model).values()
+    linear_bytes = sum(layer.packed.nbytes for layer in layers)
+    total = sum(t.numel() * t.element_size() for t in _stored_tensors(model).values())
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    return PackedSize(linear_bytes, weights, total - linear_bytes)
+
+
+def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast everything but the packed tensors to ``dtype``, in place: what is evaluated is what is stored."""
+    model.to(dtype)
+    model.config.dtype = dtype
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+    """Write a packed model as a checkpoint folder.
+
+    Args:
+        model: a model whose linears are packed.
+        tokenizer: saved beside it; None saves none.
+        folder: created where missing.
+
+    Returns:
+        the safetensors file.
+
+    Raises:
+        UserError: the model is not packed, or the folder cannot be written.
+    """
+    layers = packed_linears(model)
+    if not layers:
+        raise UserError("the model has no packed linears to save; quantize it first.")
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config["quantization_config"] = {
+        "quant_method": PACKED_FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "linears": {name: layer.packed.settings() for name, layer in layers.items()},
+    }
+    folder = Path(folder)
+    file = folder / WEIGHTS_FILE
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored_tensors(model).items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
+    return file
+
+
+def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint written by :func:`save`: the packed model and its tokenizer.
+
+    Raises:
+        UserError: the folder is not such a checkpoint, or is damaged.
+    """
+    folder = Path(folder)
+    if not is_packed_folder(folder):
+        raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = raw.pop("quantization_config")
+    if quantization["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"{folder} has checkpoint layout {quantization['schema_version']}; this version reads {SCHEMA_VERSION}."
+        )
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
+    hf_config = AutoConfig.for_model(**raw)
+    # Only parameters are left empty: a non-persistent buffer would come back uninitialised.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    _install_packed(model, quantization["linears"], tensors)
+    _assign_rest(model, tensors, folder)
+    model.eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def export(folder: str | Path, out: str | Path) -> Path:
+    """Write a packed checkpoint as a plain dense Hugging Face folder.
+
+    The dense weights are what the packed bytes dequantize to, in the dtype of the model's other tensors.
+
+    Args:
+        folder: a checkpoint written by :func:`save`.
+        out: the folder to write.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        UserError: ``folder`` is not a packed checkpoint, or ``out`` cannot be written.
+    """
+    model, tokenizer = load(folder)
+    densify(model)
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise UserError(f"the dense model cannot be written to {out}: {error}.") from error
+    return Path(out)
+
+
+def densify(model: PreTrainedModel) -> None:
+    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, layer in packed_linears(model).items():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(layer.dequantize().to(dtype))
+        dense.bias = layer.bias
+        model.set_submodule(name, dense)
+
+
+def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the state dict without tensors that are tied to another one."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        stored[name] = tensor
+    return stored
+
+
+def _install_packed(model: PreTrainedModel, linears: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+    for name, settings in linears.items():
+        prefix = f"{name}."
+        mine = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        bias = mine.pop("bias", None)
+        model.set_submodule(name, PackedLinear(packed_weight_from(settings, mine), bias))
+
+
+def _assign_rest(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if result.unexpected_keys or empty:
+        wrong = (list(result.unexpected_keys) + empty)[0]
+        raise UserError(f"{folder} is damaged: tensor {wrong} is missing or not of this model.")

@@ -1,0 +1,78 @@
+"""The linear layer over a packed weight, and the explicit, temporary cache of its dense form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq161.packed.weight import PackedWeight
+
+
+class PackedLinear(nn.Module):
+    """A linear whose weight exists only as packed tensors.
+
+    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Each forward
+    pass dequantizes them, unless it runs inside :func:`dense_cache`. Changing the module's dtype leaves the packed
+    tensors as they are.
+    """
+
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        """Wrap ``packed``; ``bias`` is ``[out]`` or None."""
+        super().__init__()
+        self.out_features, self.in_features = packed.out_features, packed.in_features
+        self._template = packed
+        for name, tensor in packed.state_dict().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._dense: Tensor | None = None
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight over this module's buffers."""
+        return self._template.with_tensors(dict(self.named_buffers(recurse=False)))
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the stored bytes stand for: ``[out, in]`` float32."""
+        return self.packed.dequantize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        weight = self.dequantize().to(x.dtype) if self._dense is None else self._dense
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Name the format in printed models."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, format={self._template.format}, "
+            f"bits_per_weight={self.packed.bits_per_weight:.2f}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Follow a move to another device; keep every packed tensor's dtype."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+@contextmanager
+def dense_cache(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Dequantize every packed linear of ``model`` once for the duration of the context.
+
+    Bytes that are changed inside the context have no effect until it ends.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    try:
+        for layer in layers:
+            layer._dense = layer.dequantize().to(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer._dense = None
