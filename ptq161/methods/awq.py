@@ -1,0 +1,251 @@
+"""AWQ: scale up the input channels that matter, clip the rest, round to nearest (Lin et al. 2023, arXiv 2306.00978).
+
+Follows mit-han-lab/llm-awq:
+
+1. channel scales: ``_search_module_scale`` in ``awq/quantize/auto_scale.py``, one scale per channel for all linears
+   that share an input;
+2. clipping: ``auto_clip_layer`` in ``awq/quantize/auto_clip.py``, per output channel or group, not for q and k;
+3. rounding: ``pseudo_quantize_tensor`` in ``awq/quantize/quantizer.py``, asymmetric.
+
+The output error of a linear over all calibration tokens is ``trace(D H D^T)`` with the hessian ``H`` and the weight's
+change ``D``, so no inputs are kept. Differences:
+
+- The released search compares outputs of the whole attention for q, k, v and of the whole MLP for gate and up; here
+  the linears' own outputs are compared, summed over those that share the input. For o and down both are the same.
+- It looks for clipping on 512 tokens, here on all.
+- It folds the scales into the layer before the linear, so it skips o with grouped-query attention. Here they stay
+  with the codes and every linear has them.
+- A group's range includes zero here, which matters only where all of its weights have one sign.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.methods.compensation import naming
+from ptq161.methods.rtn import quantize_weight as round_to_nearest
+from ptq161.packed.awq import AWQWeight
+from ptq161.packed.uniform import check_uniform, grouped, uniform_codes, uniform_parameters, uniform_values
+from ptq161.packed.weight import PackedWeight, stored_scale
+
+GRID = 20
+MAX_SHRINK = 0.5
+_LEAST_SCALE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQ(LayerwiseMethod):
+    """AWQ. The defaults are those of the released examples.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel.
+        auto_scale: search the channel scales; without it they are one.
+        auto_clip: search the clipping.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    auto_scale: bool = True
+    auto_clip: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject bits and group sizes that the format cannot hold."""
+        super().__post_init__()
+        check_uniform(self.bits, self.group_size)
+
+    def nominal_bits(self) -> float:
+        """Bits of a code; scales, zero points and channel scales are not counted."""
+        return float(self.bits)
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Search the channel scales that the linears share, then clip and round each."""
+        assert statistics is not None, "a method with needs_statistics gets them from the driver"
+        hessian = statistics.hessian
+        scales = torch.ones_like(statistics.absolute_mean)
+        if self.auto_scale:
+            with naming(", ".join(weights)):
+                scales = search_scales(
+                    torch.cat(list(weights.values())),
+                    hessian,
+                    statistics.absolute_mean,
+                    self.bits,
+                    group_size=self.group_size,
+                    scale_dtype=self.scale_dtype,
+                )
+        packed: dict[str, PackedWeight] = {}
+        for name, weight in weights.items():
+            # The product of queries and keys amplifies what clipping loses in either: the authors leave both alone.
+            clip = self.auto_clip and not name.rpartition(".")[2].startswith(("q_", "k_"))
+            with naming(name):
+                packed[name] = quantize_scaled(
+                    weight,
+                    hessian,
+                    scales,
+                    self.bits,
+                    group_size=self.group_size,
+                    clip=clip,
+                    scale_dtype=self.scale_dtype,
+                )
+        return packed
+
+
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    absolute_mean: Tensor,
+    bits: int,
+    *,
+    group_size: int | None = None,
+    clip: bool = True,
+    scale_dtype: str = "float16",
+) -> AWQWeight:
+    """Quantize one linear with AWQ.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``, 2/n X^T X; its scale does not matter.
+        absolute_mean: ``[in]``, mean of |x| over all tokens.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel. The last group may be shorter.
+        clip: search the clipping.
+        scale_dtype: dtype of stored scales, zero points and channel scales.
+
+    Raises:
+        UserError: a setting is out of range, or weight or hessian is not finite.
+    """
+    scales = search_scales(weight, hessian, absolute_mean, bits, group_size=group_size, scale_dtype=scale_dtype)
+    return quantize_scaled(weight, hessian, scales, bits, group_size=group_size, clip=clip, scale_dtype=scale_dtype)
+
+
+def search_scales(
+    weight: Tensor,
+    hessian: Tensor,
+    absolute_mean: Tensor,
+    bits: int,
+    *,
+    group_size: int | None = None,
+    scale_dtype: str = "float16",
+) -> Tensor:
+    """Search the exponent of the mean activation that makes the best channel scales (the paper's Eq. 5).
+
+    Args:
+        weight: ``[out, in]``; of linears that share an input, all rows.
+        hessian: ``[in, in]``.
+        absolute_mean: ``[in]``, mean of |x| over all tokens.
+        bits: see :func:`quantize_weight`.
+        group_size: see :func:`quantize_weight`.
+        scale_dtype: the scales are rounded to this dtype before they are tried.
+
+    Returns:
+        ``[in]`` float32, positive. Exponent 0, all scales one, is the first that is tried: no scales are returned
+        that are worse than none.
+
+    Raises:
+        UserError: weight or hessian is not finite.
+    """
+    check_uniform(bits, group_size)
+    weight = weight.float()
+    best_error, best = float("inf"), None
+    for step in range(GRID):
+        scales = absolute_mean.float().pow(step / GRID).clamp(min=_LEAST_SCALE)
+        scales = stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
+        rounded = _rounded(grouped(weight * scales, group_size), bits, scale_dtype).flatten(1)
+        difference = rounded[:, : weight.shape[1]] / scales - weight
+        error = float(_output_error(difference, hessian).sum())
+        if error < best_error:
+            best_error, best = error, scales
+    if best is None:
+        raise UserError("the output error is NaN or infinite for any channel scale; check weights and activations.")
+    return best
+
+
+def search_clip(
+    weight: Tensor, hessian: Tensor, bits: int, *, group_size: int | None = None, scale_dtype: str = "float16"
+) -> Tensor:
+    """Search the largest magnitude that each output channel or group keeps, down to half of its own.
+
+    Args:
+        weight: ``[out, in]``, already scaled.
+        hessian: ``[in, in]`` of the input that belongs to it. A group's error is that of its own columns.
+        bits: see :func:`quantize_weight`.
+        group_size: see :func:`quantize_weight`.
+        scale_dtype: dtype in which the grid's scales will be stored.
+
+    Returns:
+        ``[out, groups]`` float32.
+    """
+    groups = grouped(weight.float(), group_size)
+    blocks = _diagonal_blocks(hessian, groups.shape[2])
+    largest = groups.abs().amax(-1, keepdim=True)
+    best, best_error = largest, torch.full_like(largest, float("inf"))
+    for step in range(int(MAX_SHRINK * GRID)):
+        limit = largest * (1 - step / GRID)
+        difference = _rounded(groups.clamp(-limit, limit), bits, scale_dtype) - groups
+        error = _output_error(difference.transpose(0, 1), blocks).T.unsqueeze(-1)
+        best = torch.where(error < best_error, limit, best)
+        best_error = torch.minimum(error, best_error)
+    return best.squeeze(-1)
+
+
+def quantize_scaled(
+    weight: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    bits: int,
+    *,
+    group_size: int | None = None,
+    clip: bool = True,
+    scale_dtype: str = "float16",
+) -> AWQWeight:
+    """Scale, clip and round a weight.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]`` of the unscaled input.
+        scales: ``[in]``, positive, as ``scale_dtype`` can hold them.
+        bits: see :func:`quantize_weight`.
+        group_size: see :func:`quantize_weight`.
+        clip: search the clipping.
+        scale_dtype: see :func:`quantize_weight`.
+
+    Raises:
+        UserError: a setting is out of range, or a weight is not finite.
+    """
+    check_uniform(bits, group_size)
+    scaled = weight.float() * scales
+    if clip:
+        scaled_hessian = hessian / scales / scales.unsqueeze(1)
+        limit = search_clip(scaled, scaled_hessian, bits, group_size=group_size, scale_dtype=scale_dtype)
+        limit = limit.unsqueeze(-1)
+        scaled = grouped(scaled, group_size).clamp(-limit, limit).flatten(1)[:, : weight.shape[1]]
+    packed = round_to_nearest(scaled, bits, group_size=group_size, scale_dtype=scale_dtype)
+    return AWQWeight.from_uniform(packed, scales, scale_dtype)
+
+
+def _rounded(groups: Tensor, bits: int, scale_dtype: str) -> Tensor:
+    """Round each slice along the last axis to nearest on its own grid."""
+    scale, zero_point = uniform_parameters(groups, bits, scale_dtype=scale_dtype)
+    return uniform_values(uniform_codes(groups, scale, zero_point, bits), scale, zero_point)
+
+
+def _output_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Return ``d H d^T`` of each row: ``[..., out, in]`` and ``[..., in, in]`` to ``[..., out]``."""
+    return ((difference @ hessian) * difference).sum(-1)
+
+
+def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:
+    """Cut the blocks ``[groups, width, width]`` on the diagonal out; a shorter last one is filled up with zeros."""
+    blocks = hessian.new_zeros(-(-hessian.shape[0] // width), width, width)
+    for i, block in enumerate(blocks):
+        piece = hessian[i * width : (i + 1) * width, i * width : (i + 1) * width]
+        block[: piece.shape[0], : piece.shape[0]] = piece
+    return blocks

@@ -1,0 +1,190 @@
+"""QuIP: rotate weight and hessian at random, then round with linear feedback (Chee et al. 2023, arXiv 2307.13304).
+
+Follows Cornell-RelaxML/QuIP with ``--quant ldlq --incoh_processing``:
+
+1. rescaling, rotation and damping: ``QuantMethod.preproc`` in ``method.py``;
+2. one symmetric grid of 2.4 standard deviations per linear: ``quantize_weight_vecbal`` (``qfn='b'``) in
+   ``vector_balance.py``;
+3. LDLQ, from the last column to the first: ``round_ldl`` there. It is the error compensation of GPTQ over reversed
+   columns (the paper's Theorem 6), so that is what runs.
+
+Greedy passes after LDLQ (``--npasses``) are off in the released code by default and not part of this module. It also
+sets ``proj_extra=1`` (rotations without blocks), but reads ``pre_proj_extra``, which stays 0: blocked butterflies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
+from ptq161.methods.compensation import check_damping, compensate_columns, inverse_factor, naming
+from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
+from ptq161.packed.uniform import check_uniform
+from ptq161.packed.weight import PackedWeight, stored_scale
+
+GRID_DEVIATIONS = 2.4
+RIDGE = 1e-2
+_LEAST = 1e-8
+
+
+@dataclasses.dataclass(frozen=True)
+class QuIP(LayerwiseMethod):
+    """QuIP. The defaults are those of the released code at 2 bits.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        rotation: ``butterfly`` (QuIP) or ``hadamard`` (as in QuIP#).
+        rescale: rescale the input channels before the rotation.
+        damping: added to the rotated hessian's diagonal, as a share of its mean.
+    """
+
+    bits: int = 2
+    rotation: str = "butterfly"
+    rescale: bool = True
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Reject values out of range."""
+        super().__post_init__()
+        check_uniform(self.bits, None)
+        check_choice("method.rotation", self.rotation, tuple(ROTATIONS))
+        check_damping(self.damping)
+
+    def nominal_bits(self) -> float:
+        """Bits of a code; the grid, the seed and the channel scales are not counted."""
+        return float(self.bits)
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize each linear with rotations of its own."""
+        assert statistics is not None, "a method with needs_statistics gets them from the driver"
+        packed: dict[str, PackedWeight] = {}
+        for name, weight in weights.items():
+            seed = int(torch.randint(2**62, (1,), generator=window.generator(f"quip/{name}")))
+            with naming(name):
+                packed[name] = quantize_weight(
+                    weight,
+                    statistics.hessian,
+                    self.bits,
+                    seed=seed,
+                    rotation=self.rotation,
+                    rescale=self.rescale,
+                    damping=self.damping,
+                    scale_dtype=self.scale_dtype,
+                )
+        return packed
+
+
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    bits: int,
+    *,
+    seed: int = 0,
+    rotation: str = "butterfly",
+    rescale: bool = True,
+    damping: float = 0.01,
+    scale_dtype: str = "float16",
+) -> QuIPWeight:
+    """Quantize a weight with incoherence processing and LDLQ (the paper's Algorithm 3).
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``, 2/n X^T X before damping; its scale does not matter.
+        bits: 2, 3, 4 or 8.
+        seed: non-negative int64 from which the rotations are drawn.
+        rotation: ``butterfly`` or ``hadamard``.
+        rescale: rescale the input channels before the rotation.
+        damping: added to the rotated hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        scale_dtype: dtype of the stored scale and channel scales.
+
+    Raises:
+        UserError: a setting is out of range, or weight or hessian is not finite.
+    """
+    check_uniform(bits, None)
+    check_choice("method.rotation", rotation, tuple(ROTATIONS))
+    weight, hessian = weight.float(), hessian.float()
+    if not bool(torch.isfinite(hessian).all()):
+        raise UserError("the hessian of the inputs is NaN or infinite, which no damping mends; check the activations.")
+    input_scales = None
+    if rescale:
+        input_scales = stored_scale(channel_scales(weight, hessian), scale_dtype).float()
+        weight = weight * input_scales
+        hessian = hessian / input_scales / input_scales.unsqueeze(1)
+    out_side, in_side = draw_rotations(rotation, seed, *weight.shape)
+    rotated = rotate_weight(weight, out_side, in_side)
+    scale = stored_scale(GRID_DEVIATIONS * rotated.square().mean().sqrt(), scale_dtype).float()
+    codes = ldlq(_grid_position(rotated, scale, bits), rotate_hessian(hessian, in_side), bits, damping)
+    return QuIPWeight.pack(
+        codes, scale, bits, rotation=rotation, seed=seed, input_scales=input_scales, scale_dtype=scale_dtype
+    )
+
+
+def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return the rescaling of input channels that minimises the bound of the paper's Section 4.1.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``.
+
+    Returns:
+        ``[in]``: the fourth root of each channel's hessian diagonal (relative to the largest entry of the hessian)
+        over the squared norm of its weights.
+    """
+    diagonal = (hessian.diagonal() / hessian.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=_LEAST)
+    norm = weight.square().sum(0).clamp(min=_LEAST)
+    return (diagonal / norm).pow(0.25).clamp(min=_LEAST)
+
+
+def rotate_weight(weight: Tensor, out_side: Rotation, in_side: Rotation) -> Tensor:
+    """Return ``U W V^T`` for ``W [out, in]``."""
+    return out_side.apply(in_side.apply(weight).T).T.contiguous()
+
+
+def rotate_hessian(hessian: Tensor, in_side: Rotation) -> Tensor:
+    """Return ``V H V^T`` of the hessian ``H [in, in]`` at a mean diagonal of one, with a ridge of 0.01."""
+    n = hessian.shape[0]
+    hessian = hessian * (n / (hessian.trace() + _LEAST))
+    hessian.diagonal().add_(RIDGE)
+    return in_side.apply(in_side.apply(hessian).T.contiguous())
+
+
+def ldlq(position: Tensor, hessian: Tensor, bits: int, damping: float = 0.01) -> Tensor:
+    """Round with linear feedback from the columns already rounded, last column first.
+
+    Args:
+        position: ``[out, in]``, the weight in units of the grid, in ``[0, 2**bits - 1]``.
+        hessian: ``[in, in]``.
+        bits: bits of a code.
+        damping: see :func:`quantize_weight`.
+
+    Returns:
+        codes ``[out, in]`` uint8.
+
+    Raises:
+        UserError: the hessian is not positive definite.
+    """
+    largest = 2**bits - 1
+    factor = inverse_factor(hessian.flip(0, 1), damping)
+
+    def nearest(column: Tensor, _: int, __: Tensor) -> Tensor:
+        return torch.floor(column + 0.5).clamp(0, largest)
+
+    return compensate_columns(position.flip(1), factor, nearest).flip(1).to(torch.uint8)
+
+
+def _grid_position(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Map ``[-scale, scale]`` to ``[0, 2**bits - 1]``, and what lies outside to the ends.
+
+    The released code clamps before it rounds, so that the feedback never makes good what lies outside.
+    """
+    largest = 2**bits - 1
+    # A scale that underflows to zero stands for zeros whatever the code.
+    relative = torch.where(scale > 0, weight / scale, 0.0)
+    return ((relative + 1) / 2 * largest).clamp(0, largest)

@@ -1,0 +1,250 @@
+"""Integer codes of a weight that was rescaled and rotated at random before rounding: the format of QuIP.
+
+A rotation is never stored: the seed is, and the rotation is drawn from it again whenever the weight is dequantized.
+Both kinds are products of small factors, so rotating ``[out, in]`` takes far less than a product with a dense
+``[in, in]`` matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ptq161.packed.bits import pack_codes, unpack_codes
+from ptq161.packed.weight import PackedWeight, stored_scale
+
+
+class Rotation(ABC):
+    """An orthogonal matrix ``Q [n, n]`` as a product of fast factors."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q.T`` for ``x [..., n]``."""
+
+    @abstractmethod
+    def invert(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q`` for ``x [..., n]``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Butterfly(Rotation):
+    """Two stages of small random orthogonal matrices between two random permutations.
+
+    As ``gen_rand_ortho_butterfly`` and ``mul_ortho_butterfly`` in ``method.py`` of Cornell-RelaxML/QuIP: with
+    ``n = p * q``, each of the q strided slices is turned by a matrix of its own, then each of the p contiguous ones.
+
+    Attributes:
+        first: ``[q, p, p]`` float32.
+        second: ``[p, q, q]`` float32.
+        order_in: ``[n]`` int64, the permutation before the stages.
+        order_out: ``[n]`` int64, the permutation after them.
+    """
+
+    first: Tensor
+    second: Tensor
+    order_in: Tensor
+    order_out: Tensor
+
+    @classmethod
+    def draw(cls, n: int, generator: torch.Generator) -> Self:
+        """Draw a rotation of ``n`` dimensions from a CPU generator."""
+        p, q = _balanced_factors(n)
+        return cls(
+            first=_random_orthogonal(q, p, generator),
+            second=_random_orthogonal(p, q, generator),
+            order_in=torch.randperm(n, generator=generator),
+            order_out=torch.randperm(n, generator=generator),
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q.T`` for ``x [..., n]``."""
+        first, second = self.first.to(x.device), self.second.to(x.device)
+        x = x[..., self.order_in.to(x.device)].unflatten(-1, (second.shape[0], first.shape[0]))
+        x = torch.einsum("qab,...bq->...aq", first, x)
+        x = torch.einsum("pab,...pb->...pa", second, x)
+        return x.flatten(-2)[..., self.order_out.to(x.device)]
+
+    def invert(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q`` for ``x [..., n]``."""
+        first, second = self.first.to(x.device), self.second.to(x.device)
+        x = x[..., self.order_out.argsort().to(x.device)].unflatten(-1, (second.shape[0], first.shape[0]))
+        x = torch.einsum("pab,...pa->...pb", second, x)
+        x = torch.einsum("qab,...aq->...bq", first, x)
+        return x.flatten(-2)[..., self.order_in.argsort().to(x.device)]
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomHadamard(Rotation):
+    """Random signs, then a Hadamard matrix; a random orthogonal one stands for the odd factor of ``n``.
+
+    The transform of QuIP# (Tseng et al. 2024, Section 3.1) for ``n = 2**k * m``: ``Q = (O_m x H) diag(signs)``, where
+    QuIP# takes a known Hadamard matrix of order ``m`` times a power of two and knows none for an odd ``n``.
+
+    Attributes:
+        signs: ``[n]`` float32, each 1 or -1.
+        odd: ``[m, m]`` float32, orthogonal.
+    """
+
+    signs: Tensor
+    odd: Tensor
+
+    @classmethod
+    def draw(cls, n: int, generator: torch.Generator) -> Self:
+        """Draw a rotation of ``n`` dimensions from a CPU generator."""
+        signs = torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
+        return cls(signs=signs, odd=_random_orthogonal(1, n // _power_of_two(n), generator)[0])
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q.T`` for ``x [..., n]``."""
+        return self._mix(x * self.signs.to(x.device), self.odd.to(x.device))
+
+    def invert(self, x: Tensor) -> Tensor:
+        """Return ``x @ Q`` for ``x [..., n]``."""
+        return self._mix(x, self.odd.T.to(x.device)) * self.signs.to(x.device)
+
+    def _mix(self, x: Tensor, odd: Tensor) -> Tensor:
+        m, power = odd.shape[0], x.shape[-1] // odd.shape[0]
+        # H of order 2**k is the Kronecker product of two of about its root: two small dense products are faster
+        # than k passes of additions over the whole of x.
+        left = 2 ** (int(math.log2(power)) // 2)
+        right = power // left
+        shape = x.shape
+        x = x.reshape(-1, right) @ _hadamard(right).to(x.device)
+        x = _hadamard(left).to(x.device) @ x.view(-1, left, right)
+        return (odd @ x.view(-1, m, power)).view(shape) / math.sqrt(power)
+
+
+ROTATIONS: dict[str, type[Butterfly] | type[RandomHadamard]] = {"butterfly": Butterfly, "hadamard": RandomHadamard}
+
+
+def draw_rotations(kind: str, seed: int, out_features: int, in_features: int) -> tuple[Rotation, Rotation]:
+    """Draw the rotations of a weight's output and input side; the same seed gives the same ones.
+
+    Args:
+        kind: a key of ``ROTATIONS``.
+        seed: any non-negative int64.
+        out_features: dimensions of the first rotation.
+        in_features: dimensions of the second one.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rotation = ROTATIONS[kind]
+    return rotation.draw(out_features, generator), rotation.draw(in_features, generator)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuIPWeight(PackedWeight):
+    """Codes on one symmetric grid of ``2**bits`` evenly spaced values from ``-scale`` to ``scale``.
+
+    Attributes:
+        bits: bits per code.
+        rotation: a key of ``ROTATIONS``.
+        codes: ``[out, ceil(in * bits / 8)]`` uint8.
+        scale: ``[1]`` in ``scale_dtype``, half the width of the grid.
+        seed: ``[1]`` int64, from which both rotations are drawn.
+        input_scales: ``[in]`` in ``scale_dtype``; column ``j`` was multiplied by ``input_scales[j]`` before the
+            rotation. None where it was not rescaled.
+    """
+
+    format: ClassVar[str] = "quip"
+
+    bits: int
+    rotation: str
+    codes: Tensor
+    scale: Tensor
+    seed: Tensor
+    input_scales: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        bits: int,
+        *,
+        rotation: str,
+        seed: int,
+        input_scales: Tensor | None = None,
+        scale_dtype: str = "float16",
+    ) -> Self:
+        """Store codes and everything that leads back from them to the weight.
+
+        Args:
+            codes: ``[out, in]``, any integer dtype, each in ``[0, 2**bits)``.
+            scale: a scalar, half the width of the grid.
+            bits: 2, 3, 4 or 8.
+            rotation: a key of ``ROTATIONS``.
+            seed: a non-negative int64.
+            input_scales: ``[in]``, positive; None for no rescaling.
+            scale_dtype: ``float16`` or ``float32``.
+
+        Raises:
+            UserError: a scale leaves the range of ``scale_dtype``.
+        """
+        return cls(
+            out_features=codes.shape[0],
+            in_features=codes.shape[1],
+            bits=bits,
+            rotation=rotation,
+            codes=pack_codes(codes, bits),
+            scale=stored_scale(scale.reshape(1), scale_dtype),
+            seed=torch.tensor([seed], device=codes.device),
+            input_scales=None if input_scales is None else stored_scale(input_scales, scale_dtype),
+        )
+
+    def dequantize(self) -> Tensor:
+        """Return ``U^T grid(codes) V / input_scales``: ``[out, in]`` float32."""
+        codes = unpack_codes(self.codes, self.in_features, self.bits)
+        weight = symmetric_values(codes, self.scale.float(), self.bits)
+        out_side, in_side = draw_rotations(self.rotation, int(self.seed), self.out_features, self.in_features)
+        weight = out_side.invert(in_side.invert(weight).T).T.contiguous()
+        return weight if self.input_scales is None else weight / self.input_scales.float()
+
+
+def symmetric_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the grid's value of each code: ``scale * (2 * code / (2**bits - 1) - 1)`` in float32."""
+    return scale * (codes.float() * (2 / (2**bits - 1)) - 1)
+
+
+def _balanced_factors(n: int) -> tuple[int, int]:
+    """Split n into two factors by dealing out its prime factors, smallest first, in turn."""
+    primes: list[int] = []
+    divisor = 2
+    while n > 1:
+        while n % divisor == 0:
+            primes.append(divisor)
+            n //= divisor
+        # A number without a divisor up to its root is prime.
+        divisor = divisor + 1 if divisor * divisor <= n else n
+    return math.prod(primes[0::2]), math.prod(primes[1::2])
+
+
+def _power_of_two(n: int) -> int:
+    """Return the largest power of two that divides n."""
+    return n & -n
+
+
+def _random_orthogonal(count: int, n: int, generator: torch.Generator) -> Tensor:
+    """Draw ``[count, n, n]`` orthogonal matrices from the Haar measure, in float32.
+
+    The factorization is done in float64, so that what rounding order changes there is gone after the cast.
+    """
+    gaussian = torch.randn(count, n, n, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    # Without fixing the signs the distribution would depend on the sign convention of the factorization.
+    return (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+
+
+@functools.cache
+def _hadamard(n: int) -> Tensor:
+    """Return Sylvester's Hadamard matrix ``[n, n]`` of ones and minus ones for n a power of two."""
+    matrix = torch.ones(1, 1)
+    step = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    while matrix.shape[0] < n:
+        matrix = torch.kron(step, matrix)
+    return matrix
