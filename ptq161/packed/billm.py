@@ -1,0 +1,120 @@
+"""BiLLM's format: two signs for each weight of a salient column, a sign and a group for every other weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ptq161.packed.bits import pack_plane, unpack_plane
+from ptq161.packed.weight import PackedWeight, stored_scale
+
+
+class BinaryGrid(NamedTuple):
+    """Scales and means of one block of columns, or of several, along any trailing dimensions.
+
+    Attributes:
+        scales: ``[4, out, ...]``: of the concentrated group, the sparse group, and the salient columns' first and
+            second order.
+        means: ``[3, out, ...]``: of the concentrated group, the sparse group and the salient columns. Only the sum of
+            the means of both orders is needed to dequantize, so only that is stored.
+    """
+
+    scales: Tensor
+    means: Tensor
+
+
+class BinaryPlanes(NamedTuple):
+    """What each weight has of its own, as bools.
+
+    Attributes:
+        salient: ``[in]``, the salient columns.
+        sparse: ``[out, in]``, the group of large weights; read where not salient.
+        signs: ``[out, in]``, set for plus.
+        second_signs: ``[out, in]``, signs of the residual; read where salient.
+    """
+
+    salient: Tensor
+    sparse: Tensor
+    signs: Tensor
+    second_signs: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BiLLMWeight(PackedWeight):
+    """Residual binarization of salient columns and split binarization of the others, per row and column block.
+
+    Attributes:
+        column_block: columns that share a row's scales and means; the last block may be shorter.
+        n_salient: number of salient columns.
+        salient: ``[ceil(in / 8)]`` uint8.
+        signs: ``[out, ceil(in / 8)]`` uint8.
+        second_signs: ``[out, ceil(n_salient / 8)]`` uint8, over the salient columns.
+        sparse: ``[out, ceil((in - n_salient) / 8)]`` uint8, over the other columns.
+        scales: ``[4, out, blocks]`` in ``scale_dtype``, see :class:`BinaryGrid`.
+        means: ``[3, out, blocks]`` in ``scale_dtype``.
+    """
+
+    format: ClassVar[str] = "billm"
+
+    column_block: int
+    n_salient: int
+    salient: Tensor
+    signs: Tensor
+    second_signs: Tensor
+    sparse: Tensor
+    scales: Tensor
+    means: Tensor
+
+    @classmethod
+    def pack(cls, planes: BinaryPlanes, grid: BinaryGrid, column_block: int, *, scale_dtype: str = "float16") -> Self:
+        """Store the planes of a whole weight and the grids ``[4 or 3, out, blocks]`` of its column blocks.
+
+        Raises:
+            UserError: a scale or mean leaves the range of ``scale_dtype``.
+        """
+        out_features, in_features = planes.signs.shape
+        return cls(
+            out_features=out_features,
+            in_features=in_features,
+            column_block=column_block,
+            n_salient=int(planes.salient.sum()),
+            salient=pack_plane(planes.salient),
+            signs=pack_plane(planes.signs),
+            second_signs=pack_plane(planes.second_signs[:, planes.salient]),
+            sparse=pack_plane(planes.sparse[:, ~planes.salient]),
+            scales=stored_scale(grid.scales, scale_dtype),
+            means=stored_scale(grid.means, scale_dtype),
+        )
+
+    def dequantize(self) -> Tensor:
+        """Return the weight: ``[out, in]`` float32."""
+        salient = unpack_plane(self.salient, self.in_features)
+        second_signs = salient.new_zeros(self.out_features, self.in_features)
+        second_signs[:, salient] = unpack_plane(self.second_signs, self.n_salient)
+        sparse = torch.zeros_like(second_signs)
+        sparse[:, ~salient] = unpack_plane(self.sparse, self.in_features - self.n_salient)
+        signs = unpack_plane(self.signs, self.in_features)
+        grid = BinaryGrid(self._per_column(self.scales), self._per_column(self.means))
+        return binary_values(BinaryPlanes(salient, sparse, signs, second_signs), grid)
+
+    def _per_column(self, parameter: Tensor) -> Tensor:
+        return parameter.float().repeat_interleave(self.column_block, dim=-1)[..., : self.in_features]
+
+
+def binary_values(planes: BinaryPlanes, grid: BinaryGrid) -> Tensor:
+    """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32."""
+    concentrated, sparse, first, second = grid.scales
+    once = torch.where(
+        planes.sparse,
+        _signed(planes.signs, sparse) + grid.means[1],
+        _signed(planes.signs, concentrated) + grid.means[0],
+    )
+    twice = _signed(planes.signs, first) + _signed(planes.second_signs, second) + grid.means[2]
+    return torch.where(planes.salient, twice, once)
+
+
+def _signed(plus: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(plus, scale, -scale)
