@@ -170,7 +170,7 @@ def ldlq(position: Tensor, hessian: Tensor, bits: int, damping: float = 0.01) ->
     Raises:
         UserError: the hessian is not positive definite.
     """
-    largest = 2**bits - 1
+    largest: int = 2**bits - 1
     factor = inverse_factor(hessian.flip(0, 1), damping)
 
     def nearest(column: Tensor, _: int, __: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _grid_position(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     The released code clamps before it rounds, so that the feedback never makes good what lies outside.
     """
-    largest = 2**bits - 1
+    largest: int = 2**bits - 1
     # A scale that underflows to zero stands for zeros whatever the code.
     relative = torch.where(scale > 0, weight / scale, 0.0)
     return ((relative + 1) / 2 * largest).clamp(0, largest)

@@ -208,7 +208,8 @@ class QuIPWeight(PackedWeight):
 
 def symmetric_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the grid's value of each code: ``scale * (2 * code / (2**bits - 1) - 1)`` in float32."""
-    return scale * (codes.float() * (2 / (2**bits - 1)) - 1)
+    largest: int = 2**bits - 1
+    return scale * (codes.float() * (2 / largest) - 1)
 
 
 def _balanced_factors(n: int) -> tuple[int, int]:
@@ -237,7 +238,8 @@ def _random_orthogonal(count: int, n: int, generator: torch.Generator) -> Tensor
     gaussian = torch.randn(count, n, n, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
     # Without fixing the signs the distribution would depend on the sign convention of the factorization.
-    return (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+    orthogonal: Tensor = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return orthogonal.float()
 
 
 @functools.cache
