@@ -1,0 +1,27 @@
+"""The record of a run: written locally in full, mirrored to Weights & Biases.
+
+Usage::
+
+    with RunRecord.open(run_dir, config=config, tracker=tracker, seeds={"run": 0}, job_name="demo") as record:
+        record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
+        record.metric("loss", 0.5, block=3, epoch=0)
+        record.finish({"metrics": {"ppl/boolq@512": 30.1}})
+
+    run = read_run(run_dir)
+"""
+
+from ptq161.tracking.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
+from ptq161.tracking.interrupts import Interrupted
+from ptq161.tracking.read import RunData, read_run
+from ptq161.tracking.record import SCHEMA_VERSION, RunRecord
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Interrupted",
+    "RunData",
+    "RunRecord",
+    "read_run",
+    "sha256_of_file",
+    "sha256_of_sources",
+    "sha256_of_tensors",
+]

@@ -1,0 +1,67 @@
+"""SIGINT and SIGTERM as an exception, so that a killed run closes its record on the way out."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the process to end.
+
+    A ``KeyboardInterrupt``, because libraries clean up after that and do not mistake it for an error of their own.
+
+    Attributes:
+        signal: which one.
+        exit_code: the status with which the process should end: 130 after SIGINT, 143 after SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number
+        super().__init__(self.signal.name)
+
+
+class Interrupts:
+    """Raises :class:`Interrupted` in the main thread when a signal arrives, unless :meth:`deferred`."""
+
+    def __init__(self) -> None:
+        self._deferring = False
+        self._pending: int | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals inside, and put the handlers before back. Only the main thread can: others do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                # None stands for a handler that was not set from Python and cannot be put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Hold signals back while something short and important happens; raise the last of them after it."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+            pending, self._pending = self._pending, None
+            if pending is not None:
+                raise Interrupted(pending)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._deferring:
+            self._pending = number
+        else:
+            raise Interrupted(number)

@@ -1,0 +1,119 @@
+"""Reading a run directory back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ptq161.errors import UserError
+from ptq161.tracking.files import decode_json
+from ptq161.tracking.record import SCHEMA_VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """Everything that a run directory says about its run.
+
+    Attributes:
+        run_dir: where it was read.
+        config: the resolved configuration.
+        manifest: what ran where, and how it ended.
+        metrics: one entry per number: time, name, value and what it belongs to.
+        samples: one entry per text sample: time, name, text.
+        results: what the run found; None where it did not finish.
+        problems: one sentence for each thing that could not be read.
+    """
+
+    run_dir: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    results: dict[str, Any] | None
+    problems: list[str]
+
+
+def read_run(run_dir: Path | str) -> RunData:
+    """Read a record, of a run that has ended or still goes on.
+
+    Damage to a part of it, such as the last line of a killed run, is reported in ``problems``.
+
+    Raises:
+        UserError: the directory holds no record, or one of another layout version.
+    """
+    folder = Path(run_dir)
+    problems: list[str] = []
+    return RunData(
+        run_dir=folder,
+        manifest=_read_manifest(folder / "manifest.json"),
+        config=_read_config(folder / "config.yaml", problems),
+        metrics=_read_lines(folder / "metrics.jsonl", ("time", "name", "value"), problems),
+        samples=_read_lines(folder / "samples.jsonl", ("time", "name", "text"), problems),
+        results=_read_results(folder / "results.json", problems),
+        problems=problems,
+    )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = decode_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path.parent} is no run directory: its manifest.json cannot be read ({error}).") from error
+    _check_version(path, manifest)
+    return manifest
+
+
+def _read_results(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        results = decode_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read ({error}).")
+        return None
+    _check_version(path, results)
+    return results
+
+
+def _check_version(path: Path, document: dict[str, Any]) -> None:
+    version = document.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version}; this version of ptq161 reads {SCHEMA_VERSION}.")
+
+
+def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path))
+    # YAML and OmegaConf each bring a family of exceptions of their own, with no common base but this.
+    except Exception as error:
+        problems.append(f"{path} cannot be read ({' '.join(str(error).split())}).")
+        return {}
+    if not isinstance(config, dict):
+        problems.append(f"{path} does not hold a mapping.")
+        return {}
+    return {str(key): value for key, value in config.items()}
+
+
+def _read_lines(path: Path, keys: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        problems.append(f"{path} cannot be read ({error}).")
+        return []
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = decode_json(line.decode("utf-8"))
+        except ValueError:
+            problems.append(f"line {number} of {path} is truncated or no JSON object; it is skipped.")
+            continue
+        if missing := [key for key in keys if key not in entry]:
+            problems.append(f"line {number} of {path} lacks {missing[0]!r}; it is skipped.")
+            continue
+        entries.append(entry)
+    return entries

@@ -1,0 +1,215 @@
+"""The record that a run writes about itself, complete without any service."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+
+from ptq161.config import TrackerConfig
+from ptq161.tracking.environment import describe_environment
+from ptq161.tracking.files import encode_json, write_atomically, writing
+from ptq161.tracking.interrupts import Interrupted, Interrupts
+from ptq161.tracking.run_log import run_log
+from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
+
+SCHEMA_VERSION = 1
+RESERVED = frozenset({"time", "name", "value", "nonfinite"})
+NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
+
+
+class RunRecord:
+    """The files of one run directory; made by :meth:`open`.
+
+    ``config.yaml`` (the resolved config), ``manifest.json`` (what ran where, and how it ended), ``metrics.jsonl``
+    (every number as it arises), ``samples.jsonl`` (text samples), ``results.json`` (what the run found) and
+    ``run.log``. Every JSON file carries ``schema_version``, the two line files through the manifest.
+    """
+
+    def __init__(self, run_dir: Path, manifest: dict[str, Any], metrics: TextIO, mirror: Mirror) -> None:
+        self.run_dir = run_dir
+        self.manifest = manifest
+        self._metrics = metrics
+        self._mirror = mirror
+        self._finished = False
+        self._started = time.monotonic()
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls,
+        run_dir: Path | str,
+        *,
+        config: Mapping[str, Any],
+        tracker: TrackerConfig,
+        seeds: Mapping[str, int],
+        job_name: str,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> Iterator[RunRecord]:
+        """Begin a record, and end it with the state in which the body is left.
+
+        ``finished`` after :meth:`finish`; ``interrupted`` by SIGINT, SIGTERM or ``KeyboardInterrupt``; ``failed``
+        by any other exception, or for lack of results. Inside, both signals raise :class:`Interrupted`. A record
+        that the directory already holds is replaced.
+
+        Args:
+            run_dir: is made where it does not exist.
+            config: the resolved configuration, plain containers and values.
+            tracker: where the record is mirrored; its ``group`` goes before ``group``, its ``tags`` join ``tags``.
+            seeds: name -> seed.
+            job_name: what the mirror calls the run.
+            group: the sweep that the run belongs to.
+            tags: labels of the run in the mirror.
+
+        Raises:
+            UserError: the directory cannot be written.
+        """
+        folder, interrupts = Path(run_dir).absolute(), Interrupts()
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in ("results.json", "samples.jsonl"):
+                (folder / stale).unlink(missing_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(interrupts.installed())
+            log = stack.enter_context(run_log(folder / "run.log"))
+            with writing(folder / "metrics.jsonl"):
+                metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+            stack.callback(_close_quietly, metrics)
+            record = cls(folder, _first_manifest(job_name, group, tags, seeds), metrics, NullMirror())
+            write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+            record._write_manifest()
+            try:
+                record._mirror = open_mirror(tracker, folder, config, job_name, tracker.group or group, tags)
+                yield record
+            except BaseException as error:
+                log.traceback(error)
+                # A full disk may be why the run ends: its sentence must not be replaced by a second one.
+                with contextlib.suppress(Exception):
+                    record._close(interrupts, _state_after(error), error)
+                raise
+            record._close(interrupts, "finished" if record._finished else "failed", None)
+
+    def describe(self, **facts: Any) -> None:
+        """Merge facts into ``manifest.json``, such as ``model_sha256``.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        self.manifest.update(facts)
+        self._write_manifest()
+
+    def metric(self, name: str, value: float, /, **where: int | str) -> None:
+        """Write one number as a line of ``metrics.jsonl``; a :class:`ptq161.methods.base.OnMetric`.
+
+        Args:
+            name: of the number.
+            value: any number; NaN and infinities are kept (see :func:`ptq161.tracking.files.encode_json`).
+            where: what it belongs to, such as block, epoch, linear.
+
+        Raises:
+            UserError: the file cannot be written.
+            ValueError: a key of ``where`` is one of the line's own.
+        """
+        if clash := RESERVED & where.keys():
+            raise ValueError(f"a metric cannot be placed by {sorted(clash)[0]!r}: that is a key of the line itself")
+        value = float(value)
+        with writing(self.run_dir / "metrics.jsonl"):
+            self._metrics.write(encode_json({"time": _now(), "name": name, "value": value, **where}) + "\n")
+            self._metrics.flush()
+        self._mirror.metric(name, value, where)
+
+    def sample(self, name: str, text: str) -> None:
+        """Append a text sample to ``samples.jsonl``.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = self.run_dir / "samples.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(encode_json({"time": _now(), "name": name, "text": text}) + "\n")
+        self._mirror.sample(name, text)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write ``results.json``; a run that comes here and raises nothing after is ``finished``.
+
+        Args:
+            results: ``metrics`` and ``full_precision`` (both flat, name -> number), ``protocol`` (metric ->
+                settings), and what else the run has to say.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        document = {"schema_version": SCHEMA_VERSION, **results}
+        write_atomically(self.run_dir / "results.json", encode_json(document, indent=2) + "\n")
+        self._mirror.results(results)
+        self._finished = True
+
+    def _close(self, interrupts: Interrupts, state: str, error: BaseException | None) -> None:
+        exception = {"type": type(error).__name__, "message": str(error)} if error else None
+        if state == "failed" and error is None:
+            exception = NO_RESULTS
+        self.manifest.update(
+            end=_iso_now(),
+            duration_seconds=round(time.monotonic() - self._started, 3),
+            exit_state=state,
+            exception=exception,
+        )
+        try:
+            with interrupts.deferred():
+                self._write_manifest()
+        finally:
+            self._mirror.close(state, _exit_code(state, error), exception)
+
+    def _write_manifest(self) -> None:
+        write_atomically(self.run_dir / "manifest.json", encode_json(self.manifest, indent=2) + "\n")
+
+
+def _first_manifest(
+    job_name: str, group: str | None, tags: Sequence[str], seeds: Mapping[str, int]
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "exit_state": "running",
+        "exception": None,
+        "start": _iso_now(),
+        "end": None,
+        "duration_seconds": None,
+        "job_name": job_name,
+        "group": group,
+        "tags": list(tags),
+        "seeds": dict(seeds),
+        **describe_environment(),
+    }
+
+
+def _state_after(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _exit_code(state: str, error: BaseException | None) -> int:
+    if state == "finished":
+        return 0
+    if isinstance(error, Interrupted):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _close_quietly(file: TextIO) -> None:
+    # Every line is flushed when it is written; what cannot be flushed now was already reported then.
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+def _now() -> float:
+    """Seconds since 1970 (UTC), to the millisecond."""
+    return round(time.time(), 3)
+
+
+def _iso_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

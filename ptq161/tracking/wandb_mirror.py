@@ -1,0 +1,253 @@
+"""The record mirrored to Weights & Biases. Nothing that goes wrong there reaches the run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from ptq161.config import TrackerConfig
+
+# W&B's own limits are 90 s and none at all. What does not arrive in time stays on disk for `wandb sync`.
+INIT_TIMEOUT_SECONDS = 30
+FINISH_TIMEOUT_SECONDS = 120
+MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
+
+Mode = Literal["online", "offline", "disabled"]
+
+log = logging.getLogger(__name__)
+
+
+class Mirror(Protocol):
+    """Hears what a record hears. None of its methods raises."""
+
+    def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
+        """Take one number."""
+
+    def sample(self, name: str, text: str) -> None:
+        """Take one text sample."""
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Take the results."""
+
+    def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
+        """End the mirrored run in the state of the real one."""
+
+
+class NullMirror:
+    """The mirror of a run that is not mirrored."""
+
+    def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
+        """Do nothing."""
+
+    def sample(self, name: str, text: str) -> None:
+        """Do nothing."""
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
+        """Do nothing."""
+
+
+def open_mirror(
+    tracker: TrackerConfig,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    job_name: str,
+    group: str | None,
+    tags: Sequence[str],
+) -> Mirror:
+    """Return the mirror that ``tracker`` asks for; where W&B cannot be had, say so once and mirror nothing."""
+    if tracker.name == "none":
+        return NullMirror()
+    try:
+        run = _init(tracker, run_dir, config, job_name, group, [*dict.fromkeys([*tracker.tags, *tags])])
+    except Exception as error:
+        _give_up("start", error)
+        return NullMirror()
+    return NullMirror() if run is None else WandbMirror(run, run_dir)
+
+
+class WandbMirror:
+    """One W&B run. At the first failure it says so in one line and is silent from then on."""
+
+    def __init__(self, run: Any, run_dir: Path) -> None:
+        self._run = run
+        self._run_dir = run_dir
+        self._axes: set[str] = set()
+        self._defined: set[str] = set()
+
+    def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
+        """Log one number on a chart of its own, against epoch or block (see :func:`chart`)."""
+        key, axis = chart(name, where)
+
+        def send() -> None:
+            if axis is None:
+                self._run.log({key: value})
+                return
+            if key not in self._defined:
+                self._define(key, axis)
+            self._run.log({key: value, axis: where[axis]})
+
+        self._guard("log", send)
+
+    def sample(self, name: str, text: str) -> None:
+        """Put a text sample into the run's summary."""
+        self._guard("log", lambda: self._run.summary.update({f"sample/{name}": text}))
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        """Put every result into the run's summary, under its own name and a plain one (:func:`plain_names`)."""
+        values = dict(results.get("metrics", {}))
+        values |= {f"full_precision/{name}": value for name, value in results.get("full_precision", {}).items()}
+        values |= {plain: values[name] for name, plain in plain_names(values).items()}
+        self._guard("log", lambda: self._run.summary.update(values))
+
+    def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
+        """Finish the run, and end W&B's service and threads in this process."""
+        summary: dict[str, Any] = {"exit_state": state}
+        if exception is not None:
+            summary["exception"] = f"{exception['type']}: {exception['message']}"
+
+        def end() -> None:
+            self._run.summary.update(summary)
+            for name in MIRRORED_FILES:
+                if (self._run_dir / name).exists():
+                    self._run.save(str(self._run_dir / name), base_path=str(self._run_dir), policy="now")
+            self._run.finish(exit_code=exit_code)
+            _teardown()
+
+        self._guard("finish", end)
+
+    def _define(self, key: str, axis: str) -> None:
+        if axis not in self._axes:
+            self._run.define_metric(axis, hidden=True, summary="none")
+            self._axes.add(axis)
+        # The summary is a row of the project's table: results belong there, hundreds of curves' ends do not.
+        self._run.define_metric(key, step_metric=axis, summary="none")
+        self._defined.add(key)
+
+    def _guard(self, action: str, call: Callable[[], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._run = None
+            _give_up(action, error)
+
+
+def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
+    """Return the W&B key of a metric and the key of its x-axis (None: W&B's own step).
+
+    A loss per epoch and block is one curve per block, ``loss/block_03`` against ``epoch``; an error per linear is
+    one curve per kind of linear, ``output_error/self_attn/q_proj`` against ``block``.
+    """
+    axis = next((key for key in ("epoch", "block") if isinstance(where.get(key), int)), None)
+    parts = [name]
+    for key, value in where.items():
+        if key == axis:
+            continue
+        if key == "linear":
+            # Full names begin with the block's index. A dot means nesting to W&B, a slash does not.
+            parts.append(re.sub(r"^\d+\.", "", str(value)).replace(".", "/"))
+        else:
+            parts.append(f"{key}_{value:02d}" if isinstance(value, int) else f"{key}_{value}")
+    return "/".join(parts), axis
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return name -> a name of letters, digits and underscores, which W&B can sort and filter by.
+
+    Names that are plain already are left out; two names never get the same plain one.
+    """
+    taken = set(names)
+    plain: dict[str, str] = {}
+    for name in names:
+        candidate = base = re.sub(r"^(?=\d)", "_", re.sub(r"\W", "_", name, flags=re.ASCII))
+        if candidate == name:
+            continue
+        number = 2
+        while candidate in taken:
+            candidate, number = f"{base}_{number}", number + 1
+        taken.add(candidate)
+        plain[name] = candidate
+    return plain
+
+
+def _init(
+    tracker: TrackerConfig, run_dir: Path, config: Mapping[str, Any], job_name: str, group: str | None, tags: list[str]
+) -> Any:
+    """Start a W&B run; None where the user has switched W&B off by its own means."""
+    # Importing takes over a second, which a run without a tracker need not spend.
+    import wandb
+
+    with _untouched_hooks():
+        session = wandb.setup(wandb.Settings(silent=True))
+        mode = _automatic_mode(session.settings.mode) if tracker.mode == "auto" else cast(Mode, tracker.mode)
+        if mode == "disabled":
+            return None
+        # W&B's telemetry heeds the session's mode only, not the run's: an offline run is to talk to nobody.
+        wandb.setup(wandb.Settings(silent=True, mode=mode))
+        run = wandb.init(
+            project=tracker.project,
+            entity=tracker.entity,
+            name=job_name,
+            group=group,
+            tags=tags,
+            dir=str(run_dir),
+            config=dict(config),
+            mode=mode,
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT_SECONDS,
+                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                finish_timeout_raises=True,
+            ),
+        )
+    if mode == "online":
+        log.info("W&B shows this run at %s", run.url)
+    return run
+
+
+def _automatic_mode(configured: str) -> Mode:
+    """Return online where a login exists. Neither asks the user nor the network."""
+    import wandb
+
+    if configured == "offline" or configured == "disabled":  # by WANDB_MODE or `wandb offline`
+        return configured
+    if wandb.login(prompt=False, verify=False):
+        return "online"
+    log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")
+    return "offline"
+
+
+def _give_up(action: str, error: Exception) -> None:
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    log.warning("W&B failed to %s (%s); the run goes on without it, its local record is complete.", action, sentence)
+    # What is broken may also break while it is taken down.
+    with contextlib.suppress(Exception):
+        _teardown()
+
+
+def _teardown() -> None:
+    """End W&B's service process and threads, which otherwise live, or hang, until the process ends."""
+    import wandb
+
+    wandb.teardown()
+
+
+@contextlib.contextmanager
+def _untouched_hooks() -> Iterator[None]:
+    """Undo what W&B replaces for good: its excepthook prints tracebacks where run.py prints a sentence."""
+    excepthook, leave = sys.excepthook, sys.exit
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.exit = excepthook, leave
