@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network services, tiny random models, and the rule about skipped tests."""
+"""What all tests share: one thread, no network services, tiny random models; skips.py says what may be skipped."""
 
 from __future__ import annotations
 
@@ -20,66 +20,30 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests import skips
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SHARED_MISSING = "../shared is missing"
-GPU_MISSING = "no GPU"
-ALLOWED_SKIPS = (SHARED_MISSING, GPU_MISSING)
 
 VOCAB_SIZE = 256
 MAX_LENGTH = 512
 SLIDING_WINDOW = 24
 
-_skips_key = pytest.StashKey[list[str]]()
-
 
 def pytest_configure(config: pytest.Config) -> None:
+    skips.pytest_configure(config)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    config.stash[_skips_key] = []
-    # Workers of pytest-xdist send their reports to the controller, which alone judges.
-    if os.environ.get("CI") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(_SkipsAreFailures(config.stash[_skips_key]), "skips_are_failures")
-
-
-class _SkipsAreFailures:
-    """Fails the session on a skip whose reason is not one of ``ALLOWED_SKIPS``."""
-
-    def __init__(self, skips: list[str]) -> None:
-        self.skips = skips
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self._judge(report)
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        self._judge(report)
-
-    def _judge(self, report: pytest.TestReport | pytest.CollectReport) -> None:
-        if not report.skipped or hasattr(report, "wasxfail"):
-            return
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        if not any(allowed in reason for allowed in ALLOWED_SKIPS):
-            self.skips.append(f"{report.nodeid}: {reason}")
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.skips and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.skips:
-            terminalreporter.section("skipped tests are failures in CI")
-            for skip in self.skips:
-                terminalreporter.line(skip)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip(GPU_MISSING)
+        pytest.skip(skips.GPU_MISSING)
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder ../shared with golden vectors and published figures."""
     if not SHARED.is_dir():
-        pytest.skip(SHARED_MISSING)
+        pytest.skip(skips.SHARED_MISSING)
     return SHARED
 
 

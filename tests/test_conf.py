@@ -1,5 +1,6 @@
 """Every file under conf/ composes into its dataclass."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ def test_model_composes(model):
 
 
 def test_published_models_are_configured(shared_dir):
-    lines = (shared_dir / "data" / "published" / "ptq161_paper.csv").read_text().splitlines()[1:]
-    published = {line.rsplit(",", 5)[-5] for line in lines}
+    with (shared_dir / "data" / "published" / "ptq161_paper.csv").open() as file:
+        published = {row["model"] for row in csv.DictReader(file)}
+    assert published
     assert published <= {OmegaConf.load(CONF / "model" / f"{model}.yaml").name for model in MODELS}
