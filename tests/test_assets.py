@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -137,7 +138,8 @@ def test_pip_gets_the_pinned_version(toy: Asset, tmp_path: Path, monkeypatch: py
 
 def test_parallel_callers_unpack_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     unpack, calls = assets._unpack, []
-    monkeypatch.setattr(assets, "_unpack", lambda *a: (calls.append(1), unpack(*a)))
+    # slow enough that all callers have found nothing before the first one is done
+    monkeypatch.setattr(assets, "_unpack", lambda *a: (calls.append(1), time.sleep(0.3), unpack(*a)))
     folders: list[Path] = []
     threads = [threading.Thread(target=lambda: folders.append(fetch("toy"))) for _ in range(8)]
     for thread in threads:
