@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import time
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from ptq161.methods.base import COMPUTE_DTYPES, ActivationScale, Method, OnMetri
 from ptq161.models import architecture_of, check_quantizable, decoder_blocks, max_seq_len
 from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.weight import PackedWeight
+from ptq161.seeding import stage_generator
 
 
 def quantize(
@@ -114,19 +114,19 @@ def capture_inputs(
     hidden_states: list[Tensor] = []
 
     def record(i: int, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        hidden: Tensor = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         rest = args[1:] if args and hidden is args[0] else args
         if i == 0:
             hidden_states.append(hidden)
         calls[i].setdefault(hidden.shape[0], (rest, kwargs))
         if i == len(blocks) - 1:
             raise _CapturedError
-        return hidden  # type: ignore[no-any-return]  # the model's own hidden states
+        return hidden
 
     originals = [block.forward for block in blocks]
     try:
         for i, block in enumerate(blocks):
-            block.forward = partial(record, i)  # type: ignore[method-assign]  # undone below
+            block.forward = partial(record, i)
         for batch in tokens.split(batch_size):
             with torch.no_grad():
                 try:
@@ -135,7 +135,7 @@ def capture_inputs(
                     continue
     finally:
         for block, original in zip(blocks, originals, strict=True):
-            block.forward = original  # type: ignore[method-assign]
+            block.forward = original
     return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
 
 
@@ -197,7 +197,7 @@ def _open_window(
         full_outputs=None,
         activations={},
         run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
-        generator=partial(_generator, seed, start),
+        generator=lambda stage: stage_generator(seed, stage, start),
         on_metric=on_metric,
         device=device,
     )
@@ -260,7 +260,7 @@ def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Met
 
 
 def _close_window(model: PreTrainedModel, window: Window, packed: dict[str, PackedWeight], method: Method) -> Tensor:
-    """Put the packed linears into the model; return the quantized chain's outputs (its inputs after the last window)."""
+    """Put the packed linears into the model and return the quantized chain's outputs (the last window's are not run)."""
     blocks = decoder_blocks(model)
     for name, weight in packed.items():
         window.replace(name, PackedLinear(weight, window.linears[name].bias))
@@ -286,11 +286,6 @@ def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
     return listener
 
 
-def _generator(seed: int, block: int, stage: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{stage}/{block}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
@@ -308,6 +303,6 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
         raise UserError(
             f"calib.seq_len={tokens.shape[1]}: the model holds at most {max_seq_len(model)} tokens; use a shorter one."
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"calibration tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")
+        raise UserError(f"calibration tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")

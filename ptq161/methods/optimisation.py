@@ -48,7 +48,7 @@ def optimise(
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise UserError(
-                    f"the loss is {losses[-1]} in block {window.first_block}, epoch {epoch}: use a lower learning rate."
+                    f"the loss is {losses[-1]} in block {window.first_block}, epoch {epoch}: lower the learning rates of the method."
                 )
             optimizer.zero_grad()
             loss.backward()

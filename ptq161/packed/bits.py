@@ -38,11 +38,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     n = codes.shape[-1]
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
-    planes = (codes.unsqueeze(-1) >> shifts) & 1
+    planes: Tensor = (codes.unsqueeze(-1) >> shifts) & 1
     stream = planes.flatten(-2)
     stream = torch.nn.functional.pad(stream, (0, packed_width(n, bits) * 8 - n * bits))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=codes.device)
-    return (stream.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (stream.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
@@ -68,11 +69,13 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
         return packed.clone()
     if bits in (1, 2, 4):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[..., :n].contiguous()
+        fields: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return fields.flatten(-2)[..., :n].contiguous()
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : n * bits]
+    stream: Tensor = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : n * bits]
     places = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream.unflatten(-1, (n, bits)) * places).sum(-1, dtype=torch.uint8)
+    codes: Tensor = (stream.unflatten(-1, (n, bits)) * places).sum(-1, dtype=torch.uint8)
+    return codes
 
 
 def pack_plane(plane: Tensor) -> Tensor:

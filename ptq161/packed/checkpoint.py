@@ -63,7 +63,7 @@ def measure(model: PreTrainedModel) -> PackedSize:
 
 def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast everything but the packed tensors to ``dtype``, in place: what is evaluated is what is stored."""
-    model.to(dtype)
+    nn.Module.to(model, dtype)
     model.config.dtype = dtype
 
 
@@ -160,11 +160,11 @@ def export(folder: str | Path, out: str | Path) -> Path:
 
 def densify(model: PreTrainedModel) -> None:
     """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place."""
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = next(model.get_input_embeddings().parameters()).dtype
     for name, layer in packed_linears(model).items():
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         dense.weight = nn.Parameter(layer.dequantize().to(dtype))
-        dense.bias = layer.bias
+        dense.register_parameter("bias", layer.bias)
         model.set_submodule(name, dense)
 
 

@@ -35,6 +35,7 @@ class PackedWeight(ABC):
     in_features: int
 
     def __init_subclass__(cls, **kwargs: object) -> None:
+        """Register the format."""
         super().__init_subclass__(**kwargs)
         if "format" in cls.__dict__:
             _FORMATS[cls.format] = cls
@@ -68,11 +69,13 @@ class PackedWeight(ABC):
     def from_state_dict(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Rebuild a packed weight of this format from :meth:`settings` and :meth:`state_dict`."""
         plain = {k: v for k, v in settings.items() if k not in ("format", "version")}
-        return cls(**plain, **tensors)
+        fields: dict[str, Any] = {**plain, **tensors}
+        return cls(**fields)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """Return the same weight over other tensors of the same names (another device, or a module's buffers)."""
-        return dataclasses.replace(self, **tensors)
+        changes: dict[str, Any] = dict(tensors)
+        return dataclasses.replace(self, **changes)
 
 
 def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:

@@ -22,6 +22,7 @@ class Interrupted(KeyboardInterrupt):
     """
 
     def __init__(self, number: int) -> None:
+        """Take the signal's number."""
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number
         super().__init__(self.signal.name)
@@ -31,6 +32,7 @@ class Interrupts:
     """Raises :class:`Interrupted` in the main thread when a signal arrives, unless :meth:`deferred`."""
 
     def __init__(self) -> None:
+        """Change nothing yet."""
         self._deferring = False
         self._pending: int | None = None
 

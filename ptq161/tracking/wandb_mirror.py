@@ -77,6 +77,7 @@ class WandbMirror:
     """One W&B run. At the first failure it says so in one line and is silent from then on."""
 
     def __init__(self, run: Any, run_dir: Path) -> None:
+        """Mirror to a ``wandb.Run`` that has been started."""
         self._run = run
         self._run_dir = run_dir
         self._axes: set[str] = set()
@@ -220,8 +221,10 @@ def _automatic_mode(configured: str) -> Mode:
     """Return online where a login exists. Neither asks the user nor the network."""
     import wandb
 
-    if configured == "offline" or configured == "disabled":  # by WANDB_MODE or `wandb offline`
-        return configured
+    if configured == "disabled":  # by WANDB_MODE or `wandb disabled`
+        return "disabled"
+    if configured in ("offline", "dryrun"):  # by WANDB_MODE or `wandb offline`
+        return "offline"
     if wandb.login(prompt=False, verify=False):
         return "online"
     log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")

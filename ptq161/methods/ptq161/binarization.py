@@ -81,7 +81,7 @@ def quantize_salient(
         scale_dtype: the codes are chosen against the scale as it is stored.
 
     Returns:
-        codes ``[out, s]`` uint8, scale ``[out, 1]`` and zero point ``[out, 1]``, float32 (``[out, 0]`` where ``s = 0``).
+        codes ``[out, s]`` uint8, scale ``[out, 1]`` and zero point ``[out, 1]``, float32 (``[out, 0]`` if ``s = 0``).
 
     Raises:
         UserError: ``salient_range`` is unknown.

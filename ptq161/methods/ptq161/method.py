@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import ClassVar
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.methods.base import COMPUTE_DTYPES, Window, check_choice, check_common
+from ptq161.methods.optimisation import optimise, standing_in
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
 from ptq161.packed.bits import CODE_BITS
@@ -89,10 +89,9 @@ class PTQ161:
             UserError: the loss is not finite.
         """
         layers = self._binarize(window)
-        if self.epochs:
-            homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
-            with _swapped(window, layers):
-                self._optimise(window, layers, homologous)
+        groups = self._learned(layers)
+        if self.epochs and groups:
+            self._optimise(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
         for name, layer in layers.items():
             window.on_metric("salient_channels", int(layer.mask.sum()), linear=name)
         return {name: layer.pack() for name, layer in layers.items()}
@@ -113,55 +112,28 @@ class PTQ161:
                 )
         return layers
 
-    def _optimise(self, window: Window, layers: dict[str, BinaryLinear], homologous: Tensor) -> None:
+    def _learned(self, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
+        """Return the optimiser's parameter groups, and freeze what is not learned."""
         scales = [layer.scale for layer in layers.values()]
         angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
-        for parameters, learned in ((scales, self.learn_scale), (angles, self.learn_angles)):
-            for parameter in parameters:
-                parameter.requires_grad_(learned)
+        for parameter in scales:
+            parameter.requires_grad_(self.learn_scale)
+        for parameter in angles:
+            parameter.requires_grad_(self.learn_angles)
         groups = [{"params": scales, "lr": self.scale_lr}] if self.learn_scale else []
-        groups += [{"params": angles, "lr": self.angle_lr}] if self.learn_angles else []
-        if not groups:
-            return
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        for epoch in range(self.epochs):
-            losses = [
-                self._step(window, optimizer, batch, homologous) for batch in window.batches(self.batch_size)
-            ]
-            if not all(map(math.isfinite, losses)):
-                raise UserError(
-                    f"the loss is {losses[-1]} in block {window.first_block}, epoch {epoch}: lower method.scale_lr="
-                    f"{self.scale_lr:g} and method.angle_lr={self.angle_lr:g}."
-                )
-            window.on_metric("loss", sum(losses) / len(losses), block=window.first_block, epoch=epoch)
+        return groups + ([{"params": angles, "lr": self.angle_lr}] if self.learn_angles else [])
 
-    def _step(self, window: Window, optimizer: torch.optim.Optimizer, batch: slice, homologous: Tensor) -> float:
+    def _optimise(self, window: Window, layers: Mapping[str, BinaryLinear], optimizer: torch.optim.Optimizer) -> None:
+        """Learn against the full-precision window on both chains' inputs (Section 3.3)."""
         assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
-        inputs, full, same_input = (
-            window.to_device(chain[batch]) for chain in (window.quant_inputs, window.full_outputs, homologous)
-        )
-        with window.autocast(self.compute_dtype):
-            output = window.run(inputs)
-        loss = block_loss(output, full, same_input, self.cosine_loss)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-
-@contextmanager
-def _swapped(window: Window, layers: dict[str, BinaryLinear]) -> Iterator[None]:
-    """Run the window's blocks on ``layers`` in place of their linears, with nothing else trainable."""
-    originals: dict[str, nn.Linear] = dict(window.linears)
-    frozen = [p for block in window.blocks for p in block.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        for name, layer in layers.items():
-            window.replace(name, layer)
-        yield
-    finally:
-        for name, linear in originals.items():
-            window.replace(name, linear)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
+        with standing_in(window, layers):
+            optimise(
+                window,
+                optimizer,
+                (window.full_outputs, homologous),
+                partial(block_loss, cosine=self.cosine_loss),
+                epochs=self.epochs,
+                batch_size=self.batch_size,
+                compute_dtype=self.compute_dtype,
+            )

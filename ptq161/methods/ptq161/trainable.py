@@ -41,7 +41,7 @@ class BinaryLinear(nn.Module):
         """Binarize ``linear`` around ``mask`` ([in] bool); products are taken in ``compute_dtype``."""
         super().__init__()
         self.weight = linear.weight.detach().float()
-        self.bias = linear.bias
+        self.bias: Tensor | None = linear.bias
         self.mask = mask
         self.salient_bits, self.salient_range, self.scale_dtype = salient_bits, salient_range, scale_dtype
         self.compute_dtype = compute_dtype
@@ -75,7 +75,8 @@ class BinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` of ``compute_dtype``."""
-        y: Tensor = _BinaryProduct.apply(x, self.scale, self.row_angle, self.column_angle, self)
+        # Function.apply has no annotations.
+        y: Tensor = _BinaryProduct.apply(x, self.scale, self.row_angle, self.column_angle, self)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -83,7 +84,7 @@ class _BinaryProduct(torch.autograd.Function):
     """The layer's product, with the gradients as sums (see the module's docstring)."""
 
     @staticmethod
-    def forward(  # type: ignore[override]  # autograd.Function declares *args
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, row_angle: Tensor, column_angle: Tensor, layer: BinaryLinear
     ) -> Tensor:
         dtype = layer.compute_dtype
@@ -105,7 +106,7 @@ class _BinaryProduct(torch.autograd.Function):
         return y.view(*x_shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # the same
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, z, total, column, scale, row_angle = ctx.saved_tensors
         layer: BinaryLinear = ctx.layer
         g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
