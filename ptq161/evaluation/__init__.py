@@ -1,0 +1,22 @@
+"""Scores of a model: perplexity, zero-shot tasks through lm-eval, and a greedy text sample."""
+
+from ptq161.evaluation.embedded import EMBEDDED_TASKS
+from ptq161.evaluation.perplexity import Perplexity, perplexity
+from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
+from ptq161.evaluation.sample import greedy_sample
+from ptq161.evaluation.zero_shot import OpenTasks, ZeroShotScore, open_tasks, score_tasks
+
+__all__ = [
+    "EMBEDDED_TASKS",
+    "OpenEvaluation",
+    "OpenTasks",
+    "Perplexity",
+    "Scores",
+    "ZeroShotScore",
+    "evaluate",
+    "greedy_sample",
+    "open_evaluation",
+    "open_tasks",
+    "perplexity",
+    "score_tasks",
+]
