@@ -1,0 +1,122 @@
+"""Seconds that RTN, GPTQ, PB-LLM and BiLLM take: on the embedded model, and per linear as it grows wider.
+
+    python benchmarks/layerwise_methods.py [--n-blocks 30] [--n-samples 32] [--seq-len 512] [--widths 256 512 ...]
+
+First table: SmolLM2-135M through ``ptq161.quantize``, statistics and the propagation of the chain included, in total
+and per block. Second: one linear ``[width, width]`` from its hessian on, the factorisation apart, since linears that
+share an input share it; in brackets the growth over the width before (4 is proportional to the number of weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+import ptq161
+from ptq161.config import CalibConfig, ModelConfig
+from ptq161.data import calibration_tokens
+from ptq161.methods import billm, gptq, pb_llm, rtn
+from ptq161.methods.base import LayerwiseMethod, OnMetric
+from ptq161.methods.compensation import inverse_factor
+from ptq161.models import load_model
+
+METHODS: dict[str, LayerwiseMethod] = {
+    "rtn": rtn.RTN(bits=2),
+    "gptq": gptq.GPTQ(bits=2),
+    "pb_llm": pb_llm.PBLLM(saliency="hessian"),
+    "billm": billm.BiLLM(saliency="hessian"),
+}
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--n-blocks", type=int, default=30)
+    parser.add_argument("--n-samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048])
+    args = parser.parse_args()
+    print(f"torch threads: {torch.get_num_threads()}")
+    if args.n_blocks:
+        time_model(args.methods, args.n_blocks, args.n_samples, args.seq_len)
+    if args.widths:
+        time_widths(args.widths)
+
+
+def time_model(methods: list[str], n_blocks: int, n_samples: int, seq_len: int) -> None:
+    """Quantize the embedded model with each method."""
+    print(f"SmolLM2-135M, {n_blocks} blocks, {n_samples} x {seq_len} tokens")
+    print(f"{'method':8} {'total s':>8} {'median s/block':>15} {'bits/weight':>12}")
+    config = ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=n_blocks)
+    for name in methods:
+        model, tokenizer = load_model(config)
+        tokens = calibration_tokens(tokenizer, CalibConfig("squad", n_samples, seq_len), seed=0)
+        heard: dict[str, list[float]] = defaultdict(list)
+        weights = n_weights(model)
+        began = time.perf_counter()
+        ptq161.quantize(model, tokens, METHODS[name], on_metric=listener(heard))
+        total = time.perf_counter() - began
+        bits = 8 * sum(heard["nbytes"]) / weights
+        print(f"{name:8} {total:8.1f} {statistics.median(heard['seconds']):15.2f} {bits:12.2f}", flush=True)
+
+
+def listener(heard: dict[str, list[float]]) -> OnMetric:
+    """Append each number to the list of its name."""
+
+    def listen(name: str, value: float, /, **where: int | str) -> None:
+        heard[name].append(value)
+
+    return listen
+
+
+def n_weights(model: torch.nn.Module) -> int:
+    """Weights in the linears of a model's decoder blocks."""
+    linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    return sum(linear.weight.numel() for linear in linears)
+
+
+def time_widths(widths: list[int]) -> None:
+    """Quantize one square linear of each width with each method."""
+    rows: dict[str, list[float]] = {}
+    for width in widths:
+        generator = torch.Generator().manual_seed(width)
+        weight = torch.randn(width, width, generator=generator) * 0.05
+        inputs = torch.randn(2 * width, width, generator=generator)
+        hessian = 2 * inputs.T @ inputs
+        factor = inverse_factor(hessian)
+        calls: dict[str, Callable[[], object]] = {
+            "factor": partial(inverse_factor, hessian),
+            "rtn": partial(rtn.quantize_weight, weight, 2),
+            "gptq": partial(gptq.quantize_with_factor, weight, factor, 2),
+            "pb_llm": partial(pb_llm.quantize_with_factor, weight, factor, 0.9, 8, "hessian"),
+            "billm": partial(billm.quantize_with_factor, weight, factor, "hessian"),
+        }
+        for name, call in calls.items():
+            rows.setdefault(name, []).append(fastest(call))
+    print("seconds for one linear [width, width]")
+    print(f"{'':8}" + "".join(f"{width:>16}" for width in widths))
+    for name, seconds in rows.items():
+        growth = [""] + [f" ({b / a:.1f})" for a, b in itertools.pairwise(seconds)]
+        print(f"{name:8}" + "".join(f"{f'{s:.3f}{g}':>16}" for s, g in zip(seconds, growth, strict=True)))
+
+
+def fastest(call: Callable[[], object], repeats: int = 2) -> float:
+    """Return the seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+if __name__ == "__main__":
+    main()
