@@ -260,7 +260,7 @@ def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Met
 
 
 def _close_window(model: PreTrainedModel, window: Window, packed: dict[str, PackedWeight], method: Method) -> Tensor:
-    """Put the packed linears into the model and return the quantized chain's outputs (the last window's are not run)."""
+    """Put the packed linears into the model and return the outputs of the quantized chain (not of the last window)."""
     blocks = decoder_blocks(model)
     for name, weight in packed.items():
         window.replace(name, PackedLinear(weight, window.linears[name].bias))

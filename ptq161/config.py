@@ -11,12 +11,14 @@ import types
 from collections.abc import Mapping
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, check_choice
+from ptq161.numerics import resolve_device, resolve_dtype
 
 CALIBRATION_SETS = ("squad", "wikitext2", "c4", "ptb", "redpajama", "text_file")
 CORPORA = ("boolq", "lambada", "wikitext2", "c4", "ptb", "text_file")
@@ -165,7 +167,18 @@ class TrackerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One run, checked. ``method`` is None for a full-precision run (``method=none``)."""
+    """One run, checked.
+
+    Attributes:
+        method: None for a full-precision run (``method=none``).
+        method_name: what tables and figures call it.
+        mask_ratio: share of salient input channels.
+        block_size: decoder blocks per window.
+        seed: every random number follows from it.
+        device: a torch device, ``auto`` resolved.
+        dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
+        dtype_reason: why it is this one.
+    """
 
     model: ModelConfig
     method: Method | None
@@ -177,8 +190,9 @@ class RunConfig:
     mask_ratio: float
     block_size: int
     seed: int
-    device: str
+    device: torch.device
     dtype: str
+    dtype_reason: str
 
 
 def load_run_config(cfg: DictConfig) -> RunConfig:
@@ -194,17 +208,21 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     _check_top_level(values)
-    method_name, method = _build_method(values.pop("method"))
-    groups = {f.name: f.type for f in dataclasses.fields(RunConfig)}
+    device = resolve_device(values.pop("device"))
+    dtype, reason = resolve_dtype(values.pop("dtype"), device)
+    method_name, method = _build_method(values.pop("method"), device)
     hints = get_type_hints(RunConfig)
-    unknown = sorted(set(values) - set(groups))
+    known = [*hints, "device", "dtype"]
+    unknown = sorted(set(values) - set(known))
     if unknown:
-        raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(sorted(groups))}.")
+        raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
     }
-    return RunConfig(method=method, method_name=method_name, **built)
+    return RunConfig(
+        method=method, method_name=method_name, device=device, dtype=dtype, dtype_reason=reason, **built
+    )
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -235,14 +253,17 @@ def check_at_least(setting: str, value: int | None, least: int) -> None:
         raise UserError(f"{setting}={value}: use at least {least}.")
 
 
-def _build_method(values: dict[str, Any]) -> tuple[str, Method | None]:
+def _build_method(values: dict[str, Any], device: torch.device) -> tuple[str, Method | None]:
     name = str(values.pop("name"))
     target = values.pop("_target_", None)
     if target is None:
         if values:
             raise UserError(f"unknown key method.{next(iter(values))}: method={name} has no settings.")
         return name, None
-    return name, build(get_class(target), values, "method")
+    if values.get("compute_dtype") == "auto":
+        values["compute_dtype"] = resolve_dtype("auto", device)[0]
+    method: Method = build(get_class(target), values, "method")
+    return name, method
 
 
 def _check_top_level(values: Mapping[str, Any]) -> None:

@@ -1,0 +1,43 @@
+"""Device and dtype of a run: what ``auto`` means on this machine, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from ptq161.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn ``device`` into a torch device.
+
+    Raises:
+        UserError: it is unknown, or not on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs that torch can use.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> tuple[str, str]:
+    """Turn ``dtype`` into a torch dtype's name.
+
+    Returns:
+        the name (``float32``, ``bfloat16`` or ``float16``) and the reason for it.
+    """
+    if name != "auto":
+        return name, "as configured"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU multiplies bfloat16"
+        return "float16", "the GPU does not multiply bfloat16"
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "bfloat16", "the CPU multiplies bfloat16"
+    return "float32", "the CPU does not multiply bfloat16"

@@ -1,0 +1,221 @@
+"""One run from beginning to end; :func:`run` reads like the method section of a paper."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptq161.blockwise import quantize
+from ptq161.config import RunConfig
+from ptq161.data import calibration_tokens
+from ptq161.errors import UserError
+from ptq161.evaluation import OpenEvaluation, Scores, evaluate, greedy_sample, open_evaluation
+from ptq161.methods.base import COMPUTE_DTYPES
+from ptq161.models import check_quantizable, is_packed_folder, load_model, max_seq_len
+from ptq161.packed.checkpoint import cast_rest, load, measure, save
+from ptq161.packed.linear import dense_cache
+from ptq161.report.table import print_results
+from ptq161.tracking import RunRecord, sha256_of_file, sha256_of_tensors
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What surrounds a run and does not change its result.
+
+    Attributes:
+        run_dir: where the record and the checkpoint go.
+        resolved: the composed configuration with every interpolation resolved.
+        overrides: what was typed.
+        job_name: what the mirror calls the run.
+        group: the sweep it belongs to.
+    """
+
+    run_dir: str
+    resolved: dict[str, Any]
+    overrides: list[str]
+    job_name: str
+    group: str | None = None
+
+
+def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
+    """Quantize, score, record.
+
+    Returns:
+        what ``results.json`` holds.
+
+    Raises:
+        UserError: whatever the user can put right, in one sentence.
+    """
+    stored = config.model.path is not None and is_packed_folder(config.model.path)
+    if stored:
+        _check_no_method(config, context)
+    with RunRecord.open(
+        context.run_dir,
+        config=context.resolved,
+        tracker=config.tracker,
+        seeds={"seed": config.seed},
+        job_name=context.job_name,
+        group=context.group,
+        tags=[config.model.name, config.method_name],
+    ) as record:
+        log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
+        record.describe(device=str(config.device), dtype=config.dtype)
+        stage = _Stages()
+        results = (_score_stored if stored else _quantize_and_score)(config, context, record, stage)
+        results["seconds"] = stage.seconds
+        results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        record.finish(results)
+        print_results(results, context.run_dir)
+    return results
+
+
+def _quantize_and_score(
+    config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages
+) -> dict[str, Any]:
+    with stage("load"):
+        model, tokenizer = load_model(config.model)
+        check_quantizable(model)
+        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model))
+        tokens = _calibration(config, model, tokenizer) if config.method else None
+        record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
+    full_precision: dict[str, float] = {}
+    scores = Scores({}, {})
+    if config.eval.full_precision or config.method is None:
+        with stage("full_precision"):
+            scores = _score_dense(config, model, tokenizer, opened, record)
+            full_precision = {**scores.metrics, **_dense_size(model, config)}
+    if config.method is None or tokens is None:
+        return {"metrics": full_precision, "full_precision": full_precision, "protocol": scores.protocol}
+    record.describe(calibration_sha256=sha256_of_tensors({"tokens": tokens}))
+    with stage("quantize"):
+        quantize(
+            model, tokens, config.method, on_metric=record.metric, seed=config.seed, device=config.device, progress=True
+        )
+        cast_rest(model, COMPUTE_DTYPES[config.dtype])
+        file = save(model, tokenizer, Path(context.run_dir) / CHECKPOINT)
+        record.describe(checkpoint_sha256=sha256_of_file(file))
+    with stage("evaluate"):
+        scores = _score(config, model, tokenizer, opened, record, "quantized")
+    sizes = {**_packed_size(model, file), "nominal_bits_per_weight": config.method.nominal_bits()}
+    return {
+        "metrics": {**scores.metrics, **sizes},
+        "full_precision": full_precision,
+        "protocol": scores.protocol,
+    }
+
+
+def _score_stored(config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages) -> dict[str, Any]:
+    """Evaluate a checkpoint of this project as it is."""
+    assert config.model.path is not None
+    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", config.model.path)
+    with stage("load"):
+        model, tokenizer = load(config.model.path)
+        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model))
+        file = next(Path(config.model.path).glob("*.safetensors"))
+        record.describe(checkpoint_sha256=sha256_of_file(file))
+    with stage("evaluate"):
+        scores = _score(config, model, tokenizer, opened, record, "quantized")
+    return {
+        "metrics": {**scores.metrics, **_packed_size(model, file)},
+        "full_precision": {},
+        "protocol": scores.protocol,
+    }
+
+
+def _check_no_method(config: RunConfig, context: RunContext) -> None:
+    explicit = [override for override in context.overrides if override.startswith("method")]
+    if explicit:
+        raise UserError(
+            f"{explicit[0]}: the model {config.model.path} is already quantized; leave the method out to evaluate it, "
+            "or quantize a full-precision model."
+        )
+
+
+def _calibration(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    if config.calib.seq_len > max_seq_len(model):
+        raise UserError(
+            f"calib.seq_len={config.calib.seq_len}: the model holds at most {max_seq_len(model)} tokens; "
+            "use a shorter one."
+        )
+    return calibration_tokens(tokenizer, config.calib, config.seed)
+
+
+def _score_dense(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: OpenEvaluation,
+    record: RunRecord,
+) -> Scores:
+    """Score the full-precision model in the run's dtype; the model itself keeps its own for the quantization."""
+    dtype, home = COMPUTE_DTYPES[config.dtype], model.device
+    if model.dtype != dtype:
+        scored = copy.deepcopy(model)
+        cast_rest(scored, dtype)
+        return _score(config, scored, tokenizer, opened, record, "full precision")
+    scores = _score(config, model, tokenizer, opened, record, "full precision")
+    model.to(home)
+    return scores
+
+
+def _score(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    opened: OpenEvaluation,
+    record: RunRecord,
+    label: str,
+) -> Scores:
+    model.to(config.device)
+    with dense_cache(model, COMPUTE_DTYPES[config.dtype]):
+        scores = evaluate(model, tokenizer, opened, on_metric=partial(record.metric, model=label), label=label)
+        text = greedy_sample(model, tokenizer, config.eval.sample_prompt, config.eval.sample_tokens)
+    record.sample(label, text)
+    log.info("%s sample: %s", label, " ".join(text.split()))
+    return scores
+
+
+def _dense_size(model: PreTrainedModel, config: RunConfig) -> dict[str, float]:
+    width = COMPUTE_DTYPES[config.dtype].itemsize
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    bits = 8.0 * width
+    return {"bits_per_weight": bits, "nominal_bits_per_weight": bits, "checkpoint_bytes": parameters * width}
+
+
+def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
+    size = measure(model)
+    return {
+        "bits_per_weight": size.bits_per_weight,
+        "checkpoint_bytes": file.stat().st_size,
+        "linear_bytes": size.linear_bytes,
+        "other_bytes": size.other_bytes,
+    }
+
+
+class _Stages:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
