@@ -89,7 +89,7 @@ def perplexity(
     if max_windows is not None:
         n_windows = min(n_windows, max_windows)
     windows = tokens[: n_windows * seq_len].view(n_windows, seq_len)
-    model.eval()
+    model.train(False)
     losses = []
     with tqdm(total=n_windows, desc=progress, unit="window", disable=progress is None) as bar:
         for batch in windows.split(batch_size):

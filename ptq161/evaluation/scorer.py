@@ -1,9 +1,9 @@
 """lm-eval's Hugging Face model, scoring faster and in float32.
 
-lm-eval computes logits for every position of a request and normalises them in the model's dtype; with a vocabulary
-of 49k in bfloat16 that takes most of the time and loses digits. Here the output head sees only the positions from
-the first continuation on, and the normalisation is in float32. Requests, tokenization, truncation and metrics stay
-lm-eval's.
+lm-eval runs the context of a question once for every answer, computes logits for every position and normalises them
+in the model's dtype; with a vocabulary of 49k in bfloat16 that costs time and digits. Here answers to one question
+share the keys and values of their context, the output head sees only the positions that predict an answer, and the
+normalisation is in float32. Requests, tokenization, truncation and metrics stay lm-eval's.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # ((context, continuation), context tokens, continuation tokens): what lm-eval hands to a model.
 TokenizedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 # (log-likelihood in nats, whether every token is the most likely one): what it wants back.
 Answer = tuple[float, bool]
-# Model input -> the continuations (request index, tokens) whose predictions it holds.
-Groups = dict[tuple[int, ...], list[tuple[int, list[int]]]]
+# Context -> the requests (index, continuation) that follow it.
+Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -60,47 +60,118 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         self, requests: list[TokenizedRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         """Score tokenized requests, the longest first, so that little is padded and a lack of memory shows at once."""
-        groups = group_by_input(requests, self.max_length)
-        inputs = sorted(groups, key=lambda tokens: (-len(tokens), tokens))
+        shared, single = group_by_context(requests, self.max_length)
         answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), desc=self.progress, unit="request", disable=self.progress is None) as bar:
-            for start in range(0, len(inputs), self.batch_size):
-                batch = inputs[start : start + self.batch_size]
-                for request, answer in self._score(batch, groups):
-                    answers[request] = answer
-                    bar.update()
+            for groups, score in ((shared, _score_shared), (single, _score_single)):
+                for batch in _batches(groups, self.batch_size):
+                    for request, answer in score(self.model, batch):
+                        answers[request] = answer
+                        bar.update()
         return [answers[request] for request in range(len(requests))]
 
-    def _score(self, batch: list[tuple[int, ...]], groups: Groups) -> Iterator[tuple[int, Answer]]:
-        """Yield (request index, answer) for every continuation of a batch of inputs."""
-        longest = max(len(tokens) for tokens in batch)
-        # Padding stands on the right, where a causal model's earlier positions do not see it.
-        padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in batch], device=self.device)
-        firsts = [len(tokens) - max(len(wanted) for _, wanted in groups[tokens]) for tokens in batch]
-        dropped = min(firsts)
-        logits = self.model(input_ids=padded, use_cache=False, logits_to_keep=longest - dropped).logits
-        for row, tokens, first in zip(logits, batch, firsts, strict=True):
-            needed = row[first - dropped : len(tokens) - dropped].float()
-            yield from _answers(needed.log_softmax(-1), groups[tokens])
 
+def group_by_context(requests: list[TokenizedRequest], max_length: int) -> tuple[list[Group], list[Group]]:
+    """Separate the contexts that several requests share from those of a single request.
 
-def group_by_input(requests: list[TokenizedRequest], max_length: int) -> Groups:
-    """Gather the requests that need the same forward pass, such as the choices "yes" and "no" after one question.
-
-    The input of a request is its context and continuation without the last token, cut on the left to ``max_length``.
+    What is longer than the model's ``max_length`` positions loses its beginning, as in lm-eval, and shares nothing.
     """
-    groups: Groups = defaultdict(list)
+    together: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
+    single: list[Group] = []
     for index, (_, context, continuation) in enumerate(requests):
-        tokens = (context + continuation)[-(max_length + 1) :]
-        groups[tuple(tokens[:-1])].append((index, continuation))
-    return groups
+        if len(context) + len(continuation) > max_length:
+            kept = (context + continuation)[-(max_length + 1) : -len(continuation)]
+            single.append((tuple(kept), [(index, continuation)]))
+        else:
+            together[tuple(context)].append((index, continuation))
+    shared = [group for group in together.items() if len(group[1]) > 1]
+    single += [group for group in together.items() if len(group[1]) == 1]
+    return shared, single
 
 
-def _answers(log_probs: Tensor, continuations: list[tuple[int, list[int]]]) -> Iterator[tuple[int, Answer]]:
-    """Score continuations that all end at the last row of ``log_probs [positions, vocabulary]``."""
-    greedy = log_probs.argmax(-1)
-    for request, continuation in continuations:
-        wanted = torch.tensor(continuation, device=log_probs.device)
-        rows = log_probs[-len(continuation) :]
-        total = rows.gather(1, wanted[:, None]).sum()
-        yield request, (float(total), bool((greedy[-len(continuation) :] == wanted).all()))
+def _batches(groups: list[Group], batch_size: int) -> Iterator[list[Group]]:
+    """Yield groups of similar length, the longest first, with at most ``batch_size`` continuations in a batch."""
+
+    def length(group: Group) -> int:
+        return len(group[0]) + max(len(continuation) for _, continuation in group[1])
+
+    batch: list[Group] = []
+    n_continuations = 0
+    for group in sorted(groups, key=lambda group: (-length(group), group[0])):
+        if batch and n_continuations + len(group[1]) > batch_size:
+            yield batch
+            batch, n_continuations = [], 0
+        batch.append(group)
+        n_continuations += len(group[1])
+    if batch:
+        yield batch
+
+
+def _score_single(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
+    """Score groups of one request each: one forward pass over context and continuation."""
+    texts = [[*context, *requests[0][1]][:-1] for context, requests in batch]
+    # Padding stands on the right, where a causal model's earlier positions do not see it.
+    inputs, _ = _pad(texts, "right", model.device)
+    firsts = [len(context) - 1 for context, _ in batch]
+    kept = inputs.shape[1] - min(firsts)
+    logits = model(input_ids=inputs, use_cache=False, logits_to_keep=kept).logits
+    for row, first, (_, [(request, continuation)]) in zip(logits, firsts, batch, strict=True):
+        start = first - min(firsts)
+        yield request, _answer(row[start : start + len(continuation)], continuation)
+
+
+def _score_shared(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
+    """Score groups of several requests: a pass over the contexts, then one over all continuations after them.
+
+    Contexts are padded on the left and continuations on the right, as in generation, so that a sliding window
+    reaches over the same tokens as without padding.
+    """
+    contexts, seen = _pad([list(context) for context, _ in batch], "left", model.device)
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    output = model(
+        input_ids=contexts,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    owners = torch.tensor([i for i, (_, requests) in enumerate(batch) for _ in requests], device=model.device)
+    requests = [request for _, group in batch for request in group]
+    logits = output.logits[owners]
+    # The last token of a continuation is predicted, never read; one of a single token is known already.
+    texts = [continuation[:-1] for _, continuation in requests]
+    if any(texts):
+        cache.batch_select_indices(owners)
+        inputs, read = _pad(texts, "right", model.device)
+        first = positions[owners, -1:] + 1
+        output = model(
+            input_ids=inputs,
+            attention_mask=torch.cat([seen[owners], read], dim=1),
+            position_ids=first + torch.arange(inputs.shape[1], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([logits, output.logits], dim=1)
+    for row, (request, continuation) in zip(logits, requests, strict=True):
+        yield request, _answer(row[: len(continuation)], continuation)
+
+
+def _pad(texts: list[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens ``[b, longest]`` and a mask of the same shape that is 1 on tokens and 0 on padding."""
+    longest = max(map(len, texts))
+    tokens, mask = [], []
+    for text in texts:
+        padding = [0] * (longest - len(text))
+        tokens.append([*padding, *text] if side == "left" else [*text, *padding])
+        mask.append([*padding, *[1] * len(text)] if side == "left" else [*[1] * len(text), *padding])
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
+def _answer(logits: Tensor, continuation: list[int]) -> Answer:
+    """Score a continuation from the logits ``[its length, vocabulary]`` that predict it."""
+    log_probs = logits.float().log_softmax(-1)
+    wanted = torch.tensor(continuation, device=logits.device)
+    total = log_probs.gather(1, wanted[:, None]).sum()
+    return float(total), bool((log_probs.argmax(-1) == wanted).all())
