@@ -55,12 +55,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
             ``LARGEST_DAMPING``; or ``damping`` is negative.
     """
     check_damping(damping)
-    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
-        raise UserError(f"a hessian of shape {list(hessian.shape)} is not [in_features, in_features].")
-    if not bool(torch.isfinite(hessian).all()):
-        raise UserError(
-            "the hessian of the inputs is NaN or infinite, which no damping mends; check the activations' range."
-        )
+    check_hessian(hessian)
     hessian = hessian.to(torch.float32, copy=True)
     diagonal = hessian.diagonal()
     dead = diagonal == 0
@@ -96,7 +91,7 @@ def compensate_columns(
         the quantized weight ``[out, in]`` float32, in the factor's order.
 
     Raises:
-        UserError: ``column_block`` is below 1, or the shapes do not match.
+        UserError: ``column_block`` is below 1, the shapes do not match, or a weight is not finite.
     """
 
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +122,7 @@ def compensate_blocks(
         the quantized weight ``[out, in]`` float32.
 
     Raises:
-        UserError: ``column_block`` is below 1, or the shapes do not match.
+        UserError: ``column_block`` is below 1, the shapes do not match, or a weight is not finite.
     """
 
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +163,28 @@ def naming(linears: str) -> Iterator[None]:
         raise UserError(f"{linears}: {error}") from error
 
 
+def check_hessian(hessian: Tensor, in_features: int | None = None) -> None:
+    """Check the shape and the values of a hessian.
+
+    Args:
+        hessian: to be ``[in, in]``.
+        in_features: columns of the weight that it has to belong to; None accepts any number.
+
+    Raises:
+        UserError: it is not square, not finite, or belongs to another number of inputs.
+    """
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise UserError(f"a hessian of shape {list(hessian.shape)} is not [in_features, in_features].")
+    if in_features not in (None, hessian.shape[0]):
+        raise UserError(
+            f"a hessian of {hessian.shape[0]} inputs does not belong to a weight with {in_features} columns."
+        )
+    if not bool(torch.isfinite(hessian).all()):
+        raise UserError(
+            "the hessian of the inputs is NaN or infinite, which no damping mends; check the activations' range."
+        )
+
+
 def check_damping(damping: float) -> None:
     """Check the share of the mean diagonal that is added to the hessian.
 
@@ -200,6 +217,8 @@ def _compensate(
         raise UserError(
             f"a hessian of {factor.upper.shape[0]} inputs does not belong to a weight with {in_features} columns."
         )
+    if not bool(torch.isfinite(weight).all()):
+        raise UserError("a weight is NaN or infinite; check the model's checkpoint.")
     # Transposed: a column of the weight lies in one piece of memory, which the loop over columns lives on.
     work = weight.float().masked_fill(factor.dead, 0.0).T.contiguous()
     for start in range(0, in_features, column_block):

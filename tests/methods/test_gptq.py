@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,7 +138,7 @@ def test_hessians_that_no_damping_mends() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5}, {"column_block": 0}, {"damping": -0.1}, {"group_size": 0}])
-def test_settings_out_of_range(settings: dict[str, int]) -> None:
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"method.{next(iter(settings))}="):
         GPTQ(**settings)
     with pytest.raises(UserError, match=f"method.{next(iter(settings))}="):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_the_mean_error_falls_with_bits_and_with_smaller_groups() -> None:
     layers = [layer(seed) for seed in range(20)]
 
     def error(bits: int, group_size: int | None = None) -> float:
-        return sum(weighted_error(w, quantize_weight(w, bits, group_size=group_size).dequantize(), h) for w, h in layers)
+        packed = [quantize_weight(weight, bits, group_size=group_size) for weight, _ in layers]
+        return sum(weighted_error(w, p.dequantize(), h) for (w, h), p in zip(layers, packed, strict=True))
 
     assert error(2) > error(3) > error(4) > error(8)
     assert error(2) > error(2, group_size=32)
@@ -63,7 +65,7 @@ def test_a_group_that_does_not_divide_is_shorter(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"bits": 5}, {"bits": 1}, {"bits": 2, "group_size": 0}])
-def test_settings_out_of_range(settings: dict[str, int]) -> None:
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"method\.(bits|group_size)=\d"):
         RTN(**settings)
     with pytest.raises(UserError, match=r"method\.(bits|group_size)=\d"):
