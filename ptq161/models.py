@@ -15,15 +15,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ptq161 import assets
 from ptq161.config import ModelConfig
 from ptq161.errors import UserError
+from ptq161.gguf import dense_folder
 
 log = logging.getLogger(__name__)
 
@@ -135,8 +134,6 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
         _architecture(hf_config)
         _check_not_quantized(hf_config)
-        if "gguf_file" in kwargs:
-            kwargs["quantization_config"] = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load(config, error)) from error
@@ -168,8 +165,7 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise UserError(f"model.path={config.path}: no Hugging Face model (config.json) is there.")
         return str(path), {"local_files_only": True}
     if config.asset:
-        gguf = next(iter(sorted(assets.fetch(config.asset).rglob("*.gguf"))))
-        return str(gguf.parent), {"gguf_file": gguf.name}
+        return str(dense_folder(config.asset)), {"local_files_only": True}
     assert config.repo is not None
     return config.repo, {"revision": config.revision} if config.revision else {}
 

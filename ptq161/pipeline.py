@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.blockwise import quantize
@@ -170,7 +169,7 @@ def _score_dense(
         cast_rest(scored, dtype)
         return _score(config, scored, tokenizer, opened, record, "full precision")
     scores = _score(config, model, tokenizer, opened, record, "full precision")
-    model.to(home)
+    nn.Module.to(model, home)
     return scores
 
 
@@ -182,7 +181,7 @@ def _score(
     record: RunRecord,
     label: str,
 ) -> Scores:
-    model.to(config.device)
+    nn.Module.to(model, config.device)
     with dense_cache(model, COMPUTE_DTYPES[config.dtype]):
         scores = evaluate(model, tokenizer, opened, on_metric=partial(record.metric, model=label), label=label)
         text = greedy_sample(model, tokenizer, config.eval.sample_prompt, config.eval.sample_tokens)
