@@ -62,8 +62,18 @@ def measure(model: PreTrainedModel) -> PackedSize:
 
 
 def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast everything but the packed tensors to ``dtype``, in place: what is evaluated is what is stored."""
-    nn.Module.to(model, dtype)
+    """Cast everything that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
+
+    Buffers that are not stored (rotary frequencies) keep their precision, which a loaded model gives them too.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        if isinstance(module, PackedLinear):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
     model.config.dtype = dtype
 
 
@@ -115,10 +125,9 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = raw.pop("quantization_config")
-    if quantization["schema_version"] != SCHEMA_VERSION:
-        raise UserError(
-            f"{folder} has checkpoint layout {quantization['schema_version']}; this version reads {SCHEMA_VERSION}."
-        )
+    layout = quantization.get("schema_version")
+    if layout != SCHEMA_VERSION:
+        raise UserError(f"{folder} has checkpoint layout {layout}; this version reads {SCHEMA_VERSION}.")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -185,11 +194,16 @@ def _install_packed(model: PreTrainedModel, linears: dict[str, dict[str, Any]], 
         prefix = f"{name}."
         mine = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         bias = mine.pop("bias", None)
+        if (bias is None) != (model.get_submodule(name).bias is None):
+            raise UserError(f"the checkpoint is damaged: tensor {name}.bias is missing or not of this model.")
         model.set_submodule(name, PackedLinear(packed_weight_from(settings, mine), bias))
 
 
 def _assign_rest(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    result = model.load_state_dict(tensors, strict=False, assign=True)
+    try:
+        result = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # a shape is wrong; the last line names the tensor
+        raise UserError(f"{folder} is damaged: {str(error).splitlines()[-1].strip().rstrip('.')}.") from error
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if result.unexpected_keys or empty:

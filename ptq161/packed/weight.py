@@ -82,7 +82,7 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
     """Rebuild a packed weight of any registered format.
 
     Raises:
-        UserError: the format is unknown, or was written by another version of the layout.
+        UserError: the format is unknown, was written by another version of the layout, or lacks a tensor.
     """
     cls = _FORMATS.get(str(settings["format"]))
     if cls is None:
@@ -93,6 +93,12 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
         raise UserError(
             f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
             f"this version of ptq161 reads version {cls.version}."
+        )
+    given = {*settings, *tensors} - {"format", "version"}
+    wrong = sorted(given ^ {field.name for field in dataclasses.fields(cls)})
+    if wrong:
+        raise UserError(
+            f"the checkpoint is damaged: {wrong[0]} is missing in a weight of format {cls.format!r}, or not part of it."
         )
     return cls.from_state_dict(settings, tensors)
 
