@@ -123,7 +123,7 @@ def capture_inputs(
             raise _CapturedError
         return hidden
 
-    originals = [block.forward for block in blocks]
+    originals = [vars(block).get("forward") for block in blocks]
     try:
         for i, block in enumerate(blocks):
             block.forward = partial(record, i)
@@ -135,7 +135,10 @@ def capture_inputs(
                     continue
     finally:
         for block, original in zip(blocks, originals, strict=True):
-            block.forward = original
+            # What was not the instance's own must not become so: a block that holds its bound method is a cycle.
+            del block.forward
+            if original is not None:
+                block.forward = original
     return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
 
 
