@@ -207,15 +207,16 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
         raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}.") from error
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
+    hints = get_type_hints(RunConfig)
+    known = [key for key in hints if key not in ("method_name", "dtype_reason")]
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
+    if missing := [key for key in known if key not in values]:
+        raise UserError(f"{missing[0]} is not set.")
     _check_top_level(values)
     device = resolve_device(values.pop("device"))
     dtype, reason = resolve_dtype(values.pop("dtype"), device)
     method_name, method = _build_method(values.pop("method"), device)
-    hints = get_type_hints(RunConfig)
-    known = [*hints, "device", "dtype"]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()

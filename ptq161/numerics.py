@@ -17,7 +17,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.") from error
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.")

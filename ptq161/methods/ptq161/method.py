@@ -15,7 +15,7 @@ from ptq161.methods.base import COMPUTE_DTYPES, Window, check_choice, check_comm
 from ptq161.methods.optimisation import optimise, standing_in
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
-from ptq161.packed.bits import CODE_BITS
+from ptq161.packed.uniform import UNIFORM_BITS
 from ptq161.packed.weight import PackedWeight
 
 SALIENCIES = ("max", "mean")
@@ -73,8 +73,10 @@ class PTQ161:
         for name, rate in (("scale_lr", self.scale_lr), ("angle_lr", self.angle_lr)):
             if not (rate >= 0 and math.isfinite(rate)):
                 raise UserError(f"method.{name}={rate}: use a finite learning rate of at least 0.")
-        if self.salient_bits not in CODE_BITS:
-            raise UserError(f"method.salient_bits={self.salient_bits}: use one of {CODE_BITS}.")
+        if self.salient_bits not in UNIFORM_BITS:
+            raise UserError(
+                f"method.salient_bits={self.salient_bits}: use one of {', '.join(map(str, UNIFORM_BITS))}."
+            )
         check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)
         check_choice("method.saliency", self.saliency, SALIENCIES)
 
