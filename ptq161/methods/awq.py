@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ptq161.errors import UserError
 from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
-from ptq161.methods.compensation import naming
+from ptq161.methods.compensation import check_hessian, naming
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.uniform import check_uniform, grouped, uniform_codes, uniform_parameters, uniform_values
@@ -153,6 +153,7 @@ def search_scales(
         UserError: weight or hessian is not finite.
     """
     check_uniform(bits, group_size)
+    check_hessian(hessian, weight.shape[1])
     weight = weight.float()
     best_error, best = float("inf"), None
     for step in range(GRID):
@@ -164,7 +165,7 @@ def search_scales(
         if error < best_error:
             best_error, best = error, scales
     if best is None:
-        raise UserError("the output error is NaN or infinite for any channel scale; check weights and activations.")
+        raise UserError("the output error is NaN or infinite for any channel scale; check the activations.")
     return best
 
 

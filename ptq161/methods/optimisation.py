@@ -47,9 +47,8 @@ def optimise(
             loss = loss_of(output.float(), *(window.to_device(target[batch]) for target in targets))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"the loss is {losses[-1]} in block {window.first_block}, epoch {epoch}: lower the learning rates of the method."
-                )
+                where = f"in block {window.first_block}, epoch {epoch}"
+                raise UserError(f"the loss is {losses[-1]} {where}: lower the method's learning rates.")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

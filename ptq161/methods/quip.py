@@ -20,9 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ptq161.errors import UserError
 from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
-from ptq161.methods.compensation import check_damping, compensate_columns, inverse_factor, naming
+from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor, naming
 from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -109,9 +108,8 @@ def quantize_weight(
     """
     check_uniform(bits, None)
     check_choice("method.rotation", rotation, tuple(ROTATIONS))
+    check_hessian(hessian, weight.shape[1])
     weight, hessian = weight.float(), hessian.float()
-    if not bool(torch.isfinite(hessian).all()):
-        raise UserError("the hessian of the inputs is NaN or infinite, which no damping mends; check the activations.")
     input_scales = None
     if rescale:
         input_scales = stored_scale(channel_scales(weight, hessian), scale_dtype).float()
