@@ -72,6 +72,7 @@ class RunRecord:
             UserError: the directory cannot be written.
         """
         folder, interrupts = Path(run_dir).absolute(), Interrupts()
+        group, labels = tracker.group or group, list(dict.fromkeys([*tracker.tags, *tags]))
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for stale in ("results.json", "samples.jsonl"):
@@ -82,11 +83,11 @@ class RunRecord:
             with writing(folder / "metrics.jsonl"):
                 metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             stack.callback(_close_quietly, metrics)
-            record = cls(folder, _first_manifest(job_name, group, tags, seeds), metrics, NullMirror())
+            record = cls(folder, _first_manifest(job_name, group, labels, seeds), metrics, NullMirror())
             write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
             record._write_manifest()
             try:
-                record._mirror = open_mirror(tracker, folder, config, job_name, tracker.group or group, tags)
+                record._mirror = open_mirror(tracker, folder, config, job_name, group, labels)
                 yield record
             except BaseException as error:
                 log.traceback(error)
@@ -171,9 +172,7 @@ class RunRecord:
         write_atomically(self.run_dir / "manifest.json", encode_json(self.manifest, indent=2) + "\n")
 
 
-def _first_manifest(
-    job_name: str, group: str | None, tags: Sequence[str], seeds: Mapping[str, int]
-) -> dict[str, Any]:
+def _first_manifest(job_name: str, group: str | None, tags: Sequence[str], seeds: Mapping[str, int]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "exit_state": "running",
@@ -183,7 +182,7 @@ def _first_manifest(
         "duration_seconds": None,
         "job_name": job_name,
         "group": group,
-        "tags": list(tags),
+        "tags": tags,
         "seeds": dict(seeds),
         **describe_environment(),
     }

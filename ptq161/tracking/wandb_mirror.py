@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from ptq161.config import TrackerConfig
 
 # W&B's own limits are 90 s and none at all. What does not arrive in time stays on disk for `wandb sync`.
 INIT_TIMEOUT_SECONDS = 30
 FINISH_TIMEOUT_SECONDS = 120
+# W&B keeps its own limits only while its service process lives and answers.
+GRACE_SECONDS = 15
 MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
 
 Mode = Literal["online", "offline", "disabled"]
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +66,16 @@ def open_mirror(
     config: Mapping[str, Any],
     job_name: str,
     group: str | None,
-    tags: Sequence[str],
+    tags: list[str],
 ) -> Mirror:
     """Return the mirror that ``tracker`` asks for; where W&B cannot be had, say so once and mirror nothing."""
     if tracker.name == "none":
         return NullMirror()
     try:
-        run = _init(tracker, run_dir, config, job_name, group, [*dict.fromkeys([*tracker.tags, *tags])])
+        run = _within(
+            INIT_TIMEOUT_SECONDS + GRACE_SECONDS,
+            lambda: _init(tracker, run_dir, config, job_name, group, tags),
+        )
     except Exception as error:
         _give_up("start", error)
         return NullMirror()
@@ -122,7 +131,7 @@ class WandbMirror:
             self._run.finish(exit_code=exit_code)
             _teardown()
 
-        self._guard("finish", end)
+        self._guard("finish", lambda: _within(FINISH_TIMEOUT_SECONDS + GRACE_SECONDS, end))
 
     def _define(self, key: str, axis: str) -> None:
         if axis not in self._axes:
@@ -184,16 +193,19 @@ def _init(
     tracker: TrackerConfig, run_dir: Path, config: Mapping[str, Any], job_name: str, group: str | None, tags: list[str]
 ) -> Any:
     """Start a W&B run; None where the user has switched W&B off by its own means."""
-    # Importing takes over a second, which a run without a tracker need not spend.
+    # W&B reads both when it is first used in a process; whoever wants its messages sets WANDB_SILENT=false.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # Importing takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it starts
+    # the service while it holds a lock that its own error path takes again, so a service that is missing hangs it.
     import wandb
 
     with _untouched_hooks():
-        session = wandb.setup(wandb.Settings(silent=True))
-        mode = _automatic_mode(session.settings.mode) if tracker.mode == "auto" else cast(Mode, tracker.mode)
+        mode = _automatic_mode() if tracker.mode == "auto" else cast(Mode, tracker.mode)
         if mode == "disabled":
             return None
-        # W&B's telemetry heeds the session's mode only, not the run's: an offline run is to talk to nobody.
-        wandb.setup(wandb.Settings(silent=True, mode=mode))
+        if mode == "offline":
+            # W&B's telemetry heeds the mode of the process and not of the run; offline is to mean: talks to nobody.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run = wandb.init(
             project=tracker.project,
             entity=tracker.entity,
@@ -205,26 +217,27 @@ def _init(
             mode=mode,
             reinit="create_new",
             settings=wandb.Settings(
-                silent=True,
                 console="off",
                 init_timeout=INIT_TIMEOUT_SECONDS,
                 finish_timeout=FINISH_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
+    if not Path(run.dir).is_relative_to(run_dir):
+        run.finish(exit_code=1)
+        raise OSError(f"{run_dir / 'wandb'} cannot be written")
     if mode == "online":
         log.info("W&B shows this run at %s", run.url)
     return run
 
 
-def _automatic_mode(configured: str) -> Mode:
-    """Return online where a login exists. Neither asks the user nor the network."""
+def _automatic_mode() -> Mode:
+    """Return what WANDB_MODE says, else online where a login exists. Neither asks the user nor the network."""
     import wandb
 
-    if configured == "disabled":  # by WANDB_MODE or `wandb disabled`
-        return "disabled"
-    if configured in ("offline", "dryrun"):  # by WANDB_MODE or `wandb offline`
-        return "offline"
+    configured = os.environ.get("WANDB_MODE")
+    if configured in ("online", "offline", "disabled"):
+        return cast(Mode, configured)
     if wandb.login(prompt=False, verify=False):
         return "online"
     log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")
@@ -234,9 +247,9 @@ def _automatic_mode(configured: str) -> Mode:
 def _give_up(action: str, error: Exception) -> None:
     sentence = " ".join(str(error).split()) or type(error).__name__
     log.warning("W&B failed to %s (%s); the run goes on without it, its local record is complete.", action, sentence)
-    # What is broken may also break while it is taken down.
+    # What is broken may also break, or hang, while it is taken down.
     with contextlib.suppress(Exception):
-        _teardown()
+        _within(GRACE_SECONDS, _teardown)
 
 
 def _teardown() -> None:
@@ -244,6 +257,30 @@ def _teardown() -> None:
     import wandb
 
     wandb.teardown()
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what ``call`` returns, on a thread that is left behind when it hangs.
+
+    Raises:
+        TimeoutError: it has not returned in time.
+        Exception: what it raises.
+    """
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        # The waiting thread raises it.
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    # An executor's threads would be joined when the process ends; a daemon's are not.
+    threading.Thread(target=work, name="wandb-mirror", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer within {seconds:g} s") from error
 
 
 @contextlib.contextmanager

@@ -1,0 +1,60 @@
+"""Damaged and foreign run directories."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ptq161.errors import UserError
+from ptq161.tracking import read_run
+from tests.tracking.conftest import OpenRecord
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path, open_record: OpenRecord) -> Path:
+    with open_record() as record:
+        record.metric("loss", 0.5, block=0)
+        record.metric("loss", 0.25, block=1)
+        record.finish({"metrics": {}})
+    return tmp_path / "run"
+
+
+def test_truncated_and_foreign_lines_are_skipped_and_reported(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b'[1]\n{"time": 1}\n\xff\n{"time": 1, "name": "lo')
+    run = read_run(run_dir)
+    assert [entry["value"] for entry in run.metrics] == [0.5, 0.25]
+    assert [f"line {i}" in problem for i, problem in zip((3, 4, 5, 6), run.problems, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.json"])
+def test_another_layout_version_is_named(run_dir: Path, name: str) -> None:
+    path = run_dir / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(UserError, match=rf"{name} has schema_version 99; .* reads 1\."):
+        read_run(run_dir)
+
+
+def test_a_foreign_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run directory"):
+        read_run(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="no run directory"):
+        read_run(tmp_path)
+
+
+def test_broken_results_and_config_are_reported(run_dir: Path) -> None:
+    (run_dir / "results.json").write_text('{"metrics": ')
+    (run_dir / "config.yaml").write_text("a: [")
+    run = read_run(run_dir)
+    assert (run.results, run.config) == (None, {})
+    assert ["config.yaml" in run.problems[0], "results.json" in run.problems[1], len(run.problems)] == [True, True, 2]
+
+
+def test_missing_parts_of_a_young_run_are_no_tracebacks(run_dir: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "results.json"):
+        (run_dir / name).unlink()
+    run = read_run(run_dir)
+    assert (run.results, run.metrics, run.config, len(run.problems)) == (None, [], {}, 1)
