@@ -196,7 +196,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, groups: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-        steps = torch.where(scale > 0, groups / scale, 0.0)
+        # A scale that underflows to zero stands for zeros.
+        steps = groups / torch.where(scale > 0, scale, torch.inf)
         nearest = torch.round(steps)
         clamped = nearest.clamp(-zero_point, 2**bits - 1 - zero_point)
         ctx.save_for_backward(torch.where(nearest == clamped, clamped - steps, clamped).to(dtype))
