@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,23 +126,41 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     """Load a full-precision model, in its checkpoint's own dtype, and its tokenizer.
 
     Raises:
+        UserError: see :func:`load_tokenizer` and :func:`load_weights`.
+    """
+    tokenizer, _ = load_tokenizer(config)
+    return load_weights(config), tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Load what tells most of a model without its weights: its tokenizer and its own config.
+
+    Raises:
         UserError: the folder is missing or not a model, the hub cannot be reached, the architecture is not supported
             or the model is already quantized.
     """
     source, kwargs = _source(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+    with _loading(config):
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
         _architecture(hf_config)
         _check_not_quantized(hf_config)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(config, error)) from error
+        return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
+
+
+def load_weights(config: ModelConfig) -> PreTrainedModel:
+    """Load a full-precision model, in its checkpoint's own dtype, cut to ``config.n_blocks``.
+
+    Raises:
+        UserError: the weights are not there or cannot be read.
+    """
+    source, kwargs = _source(config)
+    with _loading(config):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs)
     model.eval()
     model.config.use_cache = False
     if config.n_blocks is not None:
         keep_first_blocks(model, config.n_blocks)
-    return model, tokenizer
+    return model
 
 
 def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
@@ -153,9 +172,9 @@ def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
         model.config.layer_types = model.config.layer_types[: len(blocks)]
 
 
-def max_seq_len(model: PreTrainedModel) -> int:
-    """Tokens that the model can hold."""
-    return int(model.config.max_position_embeddings)
+def max_seq_len(config: PretrainedConfig) -> int:
+    """Tokens that a model can hold, by its own config."""
+    return int(config.max_position_embeddings)
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
@@ -168,6 +187,15 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         return str(dense_folder(config.asset)), {"local_files_only": True}
     assert config.repo is not None
     return config.repo, {"revision": config.revision} if config.revision else {}
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Turn what loading raises into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(config, error)) from error
 
 
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
@@ -206,7 +234,8 @@ def _quant_method(config: dict[str, Any]) -> str | None:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # not JSON, not UTF-8
         raise UserError(f"{file} is not readable JSON: {error}.") from error
-    assert isinstance(content, dict)
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a model's configuration: it holds no JSON object.")
     return content

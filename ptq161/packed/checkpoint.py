@@ -139,7 +139,10 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _install_packed(model, quantization["linears"], tensors)
     _assign_rest(model, tensors, folder)
     model.eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    try:
+        return model, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no usable tokenizer: save the model with its tokenizer.") from error
 
 
 def export(folder: str | Path, out: str | Path) -> Path:
