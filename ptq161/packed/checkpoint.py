@@ -62,7 +62,7 @@ def measure(model: PreTrainedModel) -> PackedSize:
 
 
 def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast everything that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
+    """Cast all that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
 
     Buffers that are not stored (rotary frequencies) keep their precision, which a loaded model gives them too.
     """

@@ -147,7 +147,8 @@ def test_casting_a_model_keeps_the_packed_bytes(cast: Callable[[nn.Module], nn.M
     before = {name: tensor.clone() for name, tensor in model[0].packed.state_dict().items()}
     cast(model)
     after = model[0].packed.state_dict()
-    assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor)
     assert model[0].bias.dtype == model[1].weight.dtype
 
 
