@@ -18,4 +18,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
         sys.exit(getattr(interrupt, "exit_code", 130))

@@ -94,9 +94,7 @@ class BlockArguments:
         return result
 
 
-def capture_inputs(
-    model: PreTrainedModel, tokens: Tensor, batch_size: int
-) -> tuple[Tensor, list[BlockArguments]]:
+def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> tuple[Tensor, list[BlockArguments]]:
     """Run the model up to its first block, and record what each block is called with.
 
     Blocks are replaced for the moment by recorders that hand the hidden states on, so that no block is computed.
@@ -302,9 +300,10 @@ def _to_device(value: Any, device: torch.device) -> Any:
 def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
         raise UserError(f"calibration tokens have shape {list(tokens.shape)}: use integers [n_samples, seq_len].")
-    if tokens.shape[1] > max_seq_len(model):
+    longest = max_seq_len(model.config)
+    if tokens.shape[1] > longest:
         raise UserError(
-            f"calib.seq_len={tokens.shape[1]}: the model holds at most {max_seq_len(model)} tokens; use a shorter one."
+            f"calib.seq_len={tokens.shape[1]}: the model holds at most {longest} tokens; use a shorter one."
         )
     vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:

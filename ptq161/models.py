@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 from ptq161.config import ModelConfig
 from ptq161.errors import UserError
 from ptq161.gguf import dense_folder
+from ptq161.hub import offline_unless_reachable
 
 log = logging.getLogger(__name__)
 
@@ -191,9 +192,11 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """Turn what loading raises into one sentence."""
+    """Turn what loading raises into one sentence, at once where the hub is needed and cannot be reached."""
+    hub = offline_unless_reachable() if config.repo and not (config.path or config.asset) else nullcontext()
     try:
-        yield
+        with hub:
+            yield
     except (OSError, ValueError) as error:
         raise UserError(_cannot_load(config, error)) from error
 

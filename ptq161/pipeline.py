@@ -22,7 +22,7 @@ from ptq161.data import calibration_tokens
 from ptq161.errors import UserError
 from ptq161.evaluation import OpenEvaluation, Scores, evaluate, greedy_sample, open_evaluation
 from ptq161.methods.base import COMPUTE_DTYPES
-from ptq161.models import check_quantizable, is_packed_folder, load_model, max_seq_len
+from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
 from ptq161.packed.checkpoint import cast_rest, load, measure, save
 from ptq161.packed.linear import dense_cache
 from ptq161.report.table import print_results
@@ -62,8 +62,6 @@ def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
         UserError: whatever the user can put right, in one sentence.
     """
     stored = config.model.path is not None and is_packed_folder(config.model.path)
-    if stored:
-        _check_no_method(config, context)
     with RunRecord.open(
         context.run_dir,
         config=context.resolved,
@@ -84,14 +82,13 @@ def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
     return results
 
 
-def _quantize_and_score(
-    config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages
-) -> dict[str, Any]:
+def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages) -> dict[str, Any]:
     with stage("load"):
-        model, tokenizer = load_model(config.model)
+        tokenizer, hf_config = load_tokenizer(config.model)
+        opened = open_evaluation(tokenizer, config.eval, max_seq_len(hf_config))
+        tokens = _calibration(config, tokenizer, max_seq_len(hf_config)) if config.method else None
+        model = load_weights(config.model)
         check_quantizable(model)
-        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model))
-        tokens = _calibration(config, model, tokenizer) if config.method else None
         record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
     full_precision: dict[str, float] = {}
     scores = Scores({}, {})
@@ -125,7 +122,7 @@ def _score_stored(config: RunConfig, context: RunContext, record: RunRecord, sta
     log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", config.model.path)
     with stage("load"):
         model, tokenizer = load(config.model.path)
-        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model))
+        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model.config))
         file = next(Path(config.model.path).glob("*.safetensors"))
         record.describe(checkpoint_sha256=sha256_of_file(file))
     with stage("evaluate"):
@@ -137,20 +134,10 @@ def _score_stored(config: RunConfig, context: RunContext, record: RunRecord, sta
     }
 
 
-def _check_no_method(config: RunConfig, context: RunContext) -> None:
-    explicit = [override for override in context.overrides if override.startswith("method")]
-    if explicit:
+def _calibration(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+    if config.calib.seq_len > max_length:
         raise UserError(
-            f"{explicit[0]}: the model {config.model.path} is already quantized; leave the method out to evaluate it, "
-            "or quantize a full-precision model."
-        )
-
-
-def _calibration(config: RunConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    if config.calib.seq_len > max_seq_len(model):
-        raise UserError(
-            f"calib.seq_len={config.calib.seq_len}: the model holds at most {max_seq_len(model)} tokens; "
-            "use a shorter one."
+            f"calib.seq_len={config.calib.seq_len}: the model holds at most {max_length} tokens; use a shorter one."
         )
     return calibration_tokens(tokenizer, config.calib, config.seed)
 

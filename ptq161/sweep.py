@@ -1,8 +1,10 @@
-"""Between Hydra and the pipeline: one job, its errors, and the check of a sweep before its first job."""
+"""Between Hydra and the pipeline: one job, its errors, and the check of every job before the first one."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -14,9 +16,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from ptq161.config import load_run_config
 from ptq161.errors import UserError
-from ptq161.pipeline import RunContext, run
+from ptq161.preflight import check_writable, checked_config
 
 
 class FailedRunError(CompactHydraException):
@@ -33,44 +34,75 @@ def run_job(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
+        config = checked_config(cfg, overrides)
+        from ptq161.pipeline import RunContext, run  # takes seconds, which a wrong configuration need not wait for
+
         run(
-            load_run_config(cfg),
+            config,
             RunContext(
                 run_dir=hydra_config.runtime.output_dir,
                 resolved=_resolved(cfg),
                 overrides=overrides,
-                job_name=_job_name(overrides, sweeping),
-                group=_sweep_name(hydra_config) if sweeping else None,
+                job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
+                group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
             ),
         )
-    except UserError as error:
+    except Exception as error:
         if sweeping:  # Hydra tells only the first failure, and that after the last job
-            print(f"Job {hydra_config.job.num} ({' '.join(overrides)}) failed: {error}", file=sys.stderr, flush=True)
-        raise FailedRunError(str(error)) from error
+            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            print(f"Job {hydra_config.job.num} ({' '.join(overrides)}) failed: {sentence}", file=sys.stderr, flush=True)
+            raise FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.") from error
+        if isinstance(error, UserError):
+            raise FailedRunError(str(error)) from error
+        raise
 
 
-class ValidateSweep(Callback):
-    """Composes and checks the configuration of every job of a sweep before the first one runs."""
+class CheckJobs(Callback):
+    """Checks the configuration of a run, or of every job of a sweep, before anything is done.
+
+    Hydra turns a callback's exceptions into warnings, all but ``SystemExit``; before the first job, leaving is right.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """End the program with one sentence where the configuration is wrong or its directory cannot be written."""
+        try:
+            checked_config(_task_config(config), config.hydra.overrides.task)
+            check_writable("hydra.run.dir", config.hydra.run.dir)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """End the program with one sentence where a job's configuration is wrong."""
-        if "BasicSweeper" not in config.hydra.sweeper.get("_target_", ""):
-            return  # a search chooses its values as it goes; each job is checked when it starts
-        loader = GlobalHydra.instance().config_loader()
-        arguments = [*_sweep_parameters(config), *config.hydra.overrides.task]
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
-        for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
-            for overrides in batch:
-                try:
-                    load_run_config(loader.load_sweep_config(config, list(overrides)))
-                except (UserError, CompactHydraException) as error:
-                    # Hydra turns a callback's exceptions into warnings; before the first job, leaving is right.
-                    raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+        for overrides in _jobs(config):
+            try:
+                checked_config(_compose(config, overrides), overrides)
+            except (UserError, CompactHydraException) as error:
+                raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+        try:
+            check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
 
 
-def _sweep_parameters(config: DictConfig) -> list[str]:
-    parameters = config.hydra.sweeper.get("params") or {}
-    return [f"{key}={value}" for key, value in parameters.items()]
+def _jobs(config: DictConfig) -> Iterator[Sequence[str]]:
+    """Yield the overrides of each job, where they are known: a search chooses its values as it goes."""
+    if "BasicSweeper" not in config.hydra.sweeper.get("_target_", ""):
+        return
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*parameters, *config.hydra.overrides.task])
+    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
+        yield from batch
+
+
+def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    loader = GlobalHydra.instance().config_loader()
+    return _task_config(loader.load_sweep_config(config, list(overrides)))
+
+
+def _task_config(config: DictConfig) -> DictConfig:
+    """Leave Hydra's own node out: parts of it are only known inside a job."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -79,10 +111,10 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _job_name(overrides: list[str], sweeping: bool) -> str:
-    num = f"{HydraConfig.get().job.num}: " if sweeping else ""
-    return num + (" ".join(overrides) or "default")
+def _job_name(overrides: list[str], number: int | None) -> str:
+    return ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
 
 
-def _sweep_name(hydra_config: Any) -> str:
-    return str(hydra_config.sweep.dir)
+def _sweep_name(folder: str) -> str:
+    """Name a sweep by the end of its directory: a tracker allows a group few characters."""
+    return "/".join(Path(folder).parts[-2:])

@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import datasets
-import huggingface_hub
 import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.evaluator
@@ -30,9 +29,9 @@ from ptq161.assets import fetch
 from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS, write_task_files
 from ptq161.evaluation.scorer import Scorer
+from ptq161.hub import offline_unless_reachable
 
 FEWSHOT_SEED = 1234  # lm-eval's default
-HUB_TIMEOUT = 5.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _load_from_hub(names: list[str]) -> list[Any]:
     for name in names:
         if name not in manager.all_tasks:
             raise UserError(_unknown_task(name, manager.all_tasks))
-    with _offline_unless_reachable() as reachable:
+    with offline_unless_reachable() as reachable:
         return [_load_one(manager, name, reachable) for name in names]
 
 
@@ -225,26 +224,6 @@ def _unknown_task(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, [*EMBEDDED_TASKS, *known], n=1)
     guess = f"did you mean {close[0]}, or " if close else ""
     return f"eval.tasks: {name!r} is unknown to lm-eval: {guess}one of the embedded {', '.join(EMBEDDED_TASKS)}?"
-
-
-@contextlib.contextmanager
-def _offline_unless_reachable() -> Iterator[bool]:
-    """Ask the hub once; where it does not answer, let the cache be used without half a minute of retries per data set.
-
-    Yields:
-        Whether the hub answered.
-    """
-    reachable = not huggingface_hub.constants.HF_HUB_OFFLINE
-    if reachable:
-        try:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
-        except Exception:  # any failure of any transport means the same
-            reachable = False
-    with contextlib.ExitStack() as stack:
-        if not reachable:
-            stack.enter_context(mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-            stack.enter_context(mock.patch.object(datasets.config, "HF_HUB_OFFLINE", True))
-        yield reachable
 
 
 @contextlib.contextmanager
