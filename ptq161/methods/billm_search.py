@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptq161.methods.sorting import sorted_values
+
 MOST_SALIENT = 50
 # Rows whose columns fit into a core's cache: the search over columns reads them some 400 times.
 ROWS_AT_ONCE = 512
@@ -78,7 +80,7 @@ def _split_gains(values: Tensor, candidates: Tensor) -> Tensor:
     In each sorted row the concentrated group ``|x| < candidate`` is one interval and the sparse group is the rest.
     """
     rows, n = values.shape
-    ordered = values.sort(dim=1).values
+    ordered = sorted_values(values)
     sums = torch.nn.functional.pad(ordered.double().cumsum(1), (1, 0))
     edges = candidates.expand(rows, -1).contiguous()
     start = torch.searchsorted(ordered, -edges, right=True)
@@ -106,6 +108,9 @@ def _gain(total: Tensor, n: Tensor, below: Tensor) -> Tensor:
 
 
 def _quantiles(sizes: Tensor) -> Tensor:
-    """Return the 81 candidates; by numpy as in the released code, whose interpolation is float32."""
+    """Return the 81 candidates; by numpy as in the released code, whose interpolation is float32.
+
+    Sorted first, which numpy's own partition takes several times as long without.
+    """
     shares = torch.linspace(0.10, 0.90, 81).numpy()
-    return torch.from_numpy(np.quantile(sizes.flatten().cpu().numpy(), shares)).to(sizes)
+    return torch.from_numpy(np.quantile(sorted_values(sizes.flatten()).cpu().numpy(), shares)).to(sizes)

@@ -23,6 +23,7 @@ from ptq161.methods.compensation import (
     inverse_factor,
     naming,
 )
+from ptq161.methods.sorting import sorted_values
 from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
 from ptq161.packed.uniform import uniform_codes, uniform_parameters, uniform_values
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -165,7 +166,7 @@ def salient_weights(weight: Tensor, factor: InverseFactor, low_frac: float, sali
     score = weight.abs() if saliency == "magnitude" else weight**2 / factor.upper.diagonal() ** 2
     # Accident: a score equal to the threshold is not salient, so one weight more than the share is binarized.
     place = int(score.numel() * low_frac)
-    return score > score.flatten().kthvalue(place + 1).values
+    return score > sorted_values(score.flatten())[place]
 
 
 def binary_parameters(weight: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]:
