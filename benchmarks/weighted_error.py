@@ -1,6 +1,6 @@
 """Weighted error of each method relative to round to nearest, for every kind of linear of SmolLM2.
 
-    python benchmarks/weighted_error.py [--bits 2] [--n-samples 32] [--n-blocks 30]
+    python benchmarks/weighted_error.py [--bits 2] [--n-samples 32] [--n-blocks 30] [--methods awq quip]
 
 The error of a linear is trace(D H D^T), with D the change of its weight and H the hessian of its inputs. All methods
 see the same inputs: those of a chain whose linears are rounded to 8 bits, which is as good as full precision. Printed
@@ -94,8 +94,9 @@ def main() -> None:
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--n-blocks", type=int, default=30)
-    parser.add_argument("--omniquant-epochs", type=int, default=8)
-    parser.add_argument("--omniquant-lr", type=float, default=0.05)
+    parser.add_argument("--omniquant-epochs", type=int, default=4)
+    parser.add_argument("--omniquant-lr", type=float, default=0.5)
+    parser.add_argument("--methods", nargs="*", help="beside round to nearest; all without it")
     arguments = parser.parse_args()
 
     model, tokenizer = load_model(ModelConfig(name="smollm2_135m", asset="smollm2_135m"))
@@ -103,24 +104,21 @@ def main() -> None:
     tokens = calibration_tokens(tokenizer, CalibConfig("squad", arguments.n_samples, arguments.seq_len), seed=0)
     bits = arguments.bits
     batch_size = 4  # blocks are replayed with arguments captured at one batch size
-    comparison = Comparison(
-        batch_size=batch_size,
-        compute_dtype="bfloat16",
-        methods={
-            "rtn": RTN(bits=bits),
-            "gptq": GPTQ(bits=bits),
-            "awq": AWQ(bits=bits, group_size=None),
-            "quip": QuIP(bits=bits),
-            "quip_hadamard": QuIP(bits=bits, rotation="hadamard"),
-            "omniquant": OmniQuant(
-                bits=bits,
-                epochs=arguments.omniquant_epochs,
-                lr=arguments.omniquant_lr,
-                batch_size=batch_size,
-                compute_dtype="bfloat16",
-            ),
-        },
-    )
+    methods: dict[str, Method] = {
+        "gptq": GPTQ(bits=bits),
+        "awq": AWQ(bits=bits, group_size=None),
+        "quip": QuIP(bits=bits),
+        "quip_hadamard": QuIP(bits=bits, rotation="hadamard"),
+        "omniquant": OmniQuant(
+            bits=bits,
+            epochs=arguments.omniquant_epochs,
+            lr=arguments.omniquant_lr,
+            batch_size=batch_size,
+            compute_dtype="bfloat16",
+        ),
+    }
+    chosen = methods if arguments.methods is None else {name: methods[name] for name in arguments.methods}
+    comparison = Comparison(batch_size=batch_size, compute_dtype="bfloat16", methods={"rtn": RTN(bits=bits), **chosen})
     ptq161.quantize(model, tokens, comparison, progress=True)
     _print_table(comparison)
 
