@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -152,11 +153,19 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     """Load a full-precision model, in its checkpoint's own dtype, cut to ``config.n_blocks``.
 
     Raises:
-        UserError: the weights are not there or cannot be read.
+        UserError: the weights are not there, cannot be read, or are not all there.
     """
     source, kwargs = _source(config)
     with _loading(config):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model: PreTrainedModel = loaded[0]
+        loading: dict[str, Any] = loaded[1]
+        # transformers would go on with random weights.
+        wrong = sorted(loading["missing_keys"]) + [key for key, *_ in sorted(loading["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"tensor {wrong[0]} is missing in its weights or has another shape than its config says")
     model.eval()
     model.config.use_cache = False
     if config.n_blocks is not None:
@@ -197,7 +206,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
     try:
         with hub:
             yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_cannot_load(config, error)) from error
 
 
