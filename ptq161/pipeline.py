@@ -25,6 +25,7 @@ from ptq161.methods.base import COMPUTE_DTYPES
 from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
 from ptq161.packed.checkpoint import cast_rest, load, measure, save
 from ptq161.packed.linear import dense_cache
+from ptq161.preflight import QUANTIZATION
 from ptq161.report.table import print_results
 from ptq161.tracking import RunRecord, sha256_of_file, sha256_of_tensors
 
@@ -64,12 +65,12 @@ def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
     stored = config.model.path is not None and is_packed_folder(config.model.path)
     with RunRecord.open(
         context.run_dir,
-        config=context.resolved,
+        config={key: value for key, value in context.resolved.items() if not (stored and key in QUANTIZATION)},
         tracker=config.tracker,
         seeds={"seed": config.seed},
         job_name=context.job_name,
         group=context.group,
-        tags=[config.model.name, config.method_name],
+        tags=[config.model.name] if stored else [config.model.name, config.method_name],
     ) as record:
         log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
         record.describe(device=str(config.device), dtype=config.dtype)

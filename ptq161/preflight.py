@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ptq161.config import RunConfig, load_run_config
 from ptq161.errors import UserError
@@ -33,6 +33,14 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     if config.model.path is not None:
         _check_model_folder(config.model.path, overrides)
     return config
+
+
+def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Call the model of ``model.path`` by its folder, in place: the configured name belongs to another model."""
+    named = any(override.lstrip("+").startswith("model.name=") for override in overrides)
+    path = OmegaConf.select(cfg, "model.path")
+    if path and not named:
+        cfg.model.name = Path(str(path)).absolute().name
 
 
 def check_writable(setting: str, folder: str) -> None:

@@ -17,7 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
-from ptq161.preflight import check_writable, checked_config
+from ptq161.preflight import check_writable, checked_config, name_local_model
+
+MAX_NAME = 128
+"""Characters of a name that every tracker takes."""
 
 
 class FailedRunError(CompactHydraException):
@@ -34,6 +37,7 @@ def run_job(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
+        name_local_model(cfg, overrides)
         config = checked_config(cfg, overrides)
         from ptq161.pipeline import RunContext, run  # takes seconds, which a wrong configuration need not wait for
 
@@ -112,9 +116,10 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _job_name(overrides: list[str], number: int | None) -> str:
-    return ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
+    name = ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
+    return name[:MAX_NAME]
 
 
 def _sweep_name(folder: str) -> str:
-    """Name a sweep by the end of its directory: a tracker allows a group few characters."""
-    return "/".join(Path(folder).parts[-2:])
+    """Name a sweep by the end of its directory, as a whole path may be too long."""
+    return "/".join(Path(folder).parts[-2:])[-MAX_NAME:]

@@ -1,0 +1,116 @@
+"""`python run.py` as users start it: subprocesses in a folder of their own, on the tiny Llama and a small text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ptq161.assets import cache_dir
+
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+SECONDS = 120  # after which a run hangs
+SEQ_LEN = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A process that has ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    @property
+    def sentences(self) -> list[str]:
+        """What it said on stderr beside progress bars and Hydra's own frame."""
+        lines = [line.rpartition("\r")[2].strip() for line in self.stderr.splitlines()]
+        frame = ("Error executing job with overrides", "Set the environment variable HYDRA_FULL_ERROR")
+        return [line for line in lines if line and not line.startswith(frame) and "it/s]" not in line]
+
+
+class Program:
+    """Starts ``run.py`` in ``folder``."""
+
+    def __init__(self, folder: Path, tiny: list[str]) -> None:
+        self.folder = folder
+        self.tiny = tiny
+        """Overrides that make a run take little more than its imports."""
+
+    def __call__(self, *arguments: str, **environment: str | None) -> Ended:
+        """Run to the end. A variable that is None is unset."""
+        began = time.monotonic()
+        done = subprocess.run(
+            command(*arguments),
+            cwd=self.folder,
+            env=variables(self.folder, **environment),
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+        return Ended(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start without waiting."""
+        return subprocess.Popen(
+            command(*arguments),
+            cwd=self.folder,
+            env=variables(self.folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(RUN), *arguments]
+
+
+def variables(folder: Path, **changes: str | None) -> dict[str, str]:
+    """The environment without the W&B login and settings of whoever runs the tests, but with the cache of assets."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "HYDRA_FULL_ERROR"}
+    plain |= {"PTQ161_CACHE": str(cache_dir()), "NETRC": str(folder / ".netrc"), "WANDB_CONFIG_DIR": str(folder)}
+    plain |= {k: v for k, v in changes.items() if v is not None}
+    return {k: v for k, v in plain.items() if changes.get(k, v) is not None}
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 26,000 characters, which are as many tokens of the tiny tokenizer."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(f"Line {i}: {i**2} squares and {i**3} cubes. " for i in range(600)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model_dir: Path, text_file: Path) -> list[str]:
+    return [
+        f"model.path={tiny_model_dir}",
+        *(f"calib=text_file calib.text_file={text_file} calib.n_samples=4 calib.seq_len={SEQ_LEN}").split(),
+        *(f"eval=ppl eval.corpora=[text_file] eval.text_file={text_file} eval.seq_len={SEQ_LEN}").split(),
+        *["eval.max_windows=8", "eval.sample_tokens=3", "device=cpu"],
+    ]
+
+
+@pytest.fixture
+def program(tmp_path: Path, tiny: list[str]) -> Program:
+    return Program(tmp_path, tiny)
+
+
+Recorded = tuple[Ended, Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Recorded:
+    """A default run of PTQ1.61 on the tiny model, mirrored offline, in the default run directory."""
+    program = Program(tmp_path_factory.mktemp("tiny_run"), tiny)
+    ended = program(*tiny)
+    assert ended.status == 0, ended.stderr
+    (run_dir,) = program.folder.glob("outputs/*/*")
+    return ended, run_dir
