@@ -67,9 +67,9 @@ def _residual_gain(values: Tensor) -> Tensor:
     mean = values.mean(0)
     distance = values - mean
     scale = distance.abs().mean(0)
-    residual = distance - torch.copysign(scale, distance)
+    residual = distance.sub_(torch.copysign(scale, distance))
     second_mean = residual.mean(0)
-    second_scale = (residual - second_mean).abs_().mean(0)
+    second_scale = residual.sub_(second_mean).abs_().mean(0)
     parts = torch.stack([mean, scale, second_mean, second_scale]).double()
     return values.shape[0] * parts.square().sum()
 

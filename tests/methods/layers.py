@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import ptq161
 from ptq161.methods.base import LayerwiseMethod
@@ -37,7 +38,7 @@ def assert_golden(actual: Tensor, expected: Tensor) -> None:
     assert far.float().mean() <= 1e-3
 
 
-def packed_linears(model: torch.nn.Module, method: LayerwiseMethod) -> dict[str, PackedLinear]:
+def packed_linears(model: PreTrainedModel, method: LayerwiseMethod) -> dict[str, PackedLinear]:
     """Quantize a tiny model on random tokens and return its packed linears."""
     tokens = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     ptq161.quantize(model, tokens, method)
