@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ptq161.errors import UserError
+from ptq161.methods.attention import FastCausalAttention
 from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,10 +130,15 @@ class Window:
         """Move a batch of a chain to the window's device, in float32."""
         return hidden.to(self.device, torch.float32)
 
-    def autocast(self, compute_dtype: str) -> torch.autocast:
-        """Return the autocast context for a name of ``COMPUTE_DTYPES``; float32 switches it off."""
+    @contextmanager
+    def autocast(self, compute_dtype: str) -> Iterator[None]:
+        """Take matrix products and attention in a dtype of ``COMPUTE_DTYPES``; float32 changes nothing."""
         dtype = COMPUTE_DTYPES[compute_dtype]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        if dtype == torch.float32:
+            yield
+            return
+        with torch.autocast(self.device.type, dtype), FastCausalAttention():
+            yield
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the linear called ``name``."""

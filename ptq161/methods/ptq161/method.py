@@ -74,9 +74,7 @@ class PTQ161:
             if not (rate >= 0 and math.isfinite(rate)):
                 raise UserError(f"method.{name}={rate}: use a finite learning rate of at least 0.")
         if self.salient_bits not in UNIFORM_BITS:
-            raise UserError(
-                f"method.salient_bits={self.salient_bits}: use one of {', '.join(map(str, UNIFORM_BITS))}."
-            )
+            raise UserError(f"method.salient_bits={self.salient_bits}: use one of {', '.join(map(str, UNIFORM_BITS))}.")
         check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)
         check_choice("method.saliency", self.saliency, SALIENCIES)
 

@@ -90,24 +90,22 @@ class _BinaryProduct(torch.autograd.Function):
         dtype = layer.compute_dtype
         x_shape, x_dtype = x.shape, x.dtype
         x = x.reshape(-1, x.shape[-1]).to(dtype)
-        # Salient channels pass unscaled; their signs are zero, so that they do not reach z.
-        column = torch.where(layer.mask, 1.0, column_angle).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            u = x * column
+            u = x * column_angle.masked_fill(layer.mask, 0.0).to(dtype)
             z = u @ layer.sign.T
-            total = u @ layer.binary_channel
-            rest = torch.cat([u[:, layer.salient_index], total.unsqueeze(1)], dim=1)
+            total = u.sum(1)
+            rest = torch.cat([x[:, layer.salient_index], total.unsqueeze(1)], dim=1)
             rest_weight = torch.cat([layer.salient_columns, (row_angle * layer.mean).to(dtype)], dim=1)
             bias = None if layer.bias is None else layer.bias.to(dtype)
             y = torch.nn.functional.linear(rest, rest_weight, bias)
             y.addcmul_(z, (row_angle * scale).to(dtype).T)
-        ctx.save_for_backward(x, z, total, column, scale, row_angle)
+        ctx.save_for_backward(x, z, total, scale, row_angle, column_angle)
         ctx.layer, ctx.x_dtype = layer, x_dtype
         return y.view(*x_shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, total, column, scale, row_angle = ctx.saved_tensors
+        x, z, total, scale, row_angle, column_angle = ctx.saved_tensors
         layer: BinaryLinear = ctx.layer
         g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -118,7 +116,10 @@ class _BinaryProduct(torch.autograd.Function):
             effective += layer.salient_weight
             grad_u = g @ effective
             grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * ~layer.mask
-            grad_x = (grad_u * column).view(*grad_y.shape[:-1], -1).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+            grad_x = None
+            if ctx.needs_input_grad[0]:  # salient channels passed unscaled
+                grad_u.mul_(column_angle.masked_fill(layer.mask, 1.0).to(z.dtype))
+                grad_x = grad_u.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         grad_scale = row_angle * grad_z
         grad_row = scale * grad_z + layer.mean * grad_total
         return grad_x, grad_scale, grad_row, grad_column, None
