@@ -1,0 +1,289 @@
+"""Runs from their records: what every table, figure and page is made of.
+
+Usage::
+
+    found = collect(["multirun/2026-01-01/12-00-00"])
+    rows = [*full_precision_runs(found.runs), *quantized_runs(found.runs)]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptq161.errors import UserError
+from ptq161.report.table import SIZES
+from ptq161.tracking import RunData, read_run
+
+FULL_PRECISION = "none"
+"""The method of a run, and of a row, that quantizes nothing."""
+STORED = "stored checkpoint"
+"""The method of a run that evaluates a packed checkpoint as it is."""
+GROUPS = ("model", "method", "calib", "preprocess", "eval")
+UNREAD = ("tracker", "hydra", "debug")
+"""Keys that cannot change a result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run.
+
+    Attributes:
+        run_dir: its record; None for a row that no run of its own stands behind.
+        method: name of the method, with ``+preprocessing`` where the weights were preprocessed.
+        model: name of the model.
+        config: the resolved configuration, flat: ``calib.n_samples`` -> 32.
+        metrics: flat name -> value, sizes among them.
+        standard_errors: the same names -> standard error, where the protocol has one.
+        full_precision: the same names -> value of the unquantized model; empty where it was not scored.
+        seconds: stage -> seconds.
+        commit: git commit of the sources, with ``+`` where they had been changed since.
+    """
+
+    run_dir: Path | None
+    method: str
+    model: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    standard_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    full_precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    commit: str | None = None
+
+    @property
+    def bits(self) -> float | None:
+        """Measured bits per weight."""
+        return self.metrics.get("bits_per_weight")
+
+    @property
+    def nominal_bits(self) -> float | None:
+        """Bits per weight as the method's paper counts them."""
+        return self.metrics.get("nominal_bits_per_weight")
+
+    @property
+    def total_seconds(self) -> float | None:
+        """Seconds over all stages."""
+        return sum(self.seconds.values()) if self.seconds else None
+
+    def value(self, key: str) -> Any:
+        """Return a configured value by its key; a group's key, such as ``calib``, gives its name.
+
+        A key that the run's method does not read, such as ``mask_ratio`` of a method without a mask, gives None.
+        """
+        if key == "method":
+            return self.method
+        if key in ("mask_ratio", "block_size"):
+            return self.config.get(f"method.{key}")
+        return self.config.get(f"{key}.name" if key in GROUPS else key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collection:
+    """What was found.
+
+    Attributes:
+        runs: the finished ones, in the order of the folders.
+        problems: one sentence for each run, or part of one, that could not be read.
+    """
+
+    runs: list[Run]
+    problems: list[str]
+
+
+def collect(folders: Sequence[Path | str]) -> Collection:
+    """Read the runs in some folders.
+
+    Args:
+        folders: run directories, sweep directories, or any folders above them. A run that lies in several of them is
+            read once.
+    """
+    runs: list[Run] = []
+    problems: list[str] = []
+    seen: set[Path] = set()
+    for folder in map(Path, folders):
+        run_dirs = list(_run_dirs(folder, problems))
+        if not run_dirs:
+            problems.append(f"{folder} holds no run.")
+        for run_dir in run_dirs:
+            if run_dir.resolve() not in seen and (run := _read(run_dir, problems)):
+                runs.append(run)
+            seen.add(run_dir.resolve())
+    return Collection(runs, problems)
+
+
+def full_precision_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the unquantized models' scores, each model's once where all runs agree on them.
+
+    A run with ``method=none`` goes before what quantized runs say of their models, since its record has the standard
+    errors too.
+    """
+    found = [run for run in runs if run.method == FULL_PRECISION]
+    for run in runs:
+        if run.full_precision and not any(_agree(run, other) for other in found):
+            found.append(
+                Run(
+                    run_dir=None,
+                    method=FULL_PRECISION,
+                    model=run.model,
+                    config={key: value for key, value in run.config.items() if not key.startswith("method.")},
+                    metrics=run.full_precision,
+                    commit=run.commit,
+                )
+            )
+    return found
+
+
+def quantized_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that quantized something, or scored something quantized."""
+    return [run for run in runs if run.method != FULL_PRECISION]
+
+
+def differing_keys(runs: Sequence[Run]) -> list[str]:
+    """Return the configured keys in which runs differ, ``method`` and ``model`` left out.
+
+    Two runs are compared on a group's keys only where both chose the same option of the group: BiLLM and RTN do not
+    differ in ``method.bits``. A key that repeats another one, as ``method.compute_dtype`` does ``dtype``, is left out.
+    """
+    keys = sorted(dict.fromkeys(key for run in runs for key in run.config), key=lambda key: "." in key)
+    found: dict[str, list[Any]] = {}
+    for key in keys:
+        group, _, leaf = key.partition(".")
+        if group in UNREAD or key in ("method.name", "model.name", "method._target_"):
+            continue
+        chooses = leaf == "name"
+        name = group if chooses else key
+        values = [run.value(name) for run in runs]
+        if _differs(runs, group if leaf and not chooses else "", values) and not _repeats(values, found):
+            found[name] = values
+    return list(found)
+
+
+def metric_names(runs: Sequence[Run]) -> list[str]:
+    """Return the names of what was scored, perplexities first; sizes are no scores."""
+    names = dict.fromkeys(name for run in runs for name in run.metrics if name not in SIZES)
+    return sorted(names, key=lambda name: not is_perplexity(name))
+
+
+def is_perplexity(metric: str) -> bool:
+    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
+    return metric.startswith("ppl/") or metric.endswith("/perplexity")
+
+
+def _run_dirs(folder: Path, problems: list[str]) -> Iterator[Path]:
+    def report(error: OSError) -> None:
+        problems.append(f"{error.filename or folder} cannot be read ({error.strerror}).")
+
+    for name, folders, files in os.walk(folder, onerror=report):
+        if "manifest.json" in files:
+            folders.clear()
+            yield Path(name)
+        elif ".hydra" in folders:
+            folders.clear()
+            problems.append(f"{name} is skipped: its job ended before it began a record.")
+        folders.sort(key=_naturally)
+
+
+def _naturally(name: str) -> list[tuple[int, str]]:
+    """Order 2 before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read(run_dir: Path, problems: list[str]) -> Run | None:
+    try:
+        data = read_run(run_dir)
+        problems.extend(data.problems)
+        return _run(data, problems)
+    except UserError as error:
+        problems.append(f"{run_dir} is skipped: {error}")
+    # The files of a foreign folder hold anything: what they break is told, and the other runs are shown all the same.
+    except Exception as error:
+        problems.append(f"{run_dir} is skipped: its record is malformed ({type(error).__name__}: {error}).")
+    return None
+
+
+def _run(data: RunData, problems: list[str]) -> Run:
+    if data.results is None:
+        raise UserError(_unfinished(data.manifest))
+    config = dict(_flat(data.config))
+    if "model.name" not in config:
+        raise UserError("its configuration does not name the model.")
+    return Run(
+        run_dir=data.run_dir,
+        method=_method(config),
+        model=str(config["model.name"]),
+        config=config,
+        metrics=_numbers(data, data.results["metrics"], problems),
+        standard_errors={
+            name: float(settings["standard_error"])
+            for name, settings in data.results.get("protocol", {}).items()
+            if settings.get("standard_error") is not None
+        },
+        full_precision=_numbers(data, data.results.get("full_precision", {}), problems),
+        seconds=_numbers(data, data.results.get("seconds", {}), problems),
+        commit=_commit(data.manifest.get("git")),
+    )
+
+
+def _unfinished(manifest: Mapping[str, Any]) -> str:
+    state = manifest.get("exit_state", "unknown")
+    reason = (manifest.get("exception") or {}).get("message")
+    return f"it has no results (state: {state}{f', {reason}' if reason else ''})."
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    name = str(config.get("method.name", STORED))
+    return name if config.get("preprocess.name", "none") == "none" else f"{name}+preprocessing"
+
+
+def _commit(git: Mapping[str, Any] | None) -> str | None:
+    if not git or not git.get("commit"):
+        return None
+    return f"{git['commit'][:8]}{'+' if git.get('dirty') else ''}"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _numbers(data: RunData, values: Mapping[str, Any], problems: list[str]) -> dict[str, float]:
+    numbers = {}
+    for name, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numbers[name] = value
+        else:
+            problems.append(f"{name} of {data.run_dir} is left out: {value!r} is no number.")
+    return numbers
+
+
+def _agree(run: Run, full: Run) -> bool:
+    """Say whether ``full`` has everything that ``run`` says of its unquantized model."""
+    return run.model == full.model and all(
+        name in full.metrics and math.isclose(value, full.metrics[name], rel_tol=1e-9)
+        for name, value in run.full_precision.items()
+    )
+
+
+def _differs(runs: Sequence[Run], group: str, values: Sequence[Any]) -> bool:
+    """Say whether a key differs between runs with the same option of its group; ``group`` is empty for other keys."""
+    different: dict[Any, set[str]] = {}
+    for run, value in zip(runs, values, strict=True):
+        # Without a group, None says that the run's method does not read the key.
+        if group or value is not None:
+            different.setdefault(run.value(group) if group else None, set()).add(repr(value))
+    return any(len(found) > 1 for found in different.values())
+
+
+def _repeats(values: Sequence[Any], found: Mapping[str, Sequence[Any]]) -> bool:
+    return any(
+        all(value is None or value == other for value, other in zip(values, others, strict=True))
+        for others in found.values()
+    )

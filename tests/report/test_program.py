@@ -1,0 +1,89 @@
+"""`python -m ptq161.report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptq161.report.__main__ import main
+from ptq161.report.published import COLUMNS
+from tests.report.conftest import WriteRun
+
+FILES = {"table.md", "results.csv", "figure.svg", "figure.png"}
+
+
+def test_a_sweep_makes_the_files_of_a_study(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, ratio in enumerate((0.1, 0.2)):
+        write_run(f"sweep/{number}", mask_ratio=ratio)
+    study = tmp_path / "experiments" / "study"
+    assert main([str(tmp_path / "sweep"), "--out", str(study)]) == 0
+    assert {path.name for path in study.iterdir()} == FILES
+    assert "| full precision | tiny |" in (study / "table.md").read_text()
+    assert "mask_ratio" in (study / "figure.svg").read_text()  # as the comment that matplotlib leaves at a text
+    assert capsys.readouterr().err == ""
+    first = {name: (study / name).read_bytes() for name in FILES}
+    assert main([str(tmp_path / "sweep"), "--out", str(study)]) == 0
+    assert first == {name: (study / name).read_bytes() for name in FILES}
+
+
+def test_published_figures(tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, file = write_run("run"), tmp_path / "published.csv"
+    file.write_text(f"{','.join(COLUMNS)}\nA paper,Table 1,tiny,ptq161,1.61,,ppl/boolq@512,80\n")
+    out = tmp_path / "out"
+    assert main([str(run_dir), "--out", str(out), "--published", str(file)]) == 0
+    assert "+20.00 (+25.0 %)" in (out / "table.md").read_text()
+    assert (out / "comparison.csv").is_file()
+    file.write_text(f"{','.join(COLUMNS)}\nA paper,Table 1,other,ptq161,1.61,,ppl/boolq@512,80\n")
+    assert main([str(run_dir), "--out", str(tmp_path / "none"), "--published", str(file)]) == 0
+    assert "no run has the model, method and metric" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "comparison.csv").exists()
+
+
+def test_damaged_runs_are_told_and_the_others_shown(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run("sweep/0", "rtn")
+    write_run("sweep/1", finish=False)
+    assert main([str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]) == 0
+    assert "sweep/1 is skipped" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["MISSING"], "MISSING: there is no such folder"),
+        (["EMPTY"], "no finished run is in"),
+        (["RUN", "--x", "mask_ration"], "--x mask_ration: no run has this key"),
+        (["RUN", "--metric", "ppl/other"], "--metric ppl/other: no run has it; known are ppl/boolq@512"),
+        (["RUN", "--published", "MISSING"], "the published figures MISSING cannot be read"),
+        (["FULL"], "every run is one of full precision"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path,
+    write_run: WriteRun,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run("RUN")
+    write_run("FULL", "none")
+    (tmp_path / "EMPTY").mkdir()
+    assert main([*arguments, "--out", "out"]) == 1
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, file = write_run("run"), tmp_path / "file"
+    file.touch()
+    assert main([str(run_dir), "--out", str(file)]) == 1
+    assert "choose a writable folder" in capsys.readouterr().err
