@@ -11,17 +11,24 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptq161.errors import UserError
-from ptq161.report.collect import Run, differing_keys, full_precision_runs, is_perplexity, quantized_runs
+from ptq161.report.collect import (
+    FULL_PRECISION,
+    Run,
+    differing_keys,
+    full_precision_runs,
+    is_perplexity,
+    quantized_runs,
+)
 from ptq161.report.published import Published
 from ptq161.report.tables import method_name
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's: told apart by the colour-blind as well."""
-LABEL_HEIGHT = 11
-"""Points between the base lines of two labels."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
+"""Okabe and Ito's, and one of Tol's: told apart by the colour-blind as well."""
+LABEL_SIZE = 8
+"""Points of a label's letters."""
 
 
 def sweep_figure(runs: Sequence[Run], x: str, metrics: Sequence[str]) -> Figure:
@@ -84,25 +91,27 @@ def bits_figure(runs: Sequence[Run], metrics: Sequence[str], published: Sequence
     names = {run.model for run in runs}
     methods = list(dict.fromkeys(run.method for run in quantized))
     figure = _figure(len(shown))
-    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        labels = []
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    labels: dict[str, list[tuple[float, float, str, str]]] = {metric: [] for metric in shown}
+    for axes, metric in zip(panels, shown, strict=True):
         for run in quantized:
             if run.bits is not None and _drawable(metric, value := run.metrics.get(metric, math.nan)):
                 color = COLORS[methods.index(run.method) % len(COLORS)]
                 _draw_nominal(axes, run, value, color)
                 axes.plot([run.bits], [value], "o", color=color)
-                labels.append((run.bits, value, _label(run, keys), color))
-        for point in published:
-            if point.metric == metric and point.model in names and point.method != "none":
-                if not _drawable(metric, point.value):
-                    continue
+                labels[metric].append((run.bits, value, _label(run, keys), color))
+        points = [p for p in published if p.metric == metric and p.model in names and p.method != FULL_PRECISION]
+        for point in points:
+            if _drawable(metric, point.value):
                 axes.plot([point.bits], [point.value], "D", color="grey", markersize=4)
-                labels.append((point.bits, point.value, f"{point.method}, published", "grey"))
+                labels[metric].append((point.bits, point.value, point.method, "grey"))
         _draw_full(axes, full_precision_runs(runs), metric, "black", "full precision")
-        axes.set_xlabel("measured bits per weight (faint: nominal)")
+        axes.set_xlabel(f"measured bits per weight (faint: nominal{'; grey: published' if points else ''})")
         _score_axis(axes, metric)
         axes.margins(x=0.25, y=0.1)
-        _write_labels(axes, labels)
+    figure.draw_without_rendering()  # where a point is on the page is known only after this
+    for axes, metric in zip(panels, shown, strict=True):
+        _write_labels(axes, labels[metric])
     return figure
 
 
@@ -190,9 +199,10 @@ def _score_axis(axes: Axes, metric: str) -> None:
     axes.set_ylabel("perplexity" if axes.get_legend_handles_labels()[0] else metric)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
     # Within a decade the major ticks alone may be none.
-    axes.yaxis.set_minor_formatter(ScalarFormatter() if high < 20 * low else NullFormatter())
+    axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
 
 
 def _label(run: Run, keys: Sequence[str]) -> str:
@@ -201,12 +211,15 @@ def _label(run: Run, keys: Sequence[str]) -> str:
 
 
 def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write labels beside their points, from the lowest up, each moved up as far as the one below it needs."""
-    points_per_pixel = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
-    lowest = -math.inf
+    """Write labels (x, y, text, colour) beside their points, each as near as those before it leave room."""
+    height, placed = 1.3 * LABEL_SIZE, list[tuple[float, float, float]]()
     for x, y, text, color in sorted(labels, key=lambda entry: entry[1]):
-        height = axes.transData.transform((x, y))[1] * points_per_pixel
-        lowest = max(height - 3, lowest + LABEL_HEIGHT)
-        axes.annotate(
-            text, (x, y), (6, lowest - height), textcoords="offset points", fontsize=8, color=color, va="baseline"
-        )
+        # transData is in pixels at the figure's resolution, labels in points.
+        left, level = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        right = left + 0.6 * LABEL_SIZE * len(text)
+        blocked = [at for begin, end, at in placed if begin < right and left < end]
+        shifts = sorted((sign * step * height / 4 for step in range(200) for sign in (1, -1)), key=abs)
+        shift = next((s for s in shifts if all(abs(level + s - at) >= height for at in blocked)), 0.0)
+        placed.append((left, right, level + shift))
+        offset = (6, shift - 0.4 * LABEL_SIZE)
+        axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=LABEL_SIZE, color=color)

@@ -68,7 +68,8 @@ def test_bits_against_perplexity(write_run: WriteRun) -> None:
     figure = bits_figure(runs, [PPL], [point, foreign])
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
-    assert texts(figure) == {*methods, "nanoquant, published", "full precision"}
+    assert axes.get_xlabel().endswith("grey: published)")
+    assert texts(figure) == {*methods, "nanoquant", "full precision"}
     drawn = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() in ("o", "D")]
     for ppl, bits in methods.values():
         assert (bits, ppl) in drawn and (1.6, ppl) in drawn  # the nominal bits beside the measured ones
