@@ -81,7 +81,7 @@ def test_a_packed_checkpoint_takes_no_method(program: Program, tiny_run: Recorde
         ("eval.text_file=short.txt", ("eval.seq_len=64", "20")),
         ("model.path=gptq", ("already quantized", "gptq")),
         ("model.path=gpt2", ("'gpt2'", "llama")),
-        ("model.path=nan", ("NaN", "model.layers.1.mlp.up_proj.weight")),
+        ("model.path=damaged", ("NaN", "model.layers.1.mlp.up_proj.weight")),
     ],
 )
 def test_what_model_and_text_show_ends_the_run_before_it_computes(
@@ -93,7 +93,7 @@ def test_what_model_and_text_show_ends_the_run_before_it_computes(
         _edit_config(tiny_model_dir, folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
     if folder.name == "gpt2":
         _edit_config(tiny_model_dir, folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    if folder.name == "nan":
+    if folder.name == "damaged":
         _put_nan(tiny_model_dir, folder)
     ended = program(*program.tiny, overrides, "tracker=none", "hydra.run.dir=run")
     assert_told(ended, *parts)
