@@ -109,6 +109,7 @@ def main() -> None:
         "awq": AWQ(bits=bits, group_size=None),
         "quip": QuIP(bits=bits),
         "quip_hadamard": QuIP(bits=bits, rotation="hadamard"),
+        "quip_unscaled": QuIP(bits=bits, rescale=False),
         "omniquant": OmniQuant(
             bits=bits,
             epochs=arguments.omniquant_epochs,
