@@ -221,9 +221,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
     }
-    return RunConfig(
-        method=method, method_name=method_name, device=device, dtype=dtype, dtype_reason=reason, **built
-    )
+    return RunConfig(method=method, method_name=method_name, device=device, dtype=dtype, dtype_reason=reason, **built)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -86,9 +86,7 @@ def test_groups_share_their_input_and_come_in_its_order(architecture: str, tiny_
     for group in groups:
         assert all(torch.equal(inputs[name], inputs[group[0]]) for name in group)
     leaders = [inputs[group[0]] for group in groups]
-    assert not any(
-        a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(leaders) for b in leaders[:i]
-    )
+    assert not any(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(leaders) for b in leaders[:i])
 
 
 def test_unsupported_architectures() -> None:

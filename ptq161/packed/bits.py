@@ -62,9 +62,7 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
     """
     _check_bits(bits)
     if packed.shape[-1] != packed_width(n, bits):
-        raise ValueError(
-            f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, not {packed.shape[-1]}"
-        )
+        raise ValueError(f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, not {packed.shape[-1]}")
     if bits == 8:
         return packed.clone()
     if bits in (1, 2, 4):

@@ -8,9 +8,7 @@ from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
 from ptq161.packed.weight import packed_weight_from
 
 
-def random_parts(
-    seed: int, shape: tuple[int, int], column_block: int, share: float
-) -> tuple[BinaryPlanes, BinaryGrid]:
+def random_parts(seed: int, shape: tuple[int, int], column_block: int, share: float) -> tuple[BinaryPlanes, BinaryGrid]:
     generator = torch.Generator().manual_seed(seed)
     n_blocks = -(-shape[1] // column_block)
     planes = [torch.rand(shape, generator=generator) < 0.5 for _ in range(3)]

@@ -68,9 +68,7 @@ def dense(parts: dict[str, Any]) -> Tensor:
     scale_dtype=st.sampled_from(sorted(SCALE_DTYPES)),
     seed=st.integers(0, 2**32),
 )
-def test_round_trip_is_exact(
-    shape: tuple[int, int], share: float, bits: int, scale_dtype: str, seed: int
-) -> None:
+def test_round_trip_is_exact(shape: tuple[int, int], share: float, bits: int, scale_dtype: str, seed: int) -> None:
     parts = random_parts(*shape, min(int(share * shape[1]), shape[1] - 1), bits, scale_dtype, seed)
     packed = StructuredBinaryWeight.pack(**parts, salient_bits=bits, scale_dtype=scale_dtype)
     weight = packed.dequantize()
