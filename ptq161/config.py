@@ -231,6 +231,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         UserError: otherwise; the sentence begins with ``where``.
     """
     hints = get_type_hints(cls)
+    # type[T] cannot say that T is a dataclass.
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
