@@ -45,6 +45,7 @@ class Comparison(LayerwiseMethod):
     """
 
     needs_full_chain: ClassVar[bool] = True
+    takes_salient_masks: ClassVar[bool] = False
 
     methods: dict[str, Method] = dataclasses.field(default_factory=dict)
     errors: dict[str, dict[str, float]] = dataclasses.field(default_factory=lambda: defaultdict(dict))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptq161.errors import UserError
 from ptq161.methods.base import COMPUTE_DTYPES, ActivationScale, Method, OnMetric, Window, ignore_metric
 from ptq161.models import architecture_of, check_quantizable, decoder_blocks, max_seq_len
 from ptq161.packed.linear import PackedLinear, dense_cache
+from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.weight import PackedWeight
 from ptq161.seeding import stage_generator
 
@@ -35,6 +37,7 @@ def quantize(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
+    salient_masks: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place: its blocks' linears become :class:`ptq161.packed.linear.PackedLinear`.
 
@@ -48,16 +51,22 @@ def quantize(
         seed: the methods' random numbers follow from it.
         device: where windows are worked on; None is where the model is.
         progress: show a progress bar over the blocks.
+        salient_masks: for each linear ("{block}.{path}", as in "3.self_attn.q_proj") its salient input channels,
+            ``[in]`` bool, in place of those that the method would choose; :func:`ptq161.packed.masks.salient_masks`
+            reads them back from a quantized model.
 
     Returns:
         the same model.
 
     Raises:
-        UserError: the model is unsupported, already quantized or has NaN weights; the tokens do not fit the model; an
-            activation or a loss is not finite.
+        UserError: the model is unsupported, already quantized or has NaN weights; the tokens do not fit the model; the
+            masks do not fit model or method; an activation or a loss is not finite.
     """
     check_quantizable(model)
     _check_tokens(model, tokens)
+    if salient_masks is not None:
+        _check_takes_masks(method)
+        check_salient_masks(model, salient_masks)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     training, use_cache = model.training, model.config.use_cache
@@ -65,7 +74,7 @@ def quantize(
     model.config.use_cache = False
     try:
         inputs, arguments = capture_inputs(model, tokens, method.batch_size)
-        _quantize_blocks(model, method, inputs, arguments, on_metric, seed, target, progress)
+        _quantize_blocks(model, method, inputs, arguments, on_metric, seed, target, progress, salient_masks)
     finally:
         model.train(training)
         model.config.use_cache = use_cache
@@ -153,6 +162,7 @@ def _quantize_blocks(
     seed: int,
     device: torch.device,
     progress: bool,
+    salient_masks: Mapping[str, Tensor] | None,
 ) -> None:
     blocks = decoder_blocks(model)
     starts = range(0, len(blocks), method.block_size)
@@ -162,7 +172,9 @@ def _quantize_blocks(
         for start in starts:
             began = time.perf_counter()
             listener = _with_bar(on_metric, bar)
-            window = _open_window(model, method, start, arguments, full_inputs, quant_inputs, listener, seed, device)
+            window = _open_window(
+                model, method, start, arguments, full_inputs, quant_inputs, listener, seed, device, salient_masks
+            )
             packed = method.quantize_window(window)
             _report_linears(window, packed, method)
             if window.full_outputs is not None:
@@ -182,6 +194,7 @@ def _open_window(
     on_metric: OnMetric,
     seed: int,
     device: torch.device,
+    salient_masks: Mapping[str, Tensor] | None,
 ) -> Window:
     row = architecture_of(model)
     blocks = list(decoder_blocks(model))[start : start + method.block_size]
@@ -197,6 +210,9 @@ def _open_window(
         quant_inputs=quant_inputs,
         full_outputs=None,
         activations={},
+        salient_masks=None
+        if salient_masks is None
+        else {name: salient_masks[name].to(device) for group in groups for name in group},
         run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
         generator=lambda stage: stage_generator(seed, stage, start),
         on_metric=on_metric,
@@ -295,6 +311,13 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to_device(item, device) for key, item in value.items()}
     return value
+
+
+def _check_takes_masks(method: Method) -> None:
+    if not method.takes_salient_masks:
+        raise UserError(
+            f"salient_masks: {type(method).__name__} has no salient channels; use PTQ161, or leave the masks out."
+        )
 
 
 def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:

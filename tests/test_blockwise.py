@@ -37,6 +37,7 @@ class Watching:
     """A method that shows each window to a listener and rounds the weights to 8 bits."""
 
     needs_full_chain: ClassVar[bool] = True
+    takes_salient_masks: ClassVar[bool] = False
 
     listener: Callable[[Window], object]
     block_size: int = 1

@@ -79,6 +79,8 @@ class Window:
         quant_inputs: ``[n_samples, seq_len, hidden]`` in host memory: the quantized chain's input of the window.
         full_outputs: the same of the full-precision chain's output; None unless the method asks for that chain.
         activations: activation scales by linear on the full-precision chain; empty unless the method asks for it.
+        salient_masks: salient channels by linear (``[in]`` bool, on ``device``) that the caller has chosen; None leaves
+            the choice to the method.
         run_block: ``run_block(i, hidden)`` runs block ``i`` of the window (0 is the first) on a batch of hidden
             states ``[b, seq_len, hidden]`` with the arguments that the model itself passed to it.
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
@@ -93,6 +95,7 @@ class Window:
     quant_inputs: Tensor
     full_outputs: Tensor | None
     activations: dict[str, ActivationScale]
+    salient_masks: dict[str, Tensor] | None
     run_block: Callable[[int, Tensor], Tensor]
     generator: Callable[[str], torch.Generator]
     on_metric: OnMetric
@@ -152,6 +155,9 @@ class Method(Protocol):
     needs_full_chain: ClassVar[bool]
     """Whether the window has to bring the full-precision chain's outputs and activation scales."""
 
+    takes_salient_masks: ClassVar[bool]
+    """Whether salient input channels are told apart, which the caller may choose (``Window.salient_masks``)."""
+
     @property
     def block_size(self) -> int:
         """Consecutive decoder blocks per window."""
@@ -190,6 +196,7 @@ class LayerwiseMethod(ABC):
     """
 
     needs_full_chain: ClassVar[bool] = False
+    takes_salient_masks: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = True
 
     block_size: int = 1

@@ -50,6 +50,7 @@ class OmniQuant:
     """
 
     needs_full_chain: ClassVar[bool] = True
+    takes_salient_masks: ClassVar[bool] = False
 
     bits: int = 2
     group_size: int | None = None

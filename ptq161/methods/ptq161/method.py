@@ -45,6 +45,7 @@ class PTQ161:
     """
 
     needs_full_chain: ClassVar[bool] = True
+    takes_salient_masks: ClassVar[bool] = True
 
     mask_ratio: float = 0.2
     epochs: int = 20
@@ -100,11 +101,12 @@ class PTQ161:
         layers = {}
         for group in window.input_groups:
             scale = window.activations[group[0]]
-            mask = salient_mask(scale.maximum if self.saliency == "max" else scale.mean, self.mask_ratio)
+            chosen = salient_mask(scale.maximum if self.saliency == "max" else scale.mean, self.mask_ratio)
             for name in group:
+                mask = chosen if window.salient_masks is None else window.salient_masks[name]
                 layers[name] = BinaryLinear(
                     window.linears[name],
-                    mask.to(window.device),
+                    mask,
                     salient_bits=self.salient_bits,
                     salient_range=self.salient_range,
                     scale_dtype=self.scale_dtype,
