@@ -10,18 +10,40 @@ Usage::
     run = read_run(run_dir)
 """
 
-from ptq161.tracking.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
-from ptq161.tracking.interrupts import Interrupted
-from ptq161.tracking.read import RunData, read_run
-from ptq161.tracking.record import SCHEMA_VERSION, RunRecord
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ptq161.tracking.files import SCHEMA_VERSION
+from ptq161.tracking.read import RunData, read_metrics, read_run
+
+if TYPE_CHECKING:
+    from ptq161.tracking.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
+    from ptq161.tracking.interrupts import Interrupted
+    from ptq161.tracking.record import RunRecord
 
 __all__ = [
     "SCHEMA_VERSION",
     "Interrupted",
     "RunData",
     "RunRecord",
+    "read_metrics",
     "read_run",
     "sha256_of_file",
     "sha256_of_sources",
     "sha256_of_tensors",
 ]
+
+_WRITING = {
+    "Interrupted": "interrupts",
+    "RunRecord": "record",
+    "sha256_of_file": "hashing",
+    "sha256_of_sources": "hashing",
+    "sha256_of_tensors": "hashing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what writes records when it is first used: it needs torch, which whoever only reads need not wait for."""
+    if name in _WRITING:
+        return getattr(import_module(f"{__name__}.{_WRITING[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

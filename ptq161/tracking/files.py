@@ -14,6 +14,9 @@ from typing import Any
 
 from ptq161.errors import UserError
 
+SCHEMA_VERSION = 1
+"""Of the record's layout; every JSON file of a record carries it."""
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new one.
@@ -82,7 +85,9 @@ def decode_json(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
-    nonfinite = value.pop("nonfinite", {})
+    if "nonfinite" not in value:
+        return value
+    nonfinite = value.pop("nonfinite")
     restored = _merge(value, nonfinite)
     assert isinstance(restored, dict)
     return restored

@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from ptq161.errors import UserError
-from ptq161.tracking.files import decode_json
-from ptq161.tracking.record import SCHEMA_VERSION
+from ptq161.tracking.files import SCHEMA_VERSION, decode_json
+
+# The C parser takes a fiftieth of the time; PyYAML is built without it on some platforms.
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,14 @@ class RunData:
     problems: list[str]
 
 
-def read_run(run_dir: Path | str) -> RunData:
+def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
     """Read a record, of a run that has ended or still goes on.
 
     Damage to a part of it, such as the last line of a killed run, is reported in ``problems``.
+
+    Args:
+        run_dir: the directory.
+        with_lines: read metrics and samples too, which take most of the time; otherwise both are empty.
 
     Raises:
         UserError: the directory holds no record, or one of another layout version.
@@ -50,11 +56,21 @@ def read_run(run_dir: Path | str) -> RunData:
         run_dir=folder,
         manifest=_read_manifest(folder / "manifest.json"),
         config=_read_config(folder / "config.yaml", problems),
-        metrics=_read_lines(folder / "metrics.jsonl", ("time", "name", "value"), problems),
-        samples=_read_lines(folder / "samples.jsonl", ("time", "name", "text"), problems),
+        metrics=read_metrics(folder, problems) if with_lines else [],
+        samples=_read_lines(folder / "samples.jsonl", ("time", "name", "text"), problems) if with_lines else [],
         results=_read_results(folder / "results.json", problems),
         problems=problems,
     )
+
+
+def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any]]:
+    """Read a record's numbers as they arose.
+
+    Args:
+        run_dir: the directory.
+        problems: takes one sentence for each line that cannot be read.
+    """
+    return _read_lines(Path(run_dir) / "metrics.jsonl", ("time", "name", "value"), problems)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -86,9 +102,8 @@ def _check_version(path: Path, document: dict[str, Any]) -> None:
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    # YAML and OmegaConf each bring a family of exceptions of their own, with no common base but this.
-    except Exception as error:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML_LOADER)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path} cannot be read ({' '.join(str(error).split())}).")
         return {}
     if not isinstance(config, dict):

@@ -13,12 +13,11 @@ from omegaconf import OmegaConf
 
 from ptq161.config import TrackerConfig
 from ptq161.tracking.environment import describe_environment
-from ptq161.tracking.files import encode_json, write_atomically, writing
+from ptq161.tracking.files import SCHEMA_VERSION, encode_json, write_atomically, writing
 from ptq161.tracking.interrupts import Interrupted, Interrupts
 from ptq161.tracking.run_log import run_log
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
 
-SCHEMA_VERSION = 1
 RESERVED = frozenset({"time", "name", "value", "nonfinite"})
 NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
 
