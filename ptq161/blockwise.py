@@ -232,14 +232,15 @@ def _linear(blocks: list[nn.Module], start: int, name: str) -> nn.Linear:
 
 def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tuple[dict[str, ActivationScale], Tensor]:
     """Run the full-precision chain through the window, watching the size of what enters each linear."""
-    maxima: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         absolute = args[0].detach().flatten(0, -2).abs().float()
-        maximum, total = absolute.amax(0), absolute.sum(0)
-        maxima[name] = torch.maximum(maxima[name], maximum) if name in maxima else maximum
-        sums[name] = sums[name] + total if name in sums else total
+        maximum, total, squares = absolute.amax(0), absolute.sum(0), absolute.square().sum(0)
+        if name in seen:
+            maximum = torch.maximum(seen[name][0], maximum)
+            total, squares = seen[name][1] + total, seen[name][2] + squares
+        seen[name] = maximum, total, squares
 
     leaders = [group[0] for group in window.input_groups]
     hooks = [window.linears[name].register_forward_pre_hook(partial(watch, name)) for name in leaders]
@@ -248,8 +249,8 @@ def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tupl
     finally:
         for hook in hooks:
             hook.remove()
-    n_tokens = full_inputs.shape[0] * full_inputs.shape[1]
-    return {name: ActivationScale(maxima[name], sums[name] / n_tokens) for name in leaders}, outputs
+    n = full_inputs.shape[0] * full_inputs.shape[1]
+    return {name: ActivationScale(top, total / n, squares / n) for name, (top, total, squares) in seen.items()}, outputs
 
 
 def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:

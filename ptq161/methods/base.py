@@ -60,10 +60,12 @@ class ActivationScale:
     Attributes:
         maximum: ``[in]`` float32, largest |x|.
         mean: ``[in]`` float32, mean of |x|.
+        mean_square: ``[in]`` float32, mean of x^2.
     """
 
     maximum: Tensor
     mean: Tensor
+    mean_square: Tensor
 
 
 @dataclasses.dataclass

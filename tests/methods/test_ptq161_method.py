@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.ptq161 import PTQ161, block_loss, initial_scales, pack_weight, salient_mask
+from ptq161.methods.ptq161.saliency import owq_sensitivity
 from ptq161.models import quantized_linears
+from ptq161.packed.masks import salient_masks
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -234,6 +236,42 @@ def test_saliency_by_the_mean(tiny_model: TinyModel) -> None:
         assert torch.equal(packed["0.fc1"].salient_channels(), salient_mask(scale, 0.2))
 
 
+@pytest.mark.parametrize("saliency", ["hessian", "magnitude", "random"])
+def test_other_saliencies_are_chosen_linear_by_linear(saliency: str, tiny_model: TinyModel) -> None:
+    weights = {name: module.weight.detach().clone() for name, module in quantized_linears(tiny_model("llama"))}
+    packed, _ = run(tiny_model("llama"), change(epochs=0, saliency=saliency))
+    masks = {name: weight.salient_channels() for name, weight in packed.items()}
+    for name, mask in masks.items():
+        assert int(mask.sum()) == int(0.2 * mask.numel()) + 1
+        if saliency == "magnitude":
+            assert torch.equal(mask, salient_mask(weights[name].square().sum(0).sqrt(), 0.2))
+    assert not torch.equal(masks["0.mlp.up_proj"], masks["0.mlp.gate_proj"])
+    again, _ = run(tiny_model("llama"), change(epochs=0, saliency=saliency))
+    assert all(torch.equal(again[name].salient_channels(), mask) for name, mask in masks.items())
+
+
+def test_the_hessian_is_that_of_the_full_precision_chain(tiny_model: TinyModel) -> None:
+    """The second block's inputs differ between the chains, and so would the masks."""
+    model = tiny_model("llama")
+    inputs: list[Tensor] = []
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, -2)))
+    with torch.no_grad():
+        model(TOKENS)
+    handle.remove()
+    packed, _ = run(tiny_model("llama"), change(epochs=0, saliency="hessian"))
+    expected = salient_mask(owq_sensitivity(down.weight, inputs[0].square().mean(0)), 0.2)
+    assert torch.equal(packed["1.mlp.down_proj"].salient_channels(), expected)
+
+
+def test_random_channels_follow_from_the_seed(tiny_model: TinyModel) -> None:
+    masks = []
+    for seed in (0, 0, 1):
+        model = ptq161.quantize(tiny_model("llama"), TOKENS, change(epochs=0, saliency="random"), seed=seed)
+        masks.append(torch.cat(list(salient_masks(model).values())))
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
 def test_linears_that_share_an_input_share_a_mask(tiny_model: TinyModel) -> None:
     packed, heard = run(tiny_model("llama"), change(epochs=0))
     for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
@@ -321,7 +359,7 @@ def test_no_gradient_state_is_left_behind(tiny_model: TinyModel) -> None:
         ({"salient_bits": 1}, r"method\.salient_bits=1: use one of 2, 3, 4, 8"),
         ({"salient_bits": 5}, r"method\.salient_bits=5: use one of 2, 3, 4, 8"),
         ({"salient_range": "column"}, r"method\.salient_range=column: use one of row, salient"),
-        ({"saliency": "median"}, r"method\.saliency=median: use one of max, mean"),
+        ({"saliency": "median"}, r"method\.saliency=median: use one of max, mean, hessian, magnitude, random"),
     ],
 )
 def test_hyperparameters_out_of_range(settings: dict[str, Any], message: str) -> None:

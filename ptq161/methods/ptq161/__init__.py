@@ -6,13 +6,14 @@ from ptq161.methods.ptq161.binarization import (
     initial_scales,
     pack_weight,
     quantize_salient,
-    salient_mask,
 )
 from ptq161.methods.ptq161.method import PTQ161
+from ptq161.methods.ptq161.saliency import channel_saliency, salient_mask
 
 __all__ = [
     "PTQ161",
     "block_loss",
+    "channel_saliency",
     "dequantized_weight",
     "initial_scales",
     "pack_weight",

@@ -1,4 +1,4 @@
-"""PTQ1.61 on one weight matrix: the mask, the initial scales, the quantized weight and the block loss.
+"""PTQ1.61 on one weight matrix: the initial scales, the quantized weight and the block loss.
 
 Zhao et al., "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large
 Language Models", ACL 2025 (arXiv 2502.13179). Equation numbers are those of the paper; where the released code
@@ -10,44 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq161.errors import UserError
 from ptq161.methods.base import check_choice
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import uniform_codes, uniform_parameters
 
 SALIENT_RANGES = ("row", "salient")
-# The released code clamps activation scales from below, so that dead channels tie.
-_LEAST_ACTIVATION = 1e-5
-
-
-def salient_mask(activation_scale: Tensor, mask_ratio: float) -> Tensor:
-    """Choose the salient input channels (Section 3.2).
-
-    The released comparison is ``activation >= sorted_descending[int(mask_ratio * in)]``: it keeps one channel more
-    than ``int(mask_ratio * in)``, and all that tie with the last one.
-
-    Args:
-        activation_scale: ``[in]``, largest (or mean) absolute input of each channel over the calibration tokens.
-        mask_ratio: share of salient channels, in [0, 1). 0 means none; one channel at least stays binary.
-
-    Returns:
-        ``[in]`` bool, True for salient channels.
-
-    Raises:
-        UserError: ``mask_ratio`` is outside [0, 1), or an activation is not finite.
-    """
-    if not 0 <= mask_ratio < 1:
-        raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")
-    if not bool(torch.isfinite(activation_scale).all()):
-        raise UserError("the activations are NaN or infinite, so no salient channels can be chosen; check the model.")
-    if mask_ratio == 0:
-        return torch.zeros_like(activation_scale, dtype=torch.bool)
-    activation = activation_scale.flatten().clamp(min=_LEAST_ACTIVATION)
-    descending, order = torch.sort(activation, descending=True, stable=True)
-    mask = activation >= descending[int(mask_ratio * activation.numel())]
-    if bool(mask.all()):
-        mask[order[-1]] = False
-    return mask
 
 
 def initial_scales(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,16 +9,16 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ptq161.errors import UserError
 from ptq161.methods.base import COMPUTE_DTYPES, Window, check_choice, check_common
 from ptq161.methods.optimisation import optimise, standing_in
-from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss, salient_mask
+from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
+from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
 from ptq161.packed.uniform import UNIFORM_BITS
 from ptq161.packed.weight import PackedWeight
-
-SALIENCIES = ("max", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class PTQ161:
         salient_bits: bits of the salient channels.
         salient_range: range of the salient channels' quantizer, ``row`` (released) or ``salient``.
         saliency: what makes a channel salient: the ``max`` (released) or ``mean`` (the paper's pseudocode) of |x| over
-            the calibration tokens on the full-precision chain.
+            the calibration tokens on the full-precision chain; ``hessian`` (OWQ), ``magnitude`` of the weights or
+            ``random`` (:mod:`ptq161.methods.ptq161.saliency`).
         learn_scale: optimise the row scales.
         learn_angles: optimise the angular factors.
         cosine_loss: include the cosine terms in the objective.
@@ -98,21 +99,29 @@ class PTQ161:
         return {name: layer.pack() for name, layer in layers.items()}
 
     def _binarize(self, window: Window) -> dict[str, BinaryLinear]:
-        layers = {}
+        masks = self._masks(window) if window.salient_masks is None else window.salient_masks
+        return {
+            name: BinaryLinear(
+                linear,
+                masks[name],
+                salient_bits=self.salient_bits,
+                salient_range=self.salient_range,
+                scale_dtype=self.scale_dtype,
+                compute_dtype=COMPUTE_DTYPES[self.compute_dtype],
+            )
+            for name, linear in window.linears.items()
+        }
+
+    def _masks(self, window: Window) -> dict[str, Tensor]:
+        """Choose each linear's salient channels; linears that share an input share their activation scale."""
+        generator = window.generator("saliency")
+        masks = {}
         for group in window.input_groups:
-            scale = window.activations[group[0]]
-            chosen = salient_mask(scale.maximum if self.saliency == "max" else scale.mean, self.mask_ratio)
+            activation = window.activations[group[0]]
             for name in group:
-                mask = chosen if window.salient_masks is None else window.salient_masks[name]
-                layers[name] = BinaryLinear(
-                    window.linears[name],
-                    mask,
-                    salient_bits=self.salient_bits,
-                    salient_range=self.salient_range,
-                    scale_dtype=self.scale_dtype,
-                    compute_dtype=COMPUTE_DTYPES[self.compute_dtype],
-                )
-        return layers
+                scores = channel_saliency(self.saliency, window.linears[name].weight, activation, generator)
+                masks[name] = salient_mask(scores, self.mask_ratio)
+        return masks
 
     def _learned(self, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
         """Return the optimiser's parameter groups, and freeze what is not learned."""
