@@ -18,14 +18,22 @@ SCHEMA_VERSION = 1
 """Of the record's layout; every JSON file of a record carries it."""
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
+
+
+def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADVICE) -> None:
     """Write a file so that a reader, or a crash at any moment, finds the old content or the new one.
+
+    Args:
+        path: of the file; its folder exists.
+        content: text becomes UTF-8.
+        advice: see :func:`writing`.
 
     Raises:
         UserError: the folder cannot be written, or the disk is full.
     """
     data = content.encode() if isinstance(content, str) else content
-    with writing(path):
+    with writing(path, advice):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -43,8 +51,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, advice: str = RUN_DIR_ADVICE) -> Iterator[None]:
     """Turn an operating system's refusal to write ``path`` into one sentence.
+
+    Args:
+        path: what is written inside.
+        advice: what the user can do where the disk is not full.
 
     Raises:
         UserError: an ``OSError`` arises inside.
@@ -55,9 +67,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path} cannot be written because the disk is full; free space and run again.") from error
         reason = error.strerror or str(error)
-        raise UserError(
-            f"{path} cannot be written ({reason}); choose a writable run directory with hydra.run.dir=DIR."
-        ) from error
+        raise UserError(f"{path} cannot be written ({reason}); {advice}.") from error
 
 
 def encode_json(value: Mapping[str, Any], indent: int | None = None) -> str:
