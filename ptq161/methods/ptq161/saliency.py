@@ -46,7 +46,7 @@ def channel_saliency(
         case "hessian":
             return owq_sensitivity(weight, activation.mean_square)
         case "magnitude":
-            return torch.linalg.vector_norm(weight.detach().float(), dim=0)
+            return weight.detach().float().square().sum(dim=0).sqrt()
         case _:
             return torch.rand(weight.shape[1], generator=generator).to(weight.device)
 
