@@ -19,10 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, check_choice
 from ptq161.numerics import resolve_device, resolve_dtype
+from ptq161.preprocess.restoration import Restoration, check_mask
 
 CALIBRATION_SETS = ("squad", "wikitext2", "c4", "ptb", "redpajama", "text_file")
 CORPORA = ("boolq", "lambada", "wikitext2", "c4", "ptb", "text_file")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ON_ERROR = ("continue", "stop")
 TRACKERS = ("wandb", "none")
 WANDB_MODES = ("auto", "online", "offline")
 
@@ -79,21 +81,6 @@ class CalibConfig:
         check_at_least("calib.seq_len", self.seq_len, 2)
         if self.name == "text_file" and not self.text_file:
             raise UserError("calib=text_file needs a file: set calib.text_file=FILE.")
-
-
-@dataclasses.dataclass(frozen=True)
-class PreprocessConfig:
-    """Quantization preprocessing.
-
-    Attributes:
-        name: ``none``.
-    """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        """Reject unknown kinds."""
-        check_choice("preprocess.name", self.name, ("none",))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,19 +159,23 @@ class RunConfig:
     Attributes:
         method: None for a full-precision run (``method=none``).
         method_name: what tables and figures call it.
+        preprocess: None where the weights are quantized as they are (``preprocess=none``).
+        preprocess_name: what tables and figures call it.
         mask_ratio: share of salient input channels.
         block_size: decoder blocks per window.
         seed: every random number follows from it.
         device: a torch device, ``auto`` resolved.
         dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
         dtype_reason: why it is this one.
+        on_error: what a sweep does when a job fails: ``continue`` or ``stop``.
     """
 
     model: ModelConfig
     method: Method | None
     method_name: str
     calib: CalibConfig
-    preprocess: PreprocessConfig
+    preprocess: Restoration | None
+    preprocess_name: str
     eval: EvalConfig
     tracker: TrackerConfig
     mask_ratio: float
@@ -193,6 +184,7 @@ class RunConfig:
     device: torch.device
     dtype: str
     dtype_reason: str
+    on_error: str
 
 
 def load_run_config(cfg: DictConfig) -> RunConfig:
@@ -208,7 +200,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     hints = get_type_hints(RunConfig)
-    known = [key for key in hints if key not in ("method_name", "dtype_reason")]
+    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")]
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     if missing := [key for key in known if key not in values]:
@@ -217,11 +209,21 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     device = resolve_device(values.pop("device"))
     dtype, reason = resolve_dtype(values.pop("dtype"), device)
     method_name, method = _build_method(values.pop("method"), device)
+    preprocess_name, preprocess = _build_preprocess(values.pop("preprocess"), device, method)
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
     }
-    return RunConfig(method=method, method_name=method_name, device=device, dtype=dtype, dtype_reason=reason, **built)
+    return RunConfig(
+        method=method,
+        method_name=method_name,
+        preprocess=preprocess,
+        preprocess_name=preprocess_name,
+        device=device,
+        dtype=dtype,
+        dtype_reason=reason,
+        **built,
+    )
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -254,16 +256,36 @@ def check_at_least(setting: str, value: int | None, least: int) -> None:
 
 
 def _build_method(values: dict[str, Any], device: torch.device) -> tuple[str, Method | None]:
+    if values.get("compute_dtype") == "auto":
+        values["compute_dtype"] = resolve_dtype("auto", device)[0]
+    name, method = _build_target(values, "method")
+    return name, method
+
+
+def _build_preprocess(
+    values: dict[str, Any], device: torch.device, method: Method | None
+) -> tuple[str, Restoration | None]:
+    if values.get("compute_dtype") == "auto":
+        # float16 would need its loss scaled.
+        resolved = resolve_dtype("auto", device)[0]
+        values["compute_dtype"] = "float32" if resolved == "float16" else resolved
+    name, restoration = _build_target(values, "preprocess")
+    if restoration is not None:
+        if method is None:
+            raise UserError(f"preprocess={name}: method=none quantizes nothing; choose a method, or preprocess=none.")
+        check_mask(method, restoration)
+    return name, restoration
+
+
+def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:
+    """Instantiate the class that a node names as ``_target_``; None where it names none (``method=none``)."""
     name = str(values.pop("name"))
     target = values.pop("_target_", None)
     if target is None:
         if values:
-            raise UserError(f"unknown key method.{next(iter(values))}: method={name} has no settings.")
+            raise UserError(f"unknown key {group}.{next(iter(values))}: {group}={name} has no settings.")
         return name, None
-    if values.get("compute_dtype") == "auto":
-        values["compute_dtype"] = resolve_dtype("auto", device)[0]
-    method: Method = build(get_class(target), values, "method")
-    return name, method
+    return name, build(get_class(target), values, group)
 
 
 def _check_top_level(values: Mapping[str, Any]) -> None:
@@ -273,6 +295,7 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
     check_at_least("block_size", _typed(int, values["block_size"], "block_size"), 1)
     check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
     check_choice("dtype", values["dtype"], DTYPES)
+    check_choice("on_error", values["on_error"], ON_ERROR)
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
+from ptq161.failures import FailedRunError, Failure, print_failure, record_failure
 from ptq161.preflight import check_writable, checked_config, name_local_model
 
 MAX_NAME = 128
 """Characters of a name that every tracker takes."""
-
-
-class FailedRunError(CompactHydraException):
-    """A job's one sentence; Hydra prints it without a traceback (the run's log has that) and exits non-zero."""
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -54,8 +50,10 @@ def run_job(cfg: DictConfig) -> None:
     except Exception as error:
         if sweeping:  # Hydra tells only the first failure, and that after the last job
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            print(f"Job {hydra_config.job.num} ({' '.join(overrides)}) failed: {sentence}", file=sys.stderr, flush=True)
-            raise FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.") from error
+            failure = Failure(hydra_config.job.num, overrides, sentence, hydra_config.runtime.output_dir)
+            print_failure(failure)
+            record_failure(hydra_config.sweep.dir, failure)
+            raise failure.error() from error
         if isinstance(error, UserError):
             raise FailedRunError(str(error)) from error
         raise

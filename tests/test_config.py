@@ -33,6 +33,7 @@ COMPLETE: dict[str, Any] = {
     "seed": 0,
     "device": "cpu",
     "dtype": "float32",
+    "on_error": "continue",
     "model": {"name": "m", "path": "folder"},
     "method": {
         "_target_": "ptq161.methods.ptq161.PTQ161",
@@ -130,6 +131,8 @@ def test_every_key_is_needed(key: str) -> None:
         ({"seed": "x"}, "seed='x': use a value of type int."),
         ({"dtype": "float64"}, "dtype=float64: use one of auto, float32, bfloat16, float16."),
         ({"dtype": None}, "dtype=None: use one of auto, float32, bfloat16, float16."),
+        ({"on_error": "ignore"}, "on_error=ignore: use one of continue, stop."),
+        ({"on_error": None}, "on_error=None: use one of continue, stop."),
         ({"device": "tpu"}, "device=tpu: use auto, cpu, cuda or cuda:N."),
         ({"device": "meta"}, "device=meta: use auto, cpu, cuda or cuda:N."),
         ({"device": None}, "device=None: use auto, cpu, cuda or cuda:N."),
@@ -138,7 +141,7 @@ def test_every_key_is_needed(key: str) -> None:
         (
             {"colour": 1},
             "unknown key 'colour': known are model, method, calib, preprocess, eval, tracker, mask_ratio, block_size, "
-            "seed, device, dtype.",
+            "seed, device, dtype, on_error.",
         ),
         # what follows from others cannot be set
         ({"method_name": "x"}, "unknown key 'method_name': known are"),

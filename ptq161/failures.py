@@ -1,0 +1,158 @@
+"""What becomes of a sweep's failures: told as they happen, once more in a table at the end, and ``on_error``.
+
+Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra hands on only the first failure,
+and that after the last job. So each failing job adds a line to a file of the sweep's directory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ptq161.errors import UserError
+from ptq161.tracking.files import decode_json, encode_json, writing
+
+FAILURES = "failures.jsonl"
+STOPPED = "The sweep ends at its first failure (on_error=stop); what is finished is kept."
+STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
+"""Launchers that begin a job after another one has ended; the others hand all jobs to a queue at once."""
+
+
+class FailedRunError(CompactHydraException):
+    """A failed job, as Hydra sees it: printed without a traceback (the run's log has that), exit status 1.
+
+    Attributes:
+        sentence: why it failed.
+    """
+
+    def __init__(self, message: str, sentence: str | None = None) -> None:
+        """Take what Hydra prints after the last job, and the job's own sentence where that is another one."""
+        super().__init__(message)
+        self.sentence = sentence or message
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A job of a sweep that failed.
+
+    Attributes:
+        job: its number.
+        overrides: what was typed for it.
+        sentence: why.
+        run_dir: its directory.
+    """
+
+    job: int
+    overrides: list[str]
+    sentence: str
+    run_dir: str
+
+    def error(self) -> FailedRunError:
+        """Return what Hydra is told."""
+        return FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.", self.sentence)
+
+
+def record_failure(sweep_dir: str, failure: Failure) -> None:
+    """Add a failure to the sweep's file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(sweep_dir, FAILURES)
+    # One short write at the file's end is not mixed with that of another process.
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(encode_json(dataclasses.asdict(failure)) + "\n")
+
+
+def read_failures(sweep_dir: Path | str) -> list[Failure]:
+    """Return a sweep's failures in the order of its jobs; lines that are damaged are left out."""
+    try:
+        lines = Path(sweep_dir, FAILURES).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    failures = {}
+    for line in lines:
+        try:
+            failure = Failure(**decode_json(line))
+        except (ValueError, TypeError):
+            continue
+        failures[failure.job] = failure
+    return [failures[job] for job in sorted(failures)]
+
+
+def print_failure(failure: Failure) -> None:
+    """Tell one failure on stderr."""
+    print(f"Job {failure.job} ({' '.join(failure.overrides)}) failed: {failure.sentence}", file=sys.stderr, flush=True)
+
+
+def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
+    """Return those of a job's overrides in which it differs from the others: all that the sweep itself does not have.
+
+    Args:
+        overrides: the job's.
+        sweep: the sweep's configuration, with Hydra's node.
+    """
+    shared = set(sweep.hydra.overrides.task)
+    return [override for override in overrides if override not in shared]
+
+
+def print_failures(sweep_dir: str, sweep: DictConfig) -> None:
+    """Print the table of a sweep's failures on stderr, or nothing where there are none."""
+    if not (failures := read_failures(sweep_dir)):
+        return
+    table = Table(title=f"{len(failures)} failed: {sweep_dir}", title_justify="left")
+    for name in ("job", "overrides", "reason"):
+        table.add_column(name, overflow="fold")
+    for failure in failures:
+        label = " ".join(own_overrides(failure.overrides, sweep))
+        table.add_row(str(failure.job), label, failure.sentence, end_section=True)
+    Console(stderr=True, markup=False, highlight=False).print(table)
+
+
+class SweepFailures(Callback):
+    """Prints the table when the sweep's process ends, and ends it at the first failure with ``on_error=stop``."""
+
+    def __init__(self) -> None:
+        """Change nothing: this is also made in the processes of a sweep's jobs."""
+        self._sweep_process: int | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin without the failures of a sweep that used this directory before."""
+        try:
+            _check_on_error(config)
+            path = Path(config.hydra.sweep.dir, FAILURES).absolute()
+            with writing(path):
+                path.unlink(missing_ok=True)
+        except UserError as error:
+            # Hydra turns other exceptions of a callback into warnings.
+            raise SystemExit(str(error)) from error
+        self._sweep_process = os.getpid()
+        # Hydra tells callbacks of a sweep's end only where no job has failed.
+        atexit.register(print_failures, str(path.parent), config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """End the sweep where its jobs run in its own process; a launcher with processes of its own sees to it."""
+        failed = job_return.status == JobStatus.FAILED
+        if failed and config.on_error == "stop" and self._sweep_process == os.getpid():
+            raise SystemExit(STOPPED)
+
+
+def _check_on_error(config: DictConfig) -> None:
+    launcher = str(config.hydra.launcher.get("_target_"))
+    if config.on_error == "stop" and not launcher.endswith(STOPPABLE):
+        raise UserError(
+            f"on_error=stop: {launcher.rpartition('.')[2]} queues all jobs at once; "
+            "use hydra/launcher=basic, hydra/launcher=local or on_error=continue."
+        )
