@@ -1,0 +1,239 @@
+"""Run a recorded run again, and say what differs.
+
+Usage::
+
+    python -m ptq161.replay outputs/2026-01-01/12-00-00                     # exit status 0: the same to the last bit
+    python -m ptq161.replay RUN_DIR --out FOLDER --tolerance 1e-3           # on other hardware
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from ptq161.errors import UserError
+from ptq161.replay.compare import Comparison, compare
+from ptq161.tracking.files import SCHEMA_VERSION, encode_json, write_atomically
+from ptq161.tracking.read import RunData, read_run
+
+REPORT = "replay.json"
+NOT_QUANTIZED: Mapping[str, Any] = {
+    "method": {"name": "none"},
+    "mask_ratio": 0.0,
+    "block_size": 1,
+    "calib": {"name": "squad", "n_samples": 1, "seq_len": 2},
+    "preprocess": {"name": "none"},
+}
+"""What the schema asks for and the record of a packed checkpoint's evaluation leaves out: nothing was quantized."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+
+    Returns:
+        the exit status: 0 where everything is equal; 1 where something differs, or, with one sentence on stderr, where
+        the run cannot be replayed.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        recorded = read_finished(options.run_dir)
+        if options.tolerance < 0:
+            raise UserError(f"--tolerance {options.tolerance}: use 0 or a small positive number.")
+        out = Path(options.out).absolute() if options.out else _default_out(recorded.run_dir)
+        _check_new(out)
+        _restart_with_recorded_threads(recorded, [options.run_dir, f"--out={out}", f"--tolerance={options.tolerance}"])
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+        comparison = replay(recorded, out, options.tolerance)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print_comparison(comparison, out)
+    return 0 if comparison.equal else 1
+
+
+def read_finished(run_dir: Path | str) -> RunData:
+    """Read a record that can be replayed.
+
+    Raises:
+        UserError: it is none, of another layout version, damaged, or its run has not finished.
+    """
+    run = read_run(run_dir)
+    if run.results is None or run.manifest.get("exit_state") != "finished":
+        state = run.manifest.get("exit_state", "unknown")
+        raise UserError(
+            f"{run_dir} did not finish (state: {state}): only a finished run can be compared with its replay."
+        )
+    if run.problems:
+        raise UserError(f"{run_dir} cannot be replayed: its record is damaged ({run.problems[0]})")
+    return dataclasses.replace(run, run_dir=run.run_dir.absolute())
+
+
+def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
+    """Run a recorded configuration again, compare, and write ``replay.json`` beside the new record.
+
+    Paths that the configuration gives relative are taken from the working directory of then, where that still exists.
+
+    Args:
+        recorded: of :func:`read_finished`.
+        out: directory of the new record.
+        tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
+
+    Raises:
+        UserError: the configuration cannot be run any more (its model has gone, its schema has changed), or the run
+            fails.
+    """
+    from ptq161.pipeline import RunContext, run  # takes seconds, which a wrong directory need not wait for
+    from ptq161.preflight import check_writable, checked_config
+
+    resolved = replayed_config(recorded)
+    then = recorded.manifest.get("working_directory")
+    with contextlib.chdir(then if then and Path(then).is_dir() else "."):
+        try:
+            config = checked_config(OmegaConf.create(resolved), [])
+        except UserError as error:
+            raise UserError(f"{recorded.run_dir} cannot be replayed: {error}") from error
+        check_writable("--out", str(out))
+        _set_torch_threads(recorded.manifest)
+        name = f"replay of {recorded.manifest.get('job_name')}"
+        run(config, RunContext(run_dir=str(out), resolved=resolved, overrides=[], job_name=name))
+    comparison = compare(recorded, read_run(out), tolerance)
+    document = {"schema_version": SCHEMA_VERSION, "recorded": recorded.run_dir, **comparison.document()}
+    write_atomically(out / REPORT, encode_json(document, indent=2) + "\n")
+    return comparison
+
+
+def replayed_config(recorded: RunData) -> dict[str, Any]:
+    """Return the recorded configuration with nothing that would keep the run from being computed here and now.
+
+    The dtype that ``auto`` meant is part of the configuration; the device that it meant is the machine's.
+    """
+    config = {**NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
+    method, dtype = config["method"], recorded.manifest.get("dtype")
+    if config.get("dtype") == "auto" and dtype:
+        config["dtype"] = dtype
+        if method.get("compute_dtype") == "auto":
+            method["compute_dtype"] = dtype
+    config["tracker"] = {"name": "none"}
+    return config
+
+
+def print_comparison(comparison: Comparison, out: Path) -> None:
+    """Print what was compared, what differs, and what may explain it."""
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(_metrics_table(comparison))
+    for place in comparison.missing:
+        console.print(f"The replay has no {place.name} {place.where} ({place.source}).", highlight=False)
+    if comparison.extra:
+        names = sorted({place.name for place in comparison.extra})
+        console.print(f"Only the replay has {', '.join(names)}.", highlight=False)
+    for name, (before, after) in comparison.hashes.items():
+        says = "equal" if before == after else f"was {before}, is {after}"
+        console.print(f"{name}: {says}", highlight=False, soft_wrap=True)
+    if comparison.environment:
+        console.print(_environment_table(comparison))
+    else:
+        console.print("Commit, sources, versions, hardware and threads are those of the recorded run.")
+    console.print(_verdict(comparison), highlight=False, soft_wrap=True)
+    console.print(f"Record: {out}", highlight=False, soft_wrap=True)
+
+
+def _verdict(comparison: Comparison) -> str:
+    missing = f", {len(comparison.missing)} were not found again" if comparison.missing else ""
+    within = f" by more than {comparison.tolerance:g}" if comparison.tolerance else ""
+    numbers = f"{comparison.n_different} of {comparison.n_values} values differ{within}{missing}"
+    hashes = f"; {', '.join(comparison.differing_hashes)} differ" if comparison.differing_hashes else ""
+    return f"{'Reproduced' if comparison.equal else 'Not reproduced'}: {numbers}{hashes}."
+
+
+def _metrics_table(comparison: Comparison) -> Table:
+    table = Table(title="The recorded run against its replay")
+    for column in ("value of", "name", "compared", "different", "largest rel. diff.", "at", "recorded", "replayed"):
+        table.add_column(column, justify="left" if column in ("value of", "name", "at") else "right", overflow="fold")
+    for metric in comparison.metrics:
+        row = [metric.source, metric.name, str(metric.n_values), str(metric.n_different)]
+        difference = f"{metric.largest_relative_difference:.3g}"
+        if metric.where is None:
+            table.add_row(*row, difference)
+        else:
+            table.add_row(*row, difference, metric.where, str(metric.recorded), str(metric.replayed))
+    return table
+
+
+def _environment_table(comparison: Comparison) -> Table:
+    table = Table(title="What differs around the two runs")
+    for column in ("manifest", "recorded", "replayed"):
+        table.add_column(column, overflow="fold")
+    for key, (before, after) in comparison.environment.items():
+        table.add_row(key, *("-" if value is None else str(value) for value in (before, after)))
+    return table
+
+
+def _default_out(run_dir: Path) -> Path:
+    return run_dir / "replay" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _check_new(out: Path) -> None:
+    if (out / "manifest.json").exists():
+        raise UserError(f"--out {out} holds a record already: choose a new directory.")
+
+
+def _restart_with_recorded_threads(recorded: RunData, arguments: Sequence[str]) -> None:
+    """Start this program anew where the recorded run's thread settings are others: libraries read them as they load."""
+    from ptq161.tracking.environment import THREAD_VARIABLES  # imports torch, which a wrong directory need not wait for
+
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(THREAD_VARIABLES)}
+    wanted = plain | recorded.manifest.get("threads", {}).get("environment", {})
+    if wanted != dict(os.environ):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, "-m", "ptq161.replay", *arguments], wanted)
+
+
+def _set_torch_threads(manifest: Mapping[str, Any]) -> None:
+    import torch
+
+    threads = manifest.get("threads", {})
+    if count := threads.get("torch"):
+        torch.set_num_threads(count)
+    # torch allows this once per process, and not at all after parallel work.
+    if (count := threads.get("torch_interop")) and count != torch.get_num_interop_threads():
+        torch.set_num_interop_threads(count)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ptq161.replay", description="Run a recorded run again and compare every number with the record."
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
+    parser.add_argument("--out", metavar="DIR", help="directory of the new record (RUN_DIR/replay/DATE_TIME)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="relative difference up to which two numbers count as equal; above 0, hashes may differ (0: same bits)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
+        sys.exit(getattr(interrupt, "exit_code", 130))

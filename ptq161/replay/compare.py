@@ -1,0 +1,219 @@
+"""Two records of one configuration compared: every number, the hashes, and what may explain a difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ptq161.tracking.read import RunData
+
+CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
+"""Names of what is no outcome of the computation: clock, timings, memory, the files' layout."""
+LINES = "metrics.jsonl"
+ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")
+"""Keys of the manifest that may explain a difference."""
+
+
+class Place(NamedTuple):
+    """Where a record holds a value.
+
+    Attributes:
+        source: a top-level key of ``results.json``, or ``metrics.jsonl``.
+        name: of the value.
+        where: what it belongs to, such as a block and an epoch; empty for a value of the whole run.
+    """
+
+    source: str
+    name: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricComparison:
+    """All values of one name.
+
+    Attributes:
+        source: as in :class:`Place`.
+        name: as in :class:`Place`.
+        n_values: how many both records have.
+        n_different: those of them that differ by more than the tolerance.
+        largest_relative_difference: see :func:`relative_difference`.
+        where: the place of the largest difference; None where there is no difference at all.
+        recorded: the value there.
+        replayed: the value there.
+    """
+
+    source: str
+    name: str
+    n_values: int
+    n_different: int
+    largest_relative_difference: float
+    where: str | None
+    recorded: Any
+    replayed: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What a replay found.
+
+    Attributes:
+        tolerance: relative difference up to which two numbers count as equal.
+        metrics: one entry per name.
+        missing: places that only the recorded run has a value for.
+        extra: places that only the replay has a value for, as a later version may.
+        hashes: name -> SHA-256 (recorded, replayed) of model, calibration tokens and checkpoint.
+        environment: key -> what the two manifests say (recorded, replayed), where they differ.
+    """
+
+    tolerance: float
+    metrics: list[MetricComparison]
+    missing: list[Place]
+    extra: list[Place]
+    hashes: dict[str, tuple[str | None, str | None]]
+    environment: dict[str, tuple[Any, Any]]
+
+    @property
+    def n_values(self) -> int:
+        """Values that both records have."""
+        return sum(metric.n_values for metric in self.metrics)
+
+    @property
+    def n_different(self) -> int:
+        """Values that differ by more than the tolerance."""
+        return sum(metric.n_different for metric in self.metrics)
+
+    @property
+    def differing_hashes(self) -> list[str]:
+        """Names of the hashes that the replay did not arrive at."""
+        return [name for name, (recorded, replayed) in self.hashes.items() if recorded != replayed]
+
+    @property
+    def equal(self) -> bool:
+        """Whether every recorded value was found again, within the tolerance, and every hash where there is none."""
+        numbers = not self.n_different and not self.missing
+        return numbers and (self.tolerance > 0 or not self.differing_hashes)
+
+    def document(self) -> dict[str, Any]:
+        """Return all of it for a JSON file."""
+        pairs = {"hashes": self.hashes, "environment": self.environment}
+        return {
+            "equal": self.equal,
+            "tolerance": self.tolerance,
+            "n_values": self.n_values,
+            "n_different": self.n_different,
+            "metrics": [dataclasses.asdict(metric) for metric in self.metrics],
+            "missing": [place._asdict() for place in self.missing],
+            "extra": [place._asdict() for place in self.extra],
+            **{
+                name: {key: {"recorded": a, "replayed": b} for key, (a, b) in pair.items()}
+                for name, pair in pairs.items()
+            },
+        }
+
+
+def compare(recorded: RunData, replayed: RunData, tolerance: float = 0.0) -> Comparison:
+    """Compare two finished runs.
+
+    Args:
+        recorded: the run as it was.
+        replayed: the run again.
+        tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
+    """
+    before, after = values(recorded), values(replayed)
+    shared: dict[tuple[str, str], list[Place]] = {}
+    for place in before:
+        if place in after:
+            shared.setdefault((place.source, place.name), []).append(place)
+    return Comparison(
+        tolerance=tolerance,
+        metrics=[_compare_metric(places, before, after, tolerance) for places in shared.values()],
+        missing=[place for place in before if place not in after],
+        extra=[place for place in after if place not in before],
+        hashes={
+            name: (value, replayed.manifest.get(name))
+            for name, value in recorded.manifest.items()
+            if name.endswith("_sha256") and name not in ENVIRONMENT
+        },
+        environment=_environment_differences(recorded.manifest, replayed.manifest),
+    )
+
+
+def values(run: RunData) -> dict[Place, Any]:
+    """Return everything in ``results.json`` and ``metrics.jsonl`` that the computation decides.
+
+    A number that a run wrote twice, as one that was interrupted may have, counts as it was written last.
+    """
+    found = {
+        Place(source, path[-1], "/".join(path[:-1])): value
+        for source, part in (run.results or {}).items()
+        if source not in CLOCK
+        for path, value in _leaves(part, ())
+    }
+    for line in run.metrics:
+        if line["name"] not in CLOCK:
+            where = {key: value for key, value in line.items() if key not in ("time", "name", "value")}
+            place = Place(LINES, line["name"], " ".join(f"{key}={value}" for key, value in sorted(where.items())))
+            found[place] = line["value"]
+    return found
+
+
+def relative_difference(a: Any, b: Any) -> float:
+    """Return ``|a - b| / max(|a|, |b|)`` of two numbers: 0 for equal ones and two NaN.
+
+    It is infinite where one of them is not finite, or where two values that are no numbers differ.
+    """
+    if a == b or (a != a and b != b):
+        return 0.0
+    if not (_is_number(a) and _is_number(b) and math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return float(abs(a - b) / max(abs(a), abs(b)))
+
+
+def _compare_metric(
+    places: list[Place], before: Mapping[Place, Any], after: Mapping[Place, Any], tolerance: float
+) -> MetricComparison:
+    differences = [relative_difference(before[place], after[place]) for place in places]
+    largest = max(differences)
+    worst = places[differences.index(largest)]
+    return MetricComparison(
+        source=worst.source,
+        name=worst.name,
+        n_values=len(places),
+        n_different=sum(difference > tolerance for difference in differences),
+        largest_relative_difference=largest,
+        where=worst.where if largest else None,
+        recorded=before[worst] if largest else None,
+        replayed=after[worst] if largest else None,
+    )
+
+
+def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    recorded, replayed = (
+        {".".join(path): value for path, value in _leaves({k: m.get(k) for k in ENVIRONMENT}, ())}
+        for m in (before, after)
+    )
+    return {
+        key: (recorded.get(key), replayed.get(key))
+        for key in {**recorded, **replayed}
+        if recorded.get(key) != replayed.get(key)
+    }
+
+
+def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield (path, value) of everything in nested mappings and lists that ``CLOCK`` does not name."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key not in CLOCK:
+                yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _leaves(item, (*path, str(i)))
+    else:
+        yield path or ("",), value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
