@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ptq161.models import architecture_of, check_quantizable, decoder_blocks, ma
 from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.weight import PackedWeight
+from ptq161.resume import FinishedWindow, Measured, ResumeFolder, fingerprint, open_folder
 from ptq161.seeding import stage_generator
 
 
@@ -38,6 +40,7 @@ def quantize(
     device: torch.device | str | None = None,
     progress: bool = False,
     salient_masks: Mapping[str, Tensor] | None = None,
+    resume: Path | str | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place: its blocks' linears become :class:`ptq161.packed.linear.PackedLinear`.
 
@@ -54,13 +57,16 @@ def quantize(
         salient_masks: for each linear ("{block}.{path}", as in "3.self_attn.q_proj") its salient input channels,
             ``[in]`` bool, in place of those that the method would choose; :func:`ptq161.packed.masks.salient_masks`
             reads them back from a quantized model.
+        resume: a folder that each finished window is written to; a quantization that was cut off, by whatever, goes on
+            from there, tells the finished windows' numbers again, and ends in the same bytes.
 
     Returns:
         the same model.
 
     Raises:
         UserError: the model is unsupported, already quantized or has NaN weights; the tokens do not fit the model; the
-            masks do not fit model or method; an activation or a loss is not finite.
+            masks do not fit model or method; an activation or a loss is not finite; the folder to resume from belongs
+            to another quantization, or cannot be written.
     """
     check_quantizable(model)
     _check_tokens(model, tokens)
@@ -69,16 +75,31 @@ def quantize(
         check_salient_masks(model, salient_masks)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
+    folder = None
+    if resume is not None:
+        identity = fingerprint(model, tokens, method, seed=seed, device=target, salient_masks=salient_masks)
+        folder = open_folder(Path(resume), identity)
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = False
     try:
-        inputs, arguments = capture_inputs(model, tokens, method.batch_size)
-        _quantize_blocks(model, method, inputs, arguments, on_metric, seed, target, progress, salient_masks)
+        _quantize_blocks(_Quantization(model, tokens, method, seed, target, salient_masks), folder, on_metric, progress)
     finally:
         model.train(training)
         model.config.use_cache = use_cache
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Quantization:
+    """What is the same for all windows; the fields are the arguments of :func:`quantize`."""
+
+    model: PreTrainedModel
+    tokens: Tensor
+    method: Method
+    seed: int
+    device: torch.device
+    salient_masks: Mapping[str, Tensor] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,73 +174,109 @@ class _CapturedError(Exception):
     """Ends a forward pass once the last block's arguments are known."""
 
 
-def _quantize_blocks(
-    model: PreTrainedModel,
-    method: Method,
-    inputs: Tensor,
-    arguments: list[BlockArguments],
-    on_metric: OnMetric,
-    seed: int,
-    device: torch.device,
-    progress: bool,
-    salient_masks: Mapping[str, Tensor] | None,
-) -> None:
-    blocks = decoder_blocks(model)
-    starts = range(0, len(blocks), method.block_size)
+def _quantize_blocks(job: _Quantization, folder: ResumeFolder | None, on_metric: OnMetric, progress: bool) -> None:
+    starts = range(0, len(decoder_blocks(job.model)), job.method.block_size)
+    finished = {} if folder is None else folder.load_all(starts)
+    if len(finished) == len(starts):
+        for window in finished.values():
+            _install(job.model, window.packed)
+            _tell(window.measured, on_metric)
+        return
+    inputs, arguments = capture_inputs(job.model, job.tokens, job.method.batch_size)
     full_inputs = quant_inputs = inputs.cpu()
-    bar = tqdm(starts, desc="quantize", unit="window" if method.block_size > 1 else "block", disable=not progress)
-    with bar:
+    unit = "window" if job.method.block_size > 1 else "block"
+    with tqdm(starts, desc="quantize", unit=unit, disable=not progress) as bar:
         for start in starts:
-            began = time.perf_counter()
-            listener = _with_bar(on_metric, bar)
-            window = _open_window(
-                model, method, start, arguments, full_inputs, quant_inputs, listener, seed, device, salient_masks
+            window, full_inputs, quant_inputs = _advance(
+                job, start, arguments, full_inputs, quant_inputs, finished.get(start), _with_bar(on_metric, bar)
             )
-            packed = method.quantize_window(window)
-            _report_linears(window, packed, method)
-            if window.full_outputs is not None:
-                full_inputs = window.full_outputs
-            quant_inputs = _close_window(model, window, packed, method)
-            on_metric("seconds", time.perf_counter() - began, block=start)
+            if folder is not None and start not in finished:
+                folder.save(start, window)
             bar.update()
 
 
+def _advance(
+    job: _Quantization,
+    start: int,
+    arguments: list[BlockArguments],
+    full_inputs: Tensor,
+    quant_inputs: Tensor,
+    finished: FinishedWindow | None,
+    on_metric: OnMetric,
+) -> tuple[FinishedWindow, Tensor, Tensor]:
+    """Quantize a window, or take the finished one, and carry both chains through it."""
+    began = time.perf_counter()
+    measured: Measured = []
+
+    def listener(name: str, value: float, /, **where: int | str) -> None:
+        measured.append((name, float(value), where))
+        on_metric(name, value, **where)
+
+    window = _open_window(job, start, arguments, full_inputs, quant_inputs, listener)
+    if finished is None:
+        packed = _in_own_memory(job.method.quantize_window(window))
+        _report_linears(window, packed, job.method)
+    else:
+        packed = {name: _moved(weight, job.device) for name, weight in finished.packed.items()}
+        _tell(finished.measured, on_metric)
+    if window.full_outputs is not None:
+        full_inputs = window.full_outputs
+    quant_inputs = _close_window(job, window, packed)
+    if finished is None:
+        listener("seconds", time.perf_counter() - began, block=start)
+    return FinishedWindow(packed, measured), full_inputs, quant_inputs
+
+
+def _tell(measured: Measured, on_metric: OnMetric) -> None:
+    for name, value, where in measured:
+        on_metric(name, value, **where)
+
+
+def _in_own_memory(packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
+    """Copy each tensor to where it would be had it been read from a file: layout and alignment may change sums."""
+    return {
+        name: weight.with_tensors(
+            {key: t.clone(memory_format=torch.contiguous_format) for key, t in weight.state_dict().items()}
+        )
+        for name, weight in packed.items()
+    }
+
+
+def _moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    return weight.with_tensors({key: tensor.to(device) for key, tensor in weight.state_dict().items()})
+
+
 def _open_window(
-    model: PreTrainedModel,
-    method: Method,
+    job: _Quantization,
     start: int,
     arguments: list[BlockArguments],
     full_inputs: Tensor,
     quant_inputs: Tensor,
     on_metric: OnMetric,
-    seed: int,
-    device: torch.device,
-    salient_masks: Mapping[str, Tensor] | None,
 ) -> Window:
-    row = architecture_of(model)
-    blocks = list(decoder_blocks(model))[start : start + method.block_size]
+    row, masks = architecture_of(job.model), job.salient_masks
+    blocks = list(decoder_blocks(job.model))[start : start + job.method.block_size]
     # Half-precision checkpoints are worked on in float32, which holds them exactly.
-    replicas = [copy.deepcopy(block).to(device, torch.float32) for block in blocks]
+    replicas = [copy.deepcopy(block).to(job.device, torch.float32) for block in blocks]
     groups = [[f"{start + i}.{path}" for path in group] for i in range(len(blocks)) for group in row.linears]
-    calls = [arguments[start + i].to(device) for i in range(len(blocks))]
+    names = [name for group in groups for name in group]
+    calls = [arguments[start + i].to(job.device) for i in range(len(blocks))]
     window = Window(
         first_block=start,
         blocks=replicas,
         input_groups=groups,
-        linears={name: _linear(replicas, start, name) for group in groups for name in group},
+        linears={name: _linear(replicas, start, name) for name in names},
         quant_inputs=quant_inputs,
         full_outputs=None,
         activations={},
-        salient_masks=None
-        if salient_masks is None
-        else {name: salient_masks[name].to(device) for group in groups for name in group},
+        salient_masks=None if masks is None else {name: masks[name].to(job.device) for name in names},
         run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
-        generator=lambda stage: stage_generator(seed, stage, start),
+        generator=lambda stage: stage_generator(job.seed, stage, start),
         on_metric=on_metric,
-        device=device,
+        device=job.device,
     )
-    if method.needs_full_chain:
-        window.activations, window.full_outputs = _run_full_chain(window, method, full_inputs)
+    if job.method.needs_full_chain:
+        window.activations, window.full_outputs = _run_full_chain(window, job.method, full_inputs)
     return window
 
 
@@ -277,20 +334,25 @@ def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Met
         window.on_metric("bits_per_weight", weight.bits_per_weight, linear=name)
 
 
-def _close_window(model: PreTrainedModel, window: Window, packed: dict[str, PackedWeight], method: Method) -> Tensor:
+def _close_window(job: _Quantization, window: Window, packed: dict[str, PackedWeight]) -> Tensor:
     """Put the packed linears into the model and return the outputs of the quantized chain (not of the last window)."""
-    blocks = decoder_blocks(model)
     for name, weight in packed.items():
         window.replace(name, PackedLinear(weight, window.linears[name].bias))
+    _install(job.model, packed)
+    if window.first_block + len(window.blocks) == len(decoder_blocks(job.model)):
+        return window.quant_inputs
+    with dense_cache(nn.ModuleList(window.blocks), COMPUTE_DTYPES[job.method.compute_dtype]):
+        return window.run_all(window.quant_inputs, job.method.batch_size, job.method.compute_dtype)
+
+
+def _install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
+    """Replace linears of the model by packed ones, where they are."""
+    blocks = decoder_blocks(model)
+    for name, weight in packed.items():
         index, path = name.split(".", 1)
         original = blocks[int(index)].get_submodule(path)
         assert isinstance(original, nn.Linear)
-        home = {k: tensor.to(original.weight.device) for k, tensor in weight.state_dict().items()}
-        blocks[int(index)].set_submodule(path, PackedLinear(weight.with_tensors(home), original.bias))
-    if window.first_block + len(window.blocks) == len(blocks):
-        return window.quant_inputs
-    with dense_cache(nn.ModuleList(window.blocks), COMPUTE_DTYPES[method.compute_dtype]):
-        return window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
+        blocks[int(index)].set_submodule(path, PackedLinear(_moved(weight, original.weight.device), original.bias))
 
 
 def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -27,18 +25,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ptq161.assets import cache_dir
-from ptq161.errors import UserError
+from ptq161.fingerprints import FINGERPRINT, Fingerprint, claim, key_of
 from ptq161.tracking.files import decode_json, encode_json, write_atomically, writing
 
 log = logging.getLogger(__name__)
 
 ADVICE = "set the environment variable PTQ161_STORE to a writable folder, or cache=false"
-FINGERPRINT = "fingerprint.json"
 VALUE = "value.json"
 UNFINISHED = ".unfinished"
-
-Fingerprint = Mapping[str, Any]
-"""JSON values only: what something was computed from."""
 
 
 def store_dir() -> Path:
@@ -164,69 +158,6 @@ class Entry:
         with contextlib.suppress(OSError):
             if [path.name for path in self._unfinished_folder.iterdir()] == [FINGERPRINT]:
                 shutil.rmtree(self._unfinished_folder)
-
-
-# --- fingerprints -----------------------------------------------------------------------------------------------------
-
-
-def key_of(fingerprint: Fingerprint) -> str:
-    """Return the SHA-256 of a fingerprint's canonical JSON, 64 hexadecimal digits."""
-    text = json.dumps(fingerprint, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> None:
-    """Make a folder that belongs to a fingerprint, or check that it does.
-
-    Args:
-        folder: may exist, empty or with the files of this fingerprint.
-        fingerprint: everything that the folder's content depends on.
-        advice: what the user can do where the folder cannot be written.
-
-    Raises:
-        UserError: the folder belongs to another fingerprint (the sentence says what differs), holds files but no
-            fingerprint, or cannot be written.
-    """
-    file = folder / FINGERPRINT
-    with writing(folder, advice):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            # A process that was killed while it wrote the fingerprint leaves no more than a temporary file.
-            if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-                raise UserError(f"{folder} holds {foreign[0]} but no {FINGERPRINT}: use an empty folder.")
-            write_atomically(file, json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", advice)
-            return
-        text = file.read_text(encoding="utf-8")
-    try:
-        found = decode_json(text)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): delete {folder}.") from error
-    if different := differences(fingerprint, found):
-        raise UserError(
-            f"{folder} belongs to another computation ({'; '.join(different)}): use another folder, or delete it."
-        )
-
-
-def differences(asked: Fingerprint, found: Fingerprint) -> list[str]:
-    """Say what differs between two fingerprints, as in ``method.epochs is 20 here and 4 there``."""
-    here, there = _flat(json.loads(json.dumps(asked))), _flat(json.loads(json.dumps(found)))
-    return [
-        f"{name} is {_short(here.get(name))} here and {_short(there.get(name))} there"
-        for name in sorted({*here, *there})
-        if here.get(name) != there.get(name)
-    ]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    parts = (_flat(item, f"{name}.{key}" if name else key) for key, item in value.items())
-    return {key: item for part in parts for key, item in part.items()}
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return f"{text[:8]}..." if len(text) == 64 else text
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ import pytest
 
 from ptq161 import store as store_module
 from ptq161.errors import UserError
-from ptq161.store import Store, claim, delete_entry, differences, key_of, store_dir, stored_entries
+from ptq161.fingerprints import key_of
+from ptq161.store import Store, delete_entry, store_dir, stored_entries
 
 FORK = multiprocessing.get_context("fork")
 ABOUT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
@@ -114,38 +115,6 @@ def test_a_damaged_value_is_computed_again(store: Store, caplog: pytest.LogCaptu
     assert store.remember("scores", ABOUT, lambda: {"a": 2}) == {"a": 2}
     assert "damaged" in caplog.text
     assert store.remember("scores", ABOUT, never) == {"a": 2}
-
-
-# fingerprints
-
-
-def test_a_folder_of_another_computation_is_refused_with_what_differs(tmp_path: Path) -> None:
-    about = {"method": {"epochs": 4, "lr": 0.1}, "model": "a" * 64, "seed": 0}
-    claim(tmp_path / "folder", about, "stop")
-    claim(tmp_path / "folder", about, "stop")
-    other = {"method": {"epochs": 20, "lr": 0.1}, "model": "b" * 64, "device": "cuda"}
-    with pytest.raises(UserError) as caught:
-        claim(tmp_path / "folder", other, "stop")
-    for part in (
-        "device is cuda here and None there",
-        "method.epochs is 20 here and 4 there",
-        "model is bbbbbbbb... here and aaaaaaaa... there",
-        "seed is None here and 0 there",
-    ):
-        assert part in str(caught.value)
-    assert "lr" not in str(caught.value)
-
-
-def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"holds thesis\.tex but no fingerprint\.json"):
-        claim(tmp_path, ABOUT, "stop")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_differences_are_those_of_json() -> None:
-    assert differences({"a": (1, 2), "b": {}}, {"a": [1, 2], "b": {}}) == []
-    assert differences({"a": {}}, {"a": None}) == ["a is {} here and None there"]
 
 
 def test_a_damaged_fingerprint_is_told(store: Store) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = (".py", ".yaml", ".json")
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -43,9 +44,9 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_of_sources(package: Path = PACKAGE) -> str:
-    """Hash the Python sources below a package's folder: their relative paths and bytes."""
+    """Hash the sources and data files below a package's folder (``SOURCES``): their relative paths and bytes."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCES):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode())
         digest.update(content)

@@ -38,6 +38,9 @@ def test_source_hash_sees_names_and_contents_of_sources_only(tmp_path: Path) -> 
     before = sha256_of_sources(tmp_path)
     (tmp_path / "pkg" / "a.pyc").write_text("")
     assert sha256_of_sources(tmp_path) == before
+    (tmp_path / "pkg" / "task.yaml").write_text("a: 1")
+    with_data = sha256_of_sources(tmp_path)
+    assert with_data != before
     source.write_text("x = 2")
     changed = sha256_of_sources(tmp_path)
     source.rename(tmp_path / "a.py")
