@@ -269,6 +269,9 @@ def _build_preprocess(
         # float16 would need its loss scaled.
         resolved = resolve_dtype("auto", device)[0]
         values["compute_dtype"] = "float32" if resolved == "float16" else resolved
+    if "_target_" not in values:
+        # debug=smoke shortens a training, whether there is one or not.
+        values = {key: value for key, value in values.items() if key not in Restoration.__dataclass_fields__}
     name, restoration = _build_target(values, "preprocess")
     if restoration is not None:
         if method is None:
@@ -282,6 +285,7 @@ def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:
     name = str(values.pop("name"))
     target = values.pop("_target_", None)
     if target is None:
+        check_choice(f"{group}.name", name, ("none",))
         if values:
             raise UserError(f"unknown key {group}.{next(iter(values))}: {group}={name} has no settings.")
         return name, None

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptq161.assets import cache_dir
 from ptq161.blockwise import quantize
 from ptq161.config import RunConfig
 from ptq161.data import calibration_tokens
@@ -23,15 +24,19 @@ from ptq161.errors import UserError
 from ptq161.evaluation import OpenEvaluation, Scores, evaluate, greedy_sample, open_evaluation
 from ptq161.methods.base import COMPUTE_DTYPES
 from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
-from ptq161.packed.checkpoint import cast_rest, load, measure, save
+from ptq161.packed.checkpoint import cast_rest, load, measure, save, save_dense
 from ptq161.packed.linear import dense_cache
 from ptq161.preflight import QUANTIZATION
+from ptq161.preprocess import restore, training_tokens
+from ptq161.preprocess.checkpoint import fingerprint, sha256_of_fingerprint
+from ptq161.preprocess.restoration import check_seq_len
 from ptq161.report.table import print_results
 from ptq161.tracking import RunRecord, sha256_of_file, sha256_of_tensors
 
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
+MERGED = "merged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,7 @@ def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecor
         tokenizer, hf_config = load_tokenizer(config.model)
         opened = open_evaluation(tokenizer, config.eval, max_seq_len(hf_config))
         tokens = _calibration(config, tokenizer, max_seq_len(hf_config)) if config.method else None
+        training = _training(config, tokenizer, max_seq_len(hf_config))
         model = load_weights(config.model)
         check_quantizable(model)
         record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
@@ -95,14 +101,30 @@ def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecor
     scores = Scores({}, {})
     if config.eval.full_precision or config.method is None:
         with stage("full_precision"):
-            scores = _score_dense(config, model, tokenizer, opened, record)
+            scores = _score_dense(config, model, tokenizer, opened, record, "full precision")
             full_precision = {**scores.metrics, **_dense_size(model, config)}
     if config.method is None or tokens is None:
         return {"metrics": full_precision, "full_precision": full_precision, "protocol": scores.protocol}
     record.describe(calibration_sha256=sha256_of_tensors({"tokens": tokens}))
+    merged: dict[str, Any] = {}
+    masks: dict[str, Tensor] | None = None
+    if training is not None:
+        with stage("preprocess"):
+            model, masks = _preprocess(config, context, model, tokenizer, training, tokens, record)
+        if config.eval.full_precision and config.preprocess is not None and config.preprocess.score_merged:
+            with stage("merged"):
+                scores = _score_dense(config, model, tokenizer, opened, record, "merged")
+                merged = {"merged": {**scores.metrics, **_dense_size(model, config)}}
     with stage("quantize"):
         quantize(
-            model, tokens, config.method, on_metric=record.metric, seed=config.seed, device=config.device, progress=True
+            model,
+            tokens,
+            config.method,
+            on_metric=record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+            salient_masks=masks,
         )
         cast_rest(model, COMPUTE_DTYPES[config.dtype])
         file = save(model, tokenizer, Path(context.run_dir) / CHECKPOINT)
@@ -113,6 +135,7 @@ def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecor
     return {
         "metrics": {**scores.metrics, **sizes},
         "full_precision": full_precision,
+        **merged,
         "protocol": scores.protocol,
     }
 
@@ -143,20 +166,59 @@ def _calibration(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_leng
     return calibration_tokens(tokenizer, config.calib, config.seed)
 
 
+def _training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor | None:
+    if config.preprocess is None:
+        return None
+    check_seq_len(config.preprocess, max_length)
+    return training_tokens(tokenizer, config.preprocess, config.seed)
+
+
+def _preprocess(
+    config: RunConfig,
+    context: RunContext,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Tensor,
+    tokens: Tensor,
+    record: RunRecord,
+) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+    """Restore the model; a training that was cut off, or is done, is found by what it depends on."""
+    assert config.method is not None and config.preprocess is not None
+    identity = fingerprint(model, training, tokens, config.method, config.preprocess, config.seed)
+    record.describe(preprocess=identity)
+    restored, masks = restore(
+        model,
+        training,
+        tokens,
+        config.method,
+        config.preprocess,
+        folder=cache_dir() / "preprocess" / sha256_of_fingerprint(identity)[:16],
+        on_metric=record.metric,
+        seed=config.seed,
+        device=config.device,
+        progress=True,
+    )
+    record.describe(merged_sha256=sha256_of_tensors(restored.state_dict()))
+    if config.preprocess.save_merged:
+        save_dense(restored, tokenizer, Path(context.run_dir) / MERGED)
+    return restored, masks
+
+
 def _score_dense(
     config: RunConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     opened: OpenEvaluation,
     record: RunRecord,
+    label: str,
 ) -> Scores:
-    """Score the full-precision model in the run's dtype; the model itself keeps its own for the quantization."""
+    """Score a full-precision model in the run's dtype; the model itself keeps its own for the quantization."""
     dtype, home = COMPUTE_DTYPES[config.dtype], model.device
     if model.dtype != dtype:
         scored = copy.deepcopy(model)
         cast_rest(scored, dtype)
-        return _score(config, scored, tokenizer, opened, record, "full precision")
-    scores = _score(config, model, tokenizer, opened, record, "full precision")
+        return _score(config, scored, tokenizer, opened, record, label)
+    scores = _score(config, model, tokenizer, opened, record, label)
     nn.Module.to(model, home)
     return scores
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from ptq161.config import RunConfig, load_run_config
+from ptq161.config import EvalConfig, RunConfig, load_run_config
 from ptq161.errors import UserError
 
 QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
@@ -30,6 +30,8 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         _check_file("calib.text_file", config.calib.text_file)
     if "text_file" in config.eval.corpora:
         _check_file("eval.text_file", config.eval.text_file)
+    if config.preprocess is not None and "text_file" in config.preprocess.corpora:
+        _check_training_file(config.preprocess.text_file, config.eval)
     if config.model.path is not None:
         _check_model_folder(config.model.path, overrides)
     return config
@@ -62,6 +64,13 @@ def check_writable(setting: str, folder: str) -> None:
 def _check_file(setting: str, file: str | None) -> None:
     if file is None or not Path(file).expanduser().is_file():
         raise UserError(f"{setting}={file}: there is no such file; give a UTF-8 text file.")
+
+
+def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
+    _check_file("preprocess.text_file", file)
+    scored = evaluation.text_file if "text_file" in evaluation.corpora else None
+    if file and scored and Path(file).expanduser().samefile(Path(scored).expanduser()):
+        raise UserError(f"preprocess.text_file={file} is what eval.text_file scores: train on another text.")
 
 
 def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from ptq161.config import ModelConfig, RunConfig, build, load_run_config
 from ptq161.errors import UserError
 from ptq161.methods.base import LayerwiseMethod
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.preprocess import Restoration
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -30,7 +31,7 @@ def test_the_defaults():
     config = run_config()
     assert (config.model.name, config.model.asset) == ("smollm2_135m", "smollm2_135m")
     assert (config.method_name, config.calib.name, config.eval.name) == ("ptq161", "squad", "quick")
-    assert (config.preprocess.name, config.tracker.name) == ("none", "wandb")
+    assert (config.preprocess, config.tracker.name) == (None, "wandb")
     assert (config.mask_ratio, config.block_size, config.seed) == (0.2, 1, 0)
 
 
@@ -42,6 +43,9 @@ def test_every_option_of_every_group(group, option):
     if group == "method":
         assert config.method_name == option
         assert (config.method is None) is (option == "none")
+    elif group == "preprocess":
+        assert config.preprocess_name == option
+        assert (config.preprocess is None) is (option == "none")
     elif group not in ("debug", "study") and not group.startswith("hydra"):
         assert getattr(config, group).name.replace(".", "_") == option
 
@@ -77,7 +81,19 @@ def test_methods_of_one_block_refuse_more(method):
             run_config(f"method={method}", "block_size=2")
 
 
+def test_the_papers_preprocessing_has_the_papers_values():
+    config = run_config("preprocess=restorative_lora_paper", "dtype=float32")
+    assert config.preprocess == Restoration(gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "method" and option != "none"])
+def test_every_method_takes_the_default_preprocessing(option):
+    assert run_config(f"method={option}", "preprocess=restorative_lora").preprocess is not None
+
+
 def test_a_smoke_run_is_small():
+    trained = run_config("debug=smoke", "preprocess=restorative_lora").preprocess
+    assert trained is not None and trained.sequences * trained.seq_len <= 2048
     config = run_config("debug=smoke")
     assert config.model.n_blocks == 2
     assert config.calib.n_samples * config.calib.seq_len <= 1024

@@ -16,7 +16,6 @@ from ptq161.config import (
     CalibConfig,
     EvalConfig,
     ModelConfig,
-    PreprocessConfig,
     RunConfig,
     TrackerConfig,
     build,
@@ -197,7 +196,6 @@ def test_one_sentence_names_the_setting(overrides: dict[str, Any], sentence: str
     [
         (ModelConfig, ["name"]),
         (CalibConfig, ["n_samples", "name", "seq_len"]),
-        (PreprocessConfig, ["name"]),
         (EvalConfig, ["corpora", "name", "seq_len", "tasks"]),
         (TrackerConfig, ["name"]),
     ],
@@ -219,7 +217,7 @@ def test_the_choices_are_accepted() -> None:
 
 def test_configurations_are_frozen() -> None:
     config = load()
-    for part in (config, config.model, config.calib, config.eval, config.tracker, config.preprocess):
+    for part in (config, config.model, config.calib, config.eval, config.tracker):
         with pytest.raises(dataclasses.FrozenInstanceError):
             part.name = "x"
 

@@ -162,12 +162,21 @@ def export(folder: str | Path, out: str | Path) -> Path:
     """
     model, tokenizer = load(folder)
     densify(model)
+    save_dense(model, tokenizer, out)
+    return Path(out)
+
+
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
+    """Write a dense model and its tokenizer as a plain Hugging Face folder.
+
+    Raises:
+        UserError: ``out`` cannot be written.
+    """
     try:
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except OSError as error:
         raise UserError(f"the dense model cannot be written to {out}: {error}.") from error
-    return Path(out)
 
 
 def densify(model: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""The one table that a run ends in: full precision against quantized."""
+"""The one table that a run ends in: full precision, restored where it was, and quantized."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ def results_table(results: Mapping[str, Any]) -> Table:
         results: the content of ``results.json``.
     """
     metrics, full, protocol = results["metrics"], results["full_precision"], results["protocol"]
+    merged = results.get("merged")
     table = Table(title="Full precision against quantized")
-    for column in ("metric", "full precision", "quantized", "± se", "scored on"):
+    columns = ("metric", "full precision", *(["merged"] if merged else []), "quantized", "± se", "scored on")
+    for column in columns:
         table.add_column(column, justify="left" if column in ("metric", "scored on") else "right", no_wrap=True)
     for name in [*(n for n in metrics if n not in SIZES), *(n for n in SIZES if n in metrics)]:
         settings = protocol.get(name, {})
@@ -38,6 +40,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             _format(name, full.get(name)),
+            *([_format(name, merged.get(name))] if merged else []),
             "" if metrics is full else _format(name, metrics[name]),
             "" if error is None else f"{error:.3g}",
             _scored_on(settings),

@@ -93,7 +93,7 @@ class WandbMirror:
         self._defined: set[str] = set()
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Log one number on a chart of its own, against epoch or block (see :func:`chart`)."""
+        """Log one number on a chart of its own, against step, epoch or block (see :func:`chart`)."""
         key, axis = chart(name, where)
 
         def send() -> None:
@@ -114,6 +114,7 @@ class WandbMirror:
         """Put every result into the run's summary, under its own name and a plain one (:func:`plain_names`)."""
         values = dict(results.get("metrics", {}))
         values |= {f"full_precision/{name}": value for name, value in results.get("full_precision", {}).items()}
+        values |= {f"merged/{name}": value for name, value in results.get("merged", {}).items()}
         values |= {plain: values[name] for name, plain in plain_names(values).items()}
         self._guard("log", lambda: self._run.summary.update(values))
 
@@ -157,7 +158,7 @@ def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
     A loss per epoch and block is one curve per block, ``loss/block_03`` against ``epoch``; an error per linear is
     one curve per kind of linear, ``output_error/self_attn/q_proj`` against ``block``.
     """
-    axis = next((key for key in ("epoch", "block") if isinstance(where.get(key), int)), None)
+    axis = next((key for key in ("step", "epoch", "block") if isinstance(where.get(key), int)), None)
     parts = [name]
     for key, value in where.items():
         if key == axis:

@@ -1,0 +1,146 @@
+"""The hyperparameters of restorative training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ptq161.errors import UserError
+from ptq161.methods.base import Method, check_choice
+
+UPDATES = ("lora", "full")
+OBJECTIVES = ("lm", "kl", "kl_hidden")
+MASKS = ("first", "fresh")
+TRAINING_DTYPES = ("float32", "bfloat16")
+CORPORA = ("squad", "drop", "coqa", "wikitext2", "c4", "ptb", "redpajama", "text_file")
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "o": ("o_proj", "out_proj"),
+    "gate": ("gate_proj",),
+    "up": ("up_proj", "fc1"),
+    "down": ("down_proj", "fc2"),
+}
+"""What a linear does in its decoder block -> what the architectures call it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restoration:
+    """Restorative training before quantization (Zhao et al., ACL 2025, Section 3.4). The defaults are the paper's.
+
+    The paper leaves the number of steps and the batch open.
+
+    Attributes:
+        update: ``lora``, a low-rank update merged after training, or ``full``, the target weights themselves.
+        rank: of the low-rank update.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: of the low-rank update's inputs.
+        targets: the linears that are trained, by their role in a block (``ROLES``); one that an architecture lacks (the
+            gate of OPT) is left out.
+        objective: ``lm``, the next token's cross-entropy; ``kl``, the divergence of the next token's distribution from
+            the full-precision model's; ``kl_hidden``, that and ``hidden_weight`` x the hidden states' relative error.
+        hidden_weight: weight of the hidden states in ``kl_hidden``.
+        lr: learning rate at the end of the warm-up; it falls to zero along a cosine.
+        warmup_share: share of the steps over which the rate rises.
+        max_grad_norm: gradients are scaled down to this norm.
+        steps: optimiser steps per round.
+        batch_size: sequences per forward pass.
+        accumulation: forward passes per step.
+        seq_len: tokens per sequence; documents are packed without padding.
+        corpora: training text, each one of ``CORPORA``.
+        text_file: the file of the corpus ``text_file``.
+        rounds: how often the model is quantized and restored.
+        mask: salient channels of the final quantization, and of every round's but the first: ``first``, those of the
+            first pass (the paper), or ``fresh``, chosen anew.
+        gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
+        compute_dtype: of matrix products and frozen weights; what is trained is float32 always.
+        checkpoint_every: steps between two checkpoints.
+        save_merged: keep the restored full-precision model as a plain Hugging Face folder.
+        score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
+    """
+
+    update: str = "lora"
+    rank: int = 64
+    alpha: float = 16.0
+    dropout: float = 0.1
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "gate", "up", "down"])
+    objective: str = "lm"
+    hidden_weight: float = 1.0
+    lr: float = 1e-4
+    warmup_share: float = 0.05
+    max_grad_norm: float = 1.0
+    steps: int = 1000
+    batch_size: int = 1
+    accumulation: int = 2
+    seq_len: int = 2048
+    corpora: list[str] = dataclasses.field(default_factory=lambda: ["redpajama"])
+    text_file: str | None = None
+    rounds: int = 1
+    mask: str = "first"
+    gradient_checkpointing: bool = False
+    compute_dtype: str = "float32"
+    checkpoint_every: int = 100
+    save_merged: bool = False
+    score_merged: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject values outside their range."""
+        check_choice("preprocess.update", self.update, UPDATES)
+        check_choice("preprocess.objective", self.objective, OBJECTIVES)
+        check_choice("preprocess.mask", self.mask, MASKS)
+        check_choice("preprocess.compute_dtype", self.compute_dtype, TRAINING_DTYPES)
+        _check_list("preprocess.targets", self.targets, tuple(ROLES))
+        _check_list("preprocess.corpora", self.corpora, CORPORA)
+        if "text_file" in self.corpora and not self.text_file:
+            raise UserError("preprocess.corpora=[text_file] needs a file: set preprocess.text_file=FILE.")
+        for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"preprocess.{name}={getattr(self, name)}: use at least 1.")
+        if self.seq_len < 2:
+            raise UserError(f"preprocess.seq_len={self.seq_len}: use at least 2.")
+        for name in ("alpha", "hidden_weight", "lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"preprocess.{name}={value}: use a finite number above 0.")
+        for name in ("dropout", "warmup_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"preprocess.{name}={getattr(self, name)}: use a share in [0, 1).")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one round."""
+        return self.steps * self.accumulation * self.batch_size
+
+
+def check_mask(method: Method, restoration: Restoration) -> None:
+    """Check that a method has the salient channels that ``mask=first`` keeps.
+
+    Raises:
+        UserError: it has none.
+    """
+    if restoration.mask == "first" and not method.takes_salient_masks:
+        raise UserError(
+            f"preprocess.mask=first: {type(method).__name__} has no salient channels to keep; "
+            "use preprocess.mask=fresh."
+        )
+
+
+def check_seq_len(restoration: Restoration, longest: int) -> None:
+    """Check that a model of ``longest`` tokens holds the training sequences.
+
+    Raises:
+        UserError: it does not.
+    """
+    if restoration.seq_len > longest:
+        raise UserError(
+            f"preprocess.seq_len={restoration.seq_len}: the model holds at most {longest} tokens; use a shorter one."
+        )
+
+
+def _check_list(setting: str, values: list[str], choices: tuple[str, ...]) -> None:
+    if not values:
+        raise UserError(f"{setting} is empty: use one or more of {', '.join(choices)}.")
+    for value in values:
+        check_choice(setting, value, choices)

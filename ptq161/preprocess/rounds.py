@@ -1,0 +1,135 @@
+"""Quantization preprocessing as a whole: quantize, train the quantized model, merge; once, or several rounds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.blockwise import quantize
+from ptq161.errors import UserError
+from ptq161.methods.base import COMPUTE_DTYPES, Method, OnMetric, ignore_metric
+from ptq161.models import check_quantizable, max_seq_len
+from ptq161.packed.masks import salient_masks
+from ptq161.preprocess.checkpoint import TrainingCheckpoint, claim, fingerprint
+from ptq161.preprocess.restoration import Restoration, check_mask, check_seq_len
+from ptq161.preprocess.student import frozen_copy, make_student, merge, target_names
+from ptq161.preprocess.training import objective, train
+from ptq161.seeding import stage_generator
+
+
+def restore(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    calibration: Tensor,
+    method: Method,
+    restoration: Restoration,
+    *,
+    folder: Path | None = None,
+    on_metric: OnMetric | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+    """Make a full-precision model whose quantization loses less (Zhao et al., ACL 2025, Section 3.4).
+
+    Each round quantizes the model, trains the dequantized model, and merges what was trained. The result is to be
+    quantized again.
+
+    Args:
+        model: the pretrained model; it is left as it is, and is the teacher of the ``kl`` objectives in every round.
+        tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.preprocess.text.training_tokens`.
+        calibration: ``[n_samples, seq_len]`` calibration tokens.
+        method: the quantization method.
+        restoration: hyperparameters.
+        folder: checkpoints are written to it, and a training that was cut off goes on from them with the same result,
+            bit for bit; None keeps none.
+        on_metric: hears ``preprocess_loss``, ``preprocess_lr`` and ``preprocess_tokens_per_second`` of every ``round``
+            and ``step``, and what quantizing tells, as ``preprocess_quantize_...`` with its ``round``.
+        seed: all random numbers follow from it.
+        device: where blocks are quantized and the model is trained; None is where the model is.
+        progress: show progress bars.
+
+    Returns:
+        the restored model, float32, and the salient masks that its quantization takes (``restoration.mask=first``;
+        else None).
+
+    Raises:
+        UserError: the model, tokens or method do not fit; a loss is not finite; ``folder`` belongs to another training.
+    """
+    check_restorable(model, tokens, method, restoration)
+    on_metric = on_metric or ignore_metric
+    target = torch.device(device) if device is not None else model.device
+    if folder is not None:
+        claim(folder, fingerprint(model, tokens, calibration, method, restoration, seed))
+    teacher = None
+    if restoration.objective != "lm":
+        teacher = frozen_copy(model, COMPUTE_DTYPES[restoration.compute_dtype], target)
+    masks: dict[str, Tensor] | None = None
+    restored = model
+    for round_ in range(restoration.rounds):
+        packed = quantize(
+            copy.deepcopy(model) if restored is model else restored,
+            calibration,
+            method,
+            on_metric=_of_round(on_metric, round_),
+            seed=seed,
+            device=target,
+            progress=progress,
+            salient_masks=masks,
+        )
+        if restoration.mask == "first" and masks is None:
+            masks = salient_masks(packed)
+        with _random_numbers(seed, round_, target):
+            student = make_student(packed, restoration, target)
+            train(
+                student,
+                objective(student, teacher, restoration),
+                tokens,
+                restoration,
+                None if folder is None else TrainingCheckpoint(folder / f"round_{round_}.pt", restoration, target),
+                on_metric=on_metric,
+                seed=seed,
+                round_=round_,
+                progress=progress,
+            )
+        restored = merge(packed, student, restoration)
+    nn.Module.train(restored, model.training)
+    return restored, masks
+
+
+def check_restorable(model: PreTrainedModel, tokens: Tensor, method: Method, restoration: Restoration) -> None:
+    """Check that model, tokens, method and hyperparameters fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    check_quantizable(model)
+    check_mask(method, restoration)
+    target_names(model, restoration)
+    check_seq_len(restoration, max_seq_len(model.config))
+    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise UserError(f"training tokens have shape {list(tokens.shape)}: use integers [n, seq_len].")
+    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise UserError(f"training tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")
+
+
+@contextmanager
+def _random_numbers(seed: int, round_: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators, which initial weights and dropout draw from, and give their state back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(stage_generator(seed, "restoration", round_).initial_seed())
+        yield
+
+
+def _of_round(on_metric: OnMetric, round_: int) -> OnMetric:
+    def listener(name: str, value: float, /, **where: int | str) -> None:
+        on_metric(f"preprocess_quantize_{name}", value, round=round_, **where)
+
+    return listener

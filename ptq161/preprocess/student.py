@@ -1,0 +1,129 @@
+"""The model that is trained, a quantized one made dense again, and its merging into a full-precision model."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.errors import UserError
+from ptq161.methods.base import COMPUTE_DTYPES
+from ptq161.models import architecture_of, decoder_blocks
+from ptq161.packed.checkpoint import cast_rest, densify
+from ptq161.packed.linear import PackedLinear
+from ptq161.preprocess.restoration import ROLES, Restoration
+
+ADAPTER = "default"
+
+
+def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
+    """Return the module paths of the linears that are trained.
+
+    Raises:
+        UserError: the architecture has none of ``restoration.targets``.
+    """
+    row = architecture_of(model)
+    ends = {end for role in restoration.targets for end in ROLES[role]}
+    paths = [path for group in row.linears for path in group if path.rpartition(".")[2] in ends]
+    if not paths:
+        raise UserError(
+            f"preprocess.targets={restoration.targets}: a {model.config.model_type} model has no such linear; "
+            f"add one of {', '.join(role for role in ROLES if role not in restoration.targets)}."
+        )
+    return [f"{row.blocks}.{i}.{path}" for i in range(len(decoder_blocks(model))) for path in paths]
+
+
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return a copy of a full-precision model that is only read: the teacher."""
+    teacher = copy.deepcopy(model)
+    cast_rest(teacher, dtype)
+    nn.Module.to(teacher, device)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    return teacher
+
+
+def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:
+    """Return a dense copy of a quantized model in which only the update is trained.
+
+    What is frozen is in ``restoration.compute_dtype``, as it is only read; what is trained is float32. A low-rank
+    update starts at zero, from torch's global random numbers.
+    """
+    student = copy.deepcopy(packed)
+    cast_rest(student, COMPUTE_DTYPES[restoration.compute_dtype])
+    densify(student)
+    student.requires_grad_(False)
+    names = target_names(student, restoration)
+    if restoration.update == "lora":
+        _add_adapters(student, names, restoration)
+    else:
+        for name in names:
+            _linear(student, name).weight = nn.Parameter(_packed_linear(packed, name).dequantize())
+    nn.Module.to(student, device)
+    student.config.use_cache = False
+    if restoration.gradient_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
+    student.train()
+    return student
+
+
+def trained_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Return what is trained, by name; float32."""
+    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restoration) -> PreTrainedModel:
+    """Turn a quantized model, in place, into the full-precision model that training has made of it.
+
+    Everything is float32: the weights that the packed bytes dequantize to, and on the targets
+    ``W + alpha / rank * B A`` (or the trained weight itself, for a full update).
+
+    Returns:
+        ``packed``, dense.
+    """
+    cast_rest(packed, torch.float32)
+    densify(packed)
+    for name in target_names(packed, restoration):
+        linear, trained = _linear(packed, name), student.get_submodule(name)
+        home = linear.weight.device
+        with torch.no_grad():
+            if isinstance(trained, LoraLayer):
+                delta: Tensor = trained.get_delta_weight(ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
+                linear.weight += delta.to(home)
+            else:
+                assert isinstance(trained, nn.Linear)
+                linear.weight.copy_(trained.weight)
+    return packed.requires_grad_(True)
+
+
+def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Restoration) -> None:
+    config = LoraConfig(
+        r=restoration.rank,
+        lora_alpha=restoration.alpha,  # type: ignore[arg-type]  # any number; the annotation says int
+        lora_dropout=restoration.dropout,
+        target_modules=names,
+    )
+    inject_adapter_in_model(config, student, ADAPTER)
+    for layer in student.modules():
+        if isinstance(layer, LoraLayer):
+            # Autocast chooses the product's dtype; peft would first copy its input to float32.
+            layer.cast_input_dtype_enabled = False
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, PackedLinear)
+    return module
