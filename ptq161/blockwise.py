@@ -49,7 +49,7 @@ def quantize(
         tokens: ``[n_samples, seq_len]`` integer calibration tokens.
         method: hyperparameters, as in ``ptq161.methods.ptq161.PTQ161(mask_ratio=0.2)``.
         on_metric: hears every number as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
-            linear ``output_error`` (relative squared error of its output on the first calibration batch), ``nbytes``
+            linear ``output_error`` (relative squared error of its output on the first calibration sequence), ``nbytes``
             and ``bits_per_weight``; per window ``seconds``.
         seed: the methods' random numbers follow from it.
         device: where windows are worked on; None is where the model is.
@@ -311,12 +311,13 @@ def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tupl
 
 
 def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:
-    """Tell each linear's size and its relative output error on the first calibration batch."""
+    """Tell each linear's size and its relative output error on the first calibration sequence."""
     errors: dict[str, float] = {}
+    n_tokens = window.quant_inputs.shape[1]
 
     def compare(name: str, linear: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(linear, nn.Linear)
-        x = args[0].detach().flatten(0, -2)
+        x = args[0].detach().flatten(0, -2)[:n_tokens]
         difference = packed[name].dequantize() - linear.weight
         error, size = ((x @ w.T.to(x.dtype)).float().square().sum() for w in (difference, linear.weight))
         errors[name] = float(error / size.clamp(min=torch.finfo(torch.float32).tiny))

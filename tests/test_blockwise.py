@@ -326,13 +326,13 @@ def test_every_number_is_told(method: PTQ161 | RTN, tiny_model: TinyModel) -> No
     assert all(isinstance(value, int | float) for _, value, _ in heard)
 
 
-def test_the_output_error_is_that_of_the_first_batch(tiny_model: TinyModel) -> None:
+def test_the_output_error_is_that_of_the_first_sequence(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     linear = decoder_blocks(model)[0].self_attn.q_proj
     weight, inputs = linear.weight.detach().clone(), []
     hook = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        model(TOKENS[:2])
+        model(TOKENS[:1])
     hook.remove()
     errors: dict[Any, float] = {}
 

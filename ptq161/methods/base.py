@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.methods.attention import FastCausalAttention
+from ptq161.methods.products import FastLinear
 from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -137,10 +138,11 @@ class Window:
 
     @contextmanager
     def autocast(self, compute_dtype: str) -> Iterator[None]:
-        """Take matrix products and attention in a dtype of ``COMPUTE_DTYPES``; float32 changes nothing."""
+        """Take matrix products and attention in a dtype of ``COMPUTE_DTYPES``, with the faster of torch's kernels."""
         dtype = COMPUTE_DTYPES[compute_dtype]
         if dtype == torch.float32:
-            yield
+            with FastLinear():
+                yield
             return
         with torch.autocast(self.device.type, dtype), FastCausalAttention():
             yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.methods.products import linear
 
 # A hessian is symmetric: with four strips of rows, each from its diagonal on, 5/8 of the products are left.
 HESSIAN_STRIPS = 4
@@ -84,6 +85,7 @@ def _accumulate_into(name: str, entry: InputStatistics, *, stop: bool) -> Callab
 
 def _add_upper_products(hessian: Tensor, x: Tensor) -> None:
     """Add the upper triangle of ``X^T X`` for ``x [tokens, in]``, and little below it."""
-    width = -(-x.shape[1] // HESSIAN_STRIPS)
-    for start in range(0, x.shape[1], width):
-        hessian[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
+    channels = x.T.contiguous()
+    width = -(-channels.shape[0] // HESSIAN_STRIPS)
+    for start in range(0, channels.shape[0], width):
+        hessian[start : start + width, start:] += linear(channels[start : start + width], channels[start:])
