@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -161,8 +161,10 @@ class Sweep:
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        jobs = [self._compose(first + i, overrides) for i, overrides in enumerate(job_overrides)]
-        log.info("Launching %d jobs, %d at a time with %d threads each", len(jobs), len(self.slots), self.threads)
+        count = len(job_overrides)
+        log.info("Launching %d jobs, %d at a time with %d threads each", count, len(self.slots), self.threads)
+        # Composing takes a moment, which the first jobs need not wait for.
+        jobs = (self._compose(first + i, overrides) for i, overrides in enumerate(job_overrides))
         returns: dict[int, JobReturn] = {}
         with (
             Interrupts().installed(),
@@ -172,8 +174,8 @@ class Sweep:
         ):
             for job, result, seconds in ended:
                 returns[job.number] = result
-                self._tell(job, result, f"{seconds:.1f} s, {len(returns)} of {len(jobs)}")
-        return [returns[job.number] for job in jobs]
+                self._tell(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
+        return [returns[number] for number in sorted(returns)]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> Job:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -204,7 +206,7 @@ class _Worker:
 
 
 def run_jobs(
-    jobs: Sequence[Job], slots: Sequence[Slot], task: TaskReference, retries: int
+    jobs: Iterable[Job], slots: Sequence[Slot], task: TaskReference, retries: int
 ) -> Generator[tuple[Job, JobReturn, float], None, None]:
     """Run jobs in processes of their own, one per slot at a time.
 
@@ -215,12 +217,14 @@ def run_jobs(
         each job as it ends, with what it returned and the seconds that it took.
     """
     CONTEXT.set_forkserver_preload(list(PRELOADED))
-    waiting, free = collections.deque(jobs), collections.deque(slots)
+    coming, again, free = iter(jobs), list[Job](), collections.deque(slots)
     workers: list[_Worker] = []
     try:
-        while waiting or workers:
-            while waiting and free:
-                workers.append(_start(waiting.popleft(), free.popleft(), task))
+        while True:
+            while free and (job := again.pop() if again else next(coming, None)):
+                workers.append(_start(job, free.popleft(), task))
+            if not workers:
+                return
             # A result arrives, or its pipe ends with the process that holds it.
             ready = wait([worker.results for worker in workers])
             for worker in [worker for worker in workers if worker.results in ready]:
@@ -229,7 +233,7 @@ def run_jobs(
                 free.append(worker.slot)
                 if result is None and _was_killed(worker) and worker.job.attempt <= retries:
                     log.info("\t#%d : %s; it is begun again", worker.job.number, _how_it_ended(worker))
-                    waiting.appendleft(dataclasses.replace(worker.job, attempt=worker.job.attempt + 1))
+                    again.append(dataclasses.replace(worker.job, attempt=worker.job.attempt + 1))
                 else:
                     yield worker.job, result or _without_result(worker), time.monotonic() - worker.began
     finally:
