@@ -1,0 +1,1 @@
+"""A search over settings with two objectives, whose result is their Pareto front."""

@@ -1,0 +1,303 @@
+"""The trials of a search: an Optuna study in the search's folder, a recorded run of run.py for each trial.
+
+Any number of processes, on any machines that share the folder, may work on one search. A trial belongs to the process
+that holds its lock; its run inherits the lock, so that a trial is given up only when nothing runs it any more. Then
+whoever comes next takes it over, and run.py goes on in its directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import optuna
+from filelock import FileLock
+from optuna.distributions import distribution_to_json
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import Study
+from optuna.trial import TrialState
+
+from ptq161.errors import UserError
+from ptq161.search.space import Space, as_overrides, as_value
+from ptq161.tracking.files import writing
+from ptq161.tracking.read import read_run
+
+Direction = Literal["minimize", "maximize"]
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+JOURNAL = "study.journal"
+LOCKS = ".locks"
+OUTPUT = "output.log"
+ATTEMPTS = 2
+"""Times that a run is begun before being killed by a signal counts as its failure."""
+GRACE_SECONDS = 30.0
+"""For which an interrupted run may close its record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search, opened.
+
+    Attributes:
+        folder: of the study and, by their numbers, of the trials' runs.
+        study: Optuna's.
+        space: what varies.
+        objectives: names of two results.
+        overrides: of run.py, for all trials.
+        seed: the sampler's random numbers follow from it and the number of trials so far.
+    """
+
+    folder: Path
+    study: Study
+    space: Space
+    objectives: tuple[str, str]
+    overrides: list[str]
+    seed: int
+
+    def run_dir(self, number: int) -> Path:
+        """Return the directory of a trial's run."""
+        return self.folder / str(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A trial that this process, and no other, runs.
+
+    Attributes:
+        number: of the trial.
+        values: the point of the space.
+        lock: file descriptor that holds the claim until it is closed, here and in the trial's run.
+    """
+
+    number: int
+    values: dict[str, Any]
+    lock: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a trial ended.
+
+    Attributes:
+        values: of the objectives; None where it failed.
+        reason: why it failed; empty otherwise.
+        seconds: the run took; None where its record does not say.
+    """
+
+    values: tuple[float, float] | None
+    reason: str = ""
+    seconds: float | None = None
+
+
+def open_search(
+    folder: Path,
+    space: Space,
+    objectives: tuple[str, str],
+    directions: Sequence[Direction],
+    overrides: list[str],
+    *,
+    seed: int = 0,
+    first: dict[str, Any] | None = None,
+) -> Search:
+    """Begin a search, or join the one that the folder holds.
+
+    Args:
+        folder: is made where it does not exist.
+        space: what varies.
+        objectives: names of two results.
+        directions: ``minimize`` or ``maximize`` for each.
+        overrides: of run.py, for all trials.
+        seed: of the sampler.
+        first: point that is tried before any other.
+
+    Raises:
+        UserError: the folder cannot be written, its study is damaged, or it holds another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with writing(folder):
+        (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        try:
+            study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+                study_name="search",
+                directions=directions,
+                load_if_exists=True,
+            )
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{folder / JOURNAL} is damaged ({error}); choose a new folder with --out.") from error
+        asked = {
+            "space": {key: json.loads(distribution_to_json(space[key])) for key in sorted(space)},
+            "objectives": list(objectives),
+            "overrides": overrides,
+        }
+        if "search" not in study.user_attrs:
+            study.set_user_attr("search", asked)
+            if first is not None:
+                study.enqueue_trial(first)
+        _check_same(folder, study.user_attrs["search"], asked)
+    return Search(folder, study, space, objectives, overrides, seed)
+
+
+def claim_trial(search: Search, n_trials: int) -> Claim | None:
+    """Take over a trial that nobody runs any more, or begin a new one; None where the search has all it wants.
+
+    Args:
+        search: an open one.
+        n_trials: trials that the search is to have, failed ones among them.
+    """
+    with _locked(search.folder):
+        begun = [trial for trial in search.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
+        for trial in begun:
+            if trial.state == TrialState.RUNNING and (lock := _lock(search, trial.number)) is not None:
+                if set(trial.params) == set(search.space):
+                    return Claim(trial.number, dict(trial.params), lock)
+                # Its process was killed while the values were being chosen.
+                search.study.tell(trial.number, state=TrialState.FAIL)
+                os.close(lock)
+        if len(begun) >= n_trials:
+            return None
+        # A sampler of its own for each trial: the point follows from the seed and the trials so far, whoever asks.
+        seed = numpy.random.SeedSequence([search.seed, len(begun)]).generate_state(1)[0]
+        search.study.sampler = TPESampler(seed=int(seed))
+        new = search.study.ask(search.space)
+        lock = _lock(search, new.number)
+        assert lock is not None
+        return Claim(new.number, dict(new.params), lock)
+
+
+def run_trial(search: Search, claim: Claim) -> Outcome:
+    """Run a claimed trial, unless it has finished already, and tell the study.
+
+    Raises:
+        UserError: the run does not measure an objective, or its folder cannot be written.
+        KeyboardInterrupt: the search was interrupted; its run has ended, and goes on when the trial is claimed again.
+    """
+    run_dir = search.run_dir(claim.number)
+    status = 0
+    try:
+        for _ in range(ATTEMPTS):
+            if _is_finished(run_dir):
+                break
+            status = _run(command(search, claim), run_dir, claim.lock)
+            if status >= 0:
+                break
+        outcome = outcome_of(search, claim.number, status)
+        state = TrialState.FAIL if outcome.values is None else TrialState.COMPLETE
+        search.study.tell(claim.number, outcome.values, state)
+        return outcome
+    finally:
+        os.close(claim.lock)
+
+
+def command(search: Search, claim: Claim) -> list[str]:
+    """Return the command line of a trial's run."""
+    group = [] if any("tracker.group=" in o for o in search.overrides) else [f"++tracker.group={_group(search)}"]
+    run_dir = f"hydra.run.dir={as_value(str(search.run_dir(claim.number)))}"
+    return [sys.executable, str(RUN), *as_overrides(claim.values), *search.overrides, *group, run_dir]
+
+
+def outcome_of(search: Search, number: int, status: int | None = None) -> Outcome:
+    """Read how a trial ended from its record.
+
+    Args:
+        search: an open one.
+        number: of the trial.
+        status: exit status of its run, where known.
+
+    Raises:
+        UserError: the run finished and does not have an objective.
+    """
+    run_dir = search.run_dir(number)
+    if not _is_finished(run_dir):
+        return Outcome(None, _reason(run_dir, status))
+    run = read_run(run_dir, with_lines=False)
+    metrics = (run.results or {}).get("metrics", {})
+    for name in search.objectives:
+        if name not in metrics:
+            raise UserError(f"--objectives {name}: trial {number} did not measure it; it has {', '.join(metrics)}.")
+    first, second = (float(metrics[name]) for name in search.objectives)
+    seconds = run.manifest.get("duration_seconds")
+    for name, value in zip(search.objectives, (first, second), strict=True):
+        if not math.isfinite(value):
+            return Outcome(None, f"{name} is {value}", seconds)
+    return Outcome((first, second), "", seconds)
+
+
+def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
+    """Run a command to its end, its output beside its record; when interrupted, let it close its record first."""
+    with writing(run_dir / OUTPUT):
+        run_dir.mkdir(exist_ok=True)
+        output = (run_dir / OUTPUT).open("ab")
+    with output:
+        # Out of the terminal's process group: Ctrl-C is handed on below, once.
+        process = subprocess.Popen(arguments, stdout=output, stderr=output, pass_fds=[lock], process_group=0)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+def _is_finished(run_dir: Path) -> bool:
+    if not (run_dir / "manifest.json").exists():
+        return False
+    return bool(read_run(run_dir, with_lines=False).manifest.get("exit_state") == "finished")
+
+
+def _reason(run_dir: Path, status: int | None) -> str:
+    """Say why a run failed: as its record does, else as it said last, else by its exit status."""
+    if status is not None and status < 0:
+        return f"killed by {signal.Signals(-status).name} {ATTEMPTS} times"
+    if (run_dir / "manifest.json").exists():
+        exception = read_run(run_dir, with_lines=False).manifest.get("exception")
+        if exception:
+            return str(exception["message"])
+    output = run_dir / OUTPUT
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
+
+
+def _locked(folder: Path) -> FileLock:
+    """Return the lock under which the study is changed by more than one entry; a killed process gives it up."""
+    return FileLock(folder / LOCKS / "study.lock")
+
+
+def _lock(search: Search, number: int) -> int | None:
+    """Open and lock a trial's file; None where another process, or the trial's run, holds it."""
+    handle = os.open(search.folder / LOCKS / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _group(search: Search) -> str:
+    return as_value(f"search/{search.folder.name}")
+
+
+def _check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuse to mix trials that answer different questions."""
+    for part, flag in (("space", "--space"), ("objectives", "--objectives"), ("overrides", "the settings")):
+        if stored[part] != asked[part]:
+            was = json.dumps(stored[part])
+            raise UserError(
+                f"--out {folder} holds a search with another value of {flag}, {was}: repeat it or choose a new folder."
+            )
