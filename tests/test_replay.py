@@ -176,10 +176,11 @@ def test_relative_differences(a: Any, b: Any, expected: float) -> None:
     assert relative_difference(a, b) == expected
 
 
-def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored(record: Record) -> None:
+def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored_or_found(record: Record) -> None:
     config = replayed_config(record("a"))
     assert config["dtype"] == config["method"]["compute_dtype"] == "float32"
     assert config["tracker"] == {"name": "none"}
+    assert config["cache"] is config["force"] is False
 
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:

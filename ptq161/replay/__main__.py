@@ -129,8 +129,7 @@ def replayed_config(recorded: RunData) -> dict[str, Any]:
         config["dtype"] = dtype
         if method.get("compute_dtype") == "auto":
             method["compute_dtype"] = dtype
-    config["tracker"] = {"name": "none"}
-    return config
+    return {**config, "tracker": {"name": "none"}, "cache": False, "force": False}
 
 
 def print_comparison(comparison: Comparison, out: Path) -> None:
