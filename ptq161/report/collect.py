@@ -3,13 +3,13 @@
 Usage::
 
     found = collect(["multirun/2026-01-01/12-00-00"])
-    rows = [*full_precision_runs(found.runs), *quantized_runs(found.runs)]
+    for run in found.runs:
+        print(run.method, run.metrics)
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from ptq161.errors import UserError
-from ptq161.report.table import SIZES
+from ptq161.report.seeds import GROUPS, identity_without_seed
 from ptq161.tracking import RunData, read_run
 
 FULL_PRECISION = "none"
 """The method of a run, and of a row, that quantizes nothing."""
 STORED = "stored checkpoint"
 """The method of a run that evaluates a packed checkpoint as it is."""
-GROUPS = ("model", "method", "calib", "preprocess", "eval")
-UNREAD = ("tracker", "hydra", "debug")
-"""Keys that cannot change a result."""
+MERGED = "merged"
+"""The method of a row with the scores of a preprocessed model before it is quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +40,13 @@ class Run:
         metrics: flat name -> value, sizes among them.
         standard_errors: the same names -> standard error, where the protocol has one.
         full_precision: the same names -> value of the unquantized model; empty where it was not scored.
+        merged: the same names -> value of the preprocessed, unquantized model; empty where there is none.
         seconds: stage -> seconds.
+        peak_memory_bytes: of the process, at its largest.
         commit: git commit of the sources, with ``+`` where they had been changed since.
+        seed: of the run.
+        identity: what decides its result but for the seed (:func:`ptq161.report.seeds.identity_without_seed`).
+        started: when, in ISO format.
     """
 
     run_dir: Path | None
@@ -52,18 +56,13 @@ class Run:
     metrics: Mapping[str, float]
     standard_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     full_precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    merged: Mapping[str, float] = dataclasses.field(default_factory=dict)
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    peak_memory_bytes: float | None = None
     commit: str | None = None
-
-    @property
-    def bits(self) -> float | None:
-        """Measured bits per weight."""
-        return self.metrics.get("bits_per_weight")
-
-    @property
-    def nominal_bits(self) -> float | None:
-        """Bits per weight as the method's paper counts them."""
-        return self.metrics.get("nominal_bits_per_weight")
+    seed: int | None = None
+    identity: str = ""
+    started: str | None = None
 
     @property
     def total_seconds(self) -> float | None:
@@ -116,64 +115,6 @@ def collect(folders: Sequence[Path | str]) -> Collection:
     return Collection(runs, problems)
 
 
-def full_precision_runs(runs: Sequence[Run]) -> list[Run]:
-    """Return the unquantized models' scores, each model's once where all runs agree on them.
-
-    A run with ``method=none`` goes before what quantized runs say of their models, since its record has the standard
-    errors too.
-    """
-    found = [run for run in runs if run.method == FULL_PRECISION]
-    for run in runs:
-        if run.full_precision and not any(_agree(run, other) for other in found):
-            found.append(
-                Run(
-                    run_dir=None,
-                    method=FULL_PRECISION,
-                    model=run.model,
-                    config={key: value for key, value in run.config.items() if not key.startswith("method.")},
-                    metrics=run.full_precision,
-                    commit=run.commit,
-                )
-            )
-    return found
-
-
-def quantized_runs(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that quantized something, or scored something quantized."""
-    return [run for run in runs if run.method != FULL_PRECISION]
-
-
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """Return the configured keys in which runs differ, ``method`` and ``model`` left out.
-
-    Two runs are compared on a group's keys only where both chose the same option of the group: BiLLM and RTN do not
-    differ in ``method.bits``. A key that repeats another one, as ``method.compute_dtype`` does ``dtype``, is left out.
-    """
-    keys = sorted(dict.fromkeys(key for run in runs for key in run.config), key=lambda key: "." in key)
-    found: dict[str, list[Any]] = {}
-    for key in keys:
-        group, _, leaf = key.partition(".")
-        if group in UNREAD or key in ("method.name", "model.name", "method._target_"):
-            continue
-        chooses = leaf == "name"
-        name = group if chooses else key
-        values = [run.value(name) for run in runs]
-        if _differs(runs, group if leaf and not chooses else "", values) and not _repeats(values, found):
-            found[name] = values
-    return list(found)
-
-
-def metric_names(runs: Sequence[Run]) -> list[str]:
-    """Return the names of what was scored, perplexities first; sizes are no scores."""
-    names = dict.fromkeys(name for run in runs for name in run.metrics if name not in SIZES)
-    return sorted(names, key=lambda name: not is_perplexity(name))
-
-
-def is_perplexity(metric: str) -> bool:
-    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
-    return metric.startswith("ppl/") or metric.endswith("/perplexity")
-
-
 def _run_dirs(folder: Path, problems: list[str]) -> Iterator[Path]:
     def report(error: OSError) -> None:
         problems.append(f"{error.filename or folder} cannot be read ({error.strerror}).")
@@ -195,7 +136,7 @@ def _naturally(name: str) -> list[tuple[int, str]]:
 
 def _read(run_dir: Path, problems: list[str]) -> Run | None:
     try:
-        data = read_run(run_dir)
+        data = read_run(run_dir, with_lines=False)
         problems.extend(data.problems)
         return _run(data, problems)
     except UserError as error:
@@ -212,6 +153,7 @@ def _run(data: RunData, problems: list[str]) -> Run:
     config = dict(_flat(data.config))
     if "model.name" not in config:
         raise UserError("its configuration does not name the model.")
+    memory = {key: value for key, value in data.results.items() if key == "peak_memory_bytes"}
     return Run(
         run_dir=data.run_dir,
         method=_method(config),
@@ -224,8 +166,13 @@ def _run(data: RunData, problems: list[str]) -> Run:
             if settings.get("standard_error") is not None
         },
         full_precision=_numbers(data, data.results.get("full_precision", {}), problems),
+        merged=_numbers(data, data.results.get("merged", {}), problems),
         seconds=_numbers(data, data.results.get("seconds", {}), problems),
+        peak_memory_bytes=_numbers(data, memory, problems).get("peak_memory_bytes"),
         commit=_commit(data.manifest.get("git")),
+        seed=config["seed"] if isinstance(config.get("seed"), int) else None,
+        identity=identity_without_seed(config, data.manifest),
+        started=data.manifest.get("start"),
     )
 
 
@@ -262,28 +209,3 @@ def _numbers(data: RunData, values: Mapping[str, Any], problems: list[str]) -> d
         else:
             problems.append(f"{name} of {data.run_dir} is left out: {value!r} is no number.")
     return numbers
-
-
-def _agree(run: Run, full: Run) -> bool:
-    """Say whether ``full`` has everything that ``run`` says of its unquantized model."""
-    return run.model == full.model and all(
-        name in full.metrics and math.isclose(value, full.metrics[name], rel_tol=1e-9)
-        for name, value in run.full_precision.items()
-    )
-
-
-def _differs(runs: Sequence[Run], group: str, values: Sequence[Any]) -> bool:
-    """Say whether a key differs between runs with the same option of its group; ``group`` is empty for other keys."""
-    different: dict[Any, set[str]] = {}
-    for run, value in zip(runs, values, strict=True):
-        # Without a group, None says that the run's method does not read the key.
-        if group or value is not None:
-            different.setdefault(run.value(group) if group else None, set()).add(repr(value))
-    return any(len(found) > 1 for found in different.values())
-
-
-def _repeats(values: Sequence[Any], found: Mapping[str, Sequence[Any]]) -> bool:
-    return any(
-        all(value is None or value == other for value, other in zip(values, others, strict=True))
-        for others in found.values()
-    )

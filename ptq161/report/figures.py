@@ -1,4 +1,4 @@
-"""Figures of sweeps: a score against a swept key, and perplexity against measured bits."""
+"""Figures of sweeps for print: a score against a swept key, and perplexity against measured bits."""
 
 from __future__ import annotations
 
@@ -14,200 +14,260 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ptq161.errors import UserError
-from ptq161.report.collect import (
-    FULL_PRECISION,
-    Run,
-    differing_keys,
-    full_precision_runs,
-    is_perplexity,
-    quantized_runs,
-)
+from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.published import Published
-from ptq161.report.tables import method_name
+from ptq161.report.results import (
+    Result,
+    baselines,
+    differing_keys,
+    drawable,
+    is_perplexity,
+    labels,
+    pareto_front,
+    quantized,
+)
+from ptq161.report.seeds import Estimate
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
 """Okabe and Ito's, and one of Tol's: told apart by the colour-blind as well."""
 LABEL_SIZE = 8
 """Points of a label's letters."""
+MOST_LABELS = 40
+"""Points that are labelled; more are told by their method's colour alone."""
+MOST_LINES = 12
+"""Lines that are told apart in one panel."""
 
 
-def sweep_figure(runs: Sequence[Run], x: str, metrics: Sequence[str]) -> Figure:
-    """Draw scores against a swept key, a line per metric, full precision dashed, standard errors as bars.
+def sweep_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -> Figure:
+    """Draw scores against a swept key, a line per metric, full precision dashed, intervals or standard errors as bars.
 
-    Perplexities, on a logarithmic axis, and accuracies have a panel each. Runs that differ in more than ``x`` have
-    lines of their own.
+    Perplexities, on a logarithmic axis, and accuracies have a panel each. Results that differ in more than ``x`` have
+    lines of their own; more than ``MOST_LINES`` of these become points in their methods' colours.
 
     Args:
-        runs: finished runs.
-        x: a configured key, such as ``mask_ratio``; runs whose method does not read it are left out.
+        results: to draw.
+        x: a configured key, such as ``mask_ratio``; results whose method does not read it are left out.
         metrics: names of scores.
 
     Raises:
-        UserError: no run has both the key and a metric.
+        UserError: no result has both the key and a metric.
     """
-    swept = [run for run in quantized_runs(runs) if run.value(x) is not None]
-    full = full_precision_runs(runs)
-    positions, are_numbers = _positions([run.value(x) for run in swept])
+    swept = [result for result in quantized(results) if result.value(x) is not None]
+    full = baselines(results)
+    places, are_numbers = positions([result.value(x) for result in swept])
     panels = [[m for m in metrics if is_perplexity(m) is kind] for kind in (True, False)]
-    panels = [panel for panel in panels if any(m in run.metrics for m in panel for run in swept)]
+    panels = [panel for panel in panels if any(m in result.metrics for m in panel for result in swept)]
     if not panels:
         raise UserError(f"no run has both {x} and one of {', '.join(metrics)}: there is nothing to draw.")
-    figure = _figure(len(panels))
+    lines = lines_of(swept, x)
+    if not (are_lines := len(lines) <= MOST_LINES):
+        lines = {method: [r for r in swept if r.method == method] for method in dict.fromkeys(r.method for r in swept)}
+    figure = new_figure(len(panels))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         colors = itertools.cycle(COLORS)
         for metric in panel:
-            for label, line in _lines(swept, x).items():
+            drawn = set[tuple[str, float]]()
+            for text, line in lines.items():
                 color = next(colors)
-                _draw_line(axes, line, positions, x, metric, f"{metric} {label}".strip(), color)
-                _draw_full(axes, [run for run in full if run.model == line[0].model], metric, color)
-        if any(metric in run.metrics for run in full for metric in panel):
+                _draw_line(axes, line, places, x, metric, f"{metric} {text}".strip(), color, are_lines)
+                mine = [
+                    r for r in full if r.model == line[0].model and (r.model, r.metrics.get(metric, 0)) not in drawn
+                ]
+                drawn |= {(result.model, result.metrics.get(metric, 0)) for result in mine}
+                _draw_full(axes, mine, metric, color if are_lines else "grey")
+        if any(metric in result.metrics for result in full for metric in panel):
             axes.plot([], [], color="grey", linestyle="--", label="full precision")
         if not are_numbers:
-            axes.set_xticks(list(positions.values()), list(positions))
+            axes.set_xticks(list(places.values()), list(places))
         axes.set_xlabel(x)
-        _score_axis(axes, panel[0])
-        axes.legend(frameon=False, fontsize="small")
+        is_log = is_perplexity(panel[0])
+        score_axis(axes, "perplexity" if is_log else "accuracy", is_log)
+        axes.legend(frameon=False, fontsize="small", loc="best" if are_lines else "upper right")
     return figure
 
 
-def bits_figure(runs: Sequence[Run], metrics: Sequence[str], published: Sequence[Published] = ()) -> Figure:
-    """Draw scores against measured bits per weight, a labelled point per run and a panel per metric.
+def bits_figure(results: Sequence[Result], metrics: Sequence[str], published: Sequence[Published] = ()) -> Figure:
+    """Draw scores against measured bits per weight, a labelled point per result and a panel per metric.
 
-    A faint circle, joined to the point, is at the bits that the method's paper counts. Full precision is a dashed line.
+    A faint circle, joined to the point, is at the bits that the method's paper counts. Full precision is a dashed line,
+    the Pareto front a dotted one.
 
     Args:
-        runs: finished runs.
+        results: to draw.
         metrics: names of scores.
         published: figures that are drawn as grey diamonds where model and metric match.
 
     Raises:
-        UserError: no quantized run has one of the metrics.
+        UserError: no quantized result has one of the metrics.
     """
-    quantized = [run for run in quantized_runs(runs) if run.bits is not None]
-    shown = [metric for metric in metrics if any(metric in run.metrics for run in quantized)]
+    rows = [result for result in quantized(results) if result.bits is not None]
+    shown = [metric for metric in metrics if any(metric in result.metrics for result in rows)]
     if not shown:
         raise UserError(f"no quantized run has one of {', '.join(metrics) or 'any metrics'}: there is nothing to draw.")
-    keys = differing_keys(quantized)
-    names = {run.model for run in runs}
-    methods = list(dict.fromkeys(run.method for run in quantized))
-    figure = _figure(len(shown))
+    figure = new_figure(len(shown))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    labels: dict[str, list[tuple[float, float, str, str]]] = {metric: [] for metric in shown}
-    for axes, metric in zip(panels, shown, strict=True):
-        for run in quantized:
-            if run.bits is not None and _drawable(metric, value := run.metrics.get(metric, math.nan)):
-                color = COLORS[methods.index(run.method) % len(COLORS)]
-                _draw_nominal(axes, run, value, color)
-                axes.plot([run.bits], [value], "o", color=color)
-                labels[metric].append((run.bits, value, _label(run, keys), color))
-        points = [p for p in published if p.metric == metric and p.model in names and p.method != FULL_PRECISION]
-        for point in points:
-            if _drawable(metric, point.value):
-                axes.plot([point.bits], [point.value], "D", color="grey", markersize=4)
-                labels[metric].append((point.bits, point.value, point.method, "grey"))
-        _draw_full(axes, full_precision_runs(runs), metric, "black", "full precision")
-        axes.set_xlabel(f"measured bits per weight (faint: nominal{'; grey: published' if points else ''})")
-        _score_axis(axes, metric)
-        axes.margins(x=0.25, y=0.1)
+    texts = {
+        metric: _draw_bits(axes, results, rows, metric, published) for axes, metric in zip(panels, shown, strict=True)
+    }
     figure.draw_without_rendering()  # where a point is on the page is known only after this
     for axes, metric in zip(panels, shown, strict=True):
-        _write_labels(axes, labels[metric])
+        _write_labels(axes, texts[metric])
     return figure
 
 
-def render(figure: Figure, kind: str) -> bytes:
-    """Return a figure as ``svg`` or ``png``; the same figure gives the same bytes."""
-    stream = io.BytesIO()
-    # Without these, an SVG holds the date and random names.
-    with matplotlib.rc_context({"svg.hashsalt": "ptq161"}):
-        figure.savefig(stream, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
-    return stream.getvalue()
+def render(figure: Figure) -> dict[str, bytes]:
+    """Return a figure as ``svg`` and ``png``; the same figure gives the same bytes."""
+    figure.draw_without_rendering()
+    # The layout takes as long as the drawing: once is enough for both.
+    figure.set_layout_engine("none")
+    files = {}
+    for kind in ("svg", "png"):
+        stream = io.BytesIO()
+        # Without these, an SVG holds the date and random names.
+        with matplotlib.rc_context({"svg.hashsalt": "ptq161"}):
+            figure.savefig(stream, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else {})
+        files[kind] = stream.getvalue()
+    return files
 
 
-def _figure(n_panels: int) -> Figure:
-    return Figure(figsize=(1 + 5.2 * n_panels, 4.2), layout="constrained")
+def new_figure(n_panels: int, height: float = 4.2) -> Figure:
+    """Return an empty figure for panels side by side; ``height`` is in inches."""
+    return Figure(figsize=(1 + 5.2 * n_panels, height), layout="constrained")
 
 
-def _positions(values: Sequence[Any]) -> tuple[dict[str, float], bool]:
+def positions(values: Sequence[Any]) -> tuple[dict[str, float], bool]:
     """Return where on the axis each value is, by its text, and whether they are numbers, which have places already."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return {str(value): float(value) for value in values}, True
     return {text: float(i) for i, text in enumerate(dict.fromkeys(map(str, values)))}, False
 
 
-def _lines(runs: Sequence[Run], x: str) -> dict[str, list[Run]]:
-    """Group runs that differ in nothing but ``x``, each group with a label that tells it from the others."""
-    keys = [key for key in differing_keys(runs) if key != x]
-    lines: dict[str, list[Run]] = {}
-    several_methods = len({run.method for run in runs}) > 1 and x != "method"
-    several_models = len({run.model for run in runs}) > 1 and x != "model"
-    for run in runs:
-        label = [run.method] * several_methods + [run.model] * several_models
-        label += [f"{key}={run.value(key)}" for key in keys if run.value(key) is not None]
-        lines.setdefault(" ".join(label), []).append(run)
+def lines_of(results: Sequence[Result], x: str) -> dict[str, list[Result]]:
+    """Group results that differ in nothing but ``x``, each group with a label that tells it from the others.
+
+    Results that have no partner to be joined to are left out, where others have.
+    """
+    lines = _grouped(results, x)
+    joined = [line for line in lines.values() if len({str(result.value(x)) for result in line}) > 1]
+    if not joined or len(joined) == len(lines):
+        return lines
+    return _grouped([result for line in joined for result in line], x)
+
+
+def spread(found: Estimate) -> tuple[float, float]:
+    """Return how far a value reaches down and up: to the ends of its interval, or by its standard error."""
+    if found.low is not None and found.high is not None:
+        return max(found.value - found.low, 0.0), max(found.high - found.value, 0.0)
+    return found.standard_error or 0.0, found.standard_error or 0.0
+
+
+def method_colors(results: Sequence[Result]) -> dict[str, str]:
+    """Return a colour for each method, in the order in which they occur."""
+    methods = dict.fromkeys(result.method for result in results)
+    return dict(zip(methods, itertools.cycle(COLORS), strict=False))
+
+
+def _grouped(results: Sequence[Result], x: str) -> dict[str, list[Result]]:
+    keys = [key for key in differing_keys(results) if key != x]
+    several_methods = len({result.method for result in results}) > 1 and x != "method"
+    several_models = len({result.model for result in results}) > 1 and x != "model"
+    lines: dict[str, list[Result]] = {}
+    for result in results:
+        parts = [result.method] * several_methods + [result.model] * several_models
+        parts += [f"{key}={result.value(key)}" for key in keys if result.value(key) is not None]
+        lines.setdefault(" ".join(parts), []).append(result)
     return lines
 
 
 def _draw_line(
-    axes: Axes, runs: Sequence[Run], positions: dict[str, float], x: str, metric: str, label: str, color: str
+    axes: Axes,
+    results: Sequence[Result],
+    places: dict[str, float],
+    x: str,
+    metric: str,
+    text: str,
+    color: str,
+    is_line: bool,
 ) -> None:
     points = sorted(
-        (positions[str(run.value(x))], run.metrics[metric], run.standard_errors.get(metric))
-        for run in runs
-        if _drawable(metric, run.metrics.get(metric, math.nan))
+        (places[str(result.value(x))], result.metrics[metric], *spread(result.estimates[metric]))
+        for result in results
+        if drawable(metric, result.metrics.get(metric))
     )
     if not points:
         return
-    places, values, errors = zip(*points, strict=True)
-    axes.errorbar(
-        places,
-        values,
-        yerr=[error or 0.0 for error in errors],
-        fmt="o-",
-        color=color,
-        label=label,
-        capsize=2,
-        markersize=4,
-    )
+    at, values, down, up = zip(*points, strict=True)
+    form = "o-" if is_line else "o"
+    axes.errorbar(at, values, yerr=[down, up], fmt=form, color=color, label=text, capsize=2, markersize=4)
 
 
-def _draw_full(axes: Axes, full: Sequence[Run], metric: str, color: str, label: str | None = None) -> None:
-    for run in full:
-        if _drawable(metric, value := run.metrics.get(metric, math.nan)):
+def _draw_bits(
+    axes: Axes, results: Sequence[Result], rows: Sequence[Result], metric: str, published: Sequence[Published]
+) -> list[tuple[float, float, str, str]]:
+    """Draw one panel; return labels (x, y, text, colour) that are still to be written beside the points."""
+    names = {id(result): text for result, text in zip(rows, labels(rows), strict=True)}
+    colors, texts = method_colors(rows), list[tuple[float, float, str, str]]()
+    drawn = [result for result in rows if drawable(metric, result.metrics.get(metric))]
+    for method, color in colors.items():
+        mine = [
+            (r.bits or 0.0, r.metrics[metric], *spread(r.estimates[metric]), r) for r in drawn if r.method == method
+        ]
+        for bits, value, _, _, result in mine:
+            if len(drawn) <= MOST_LABELS:
+                _draw_nominal(axes, result, value, color)
+            texts.append((bits, value, names[id(result)], color))
+        if mine:
+            at, values, down, up, _ = zip(*mine, strict=True)
+            axes.plot(at, values, "o", color=color, label=method)
+            if any(len(result.runs) > 1 for *_, result in mine):
+                axes.errorbar(at, values, yerr=[down, up], fmt="none", ecolor=color, capsize=2)
+    if len(texts) > MOST_LABELS:
+        texts.clear()
+        axes.legend(frameon=False, fontsize="small", loc="upper right")
+    for model in dict.fromkeys(result.model for result in drawn):
+        front = pareto_front([result for result in drawn if result.model == model], metric)
+        axes.plot([r.bits or 0.0 for r in front], [r.metrics[metric] for r in front], ":", color="grey", zorder=0)
+    models = {result.model for result in results}
+    points = [p for p in published if p.metric == metric and p.model in models and p.method != FULL_PRECISION]
+    for point in points:
+        if drawable(metric, point.value):
+            axes.plot([point.bits], [point.value], "D", color="grey", markersize=4)
+            texts.append((point.bits, point.value, point.method, "grey"))
+    _draw_full(axes, baselines(results), metric, "black", "full precision")
+    axes.set_xlabel(f"measured bits per weight (faint: nominal{'; grey: published' if points else ''})")
+    score_axis(axes, metric, is_perplexity(metric))
+    axes.margins(x=0.25, y=0.1)
+    return texts
+
+
+def _draw_full(axes: Axes, full: Sequence[Result], metric: str, color: str, text: str | None = None) -> None:
+    for result in full:
+        if result.method == FULL_PRECISION and drawable(metric, value := result.metrics.get(metric, math.nan)):
             axes.axhline(value, color=color, linestyle="--", linewidth=1, alpha=0.7)
-            if label:
+            if text:
                 place = (0.99, value)
-                axes.annotate(label, place, (0, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
+                axes.annotate(text, place, (0, 3), ("axes fraction", "data"), "offset points", ha="right", fontsize=8)
 
 
-def _draw_nominal(axes: Axes, run: Run, value: float, color: str) -> None:
-    if run.bits is not None and run.nominal_bits is not None:
-        axes.plot([run.nominal_bits, run.bits], [value, value], "-", color=color, alpha=0.3, linewidth=1)
-        axes.plot([run.nominal_bits], [value], "o", color=color, alpha=0.35, markerfacecolor="none")
+def _draw_nominal(axes: Axes, result: Result, value: float, color: str) -> None:
+    if result.bits is not None and result.nominal_bits is not None:
+        axes.plot([result.nominal_bits, result.bits], [value, value], "-", color=color, alpha=0.3, linewidth=1)
+        axes.plot([result.nominal_bits], [value], "o", color=color, alpha=0.35, markerfacecolor="none")
 
 
-def _drawable(metric: str, value: float) -> bool:
-    return math.isfinite(value) and (value > 0 or not is_perplexity(metric))
-
-
-def _score_axis(axes: Axes, metric: str) -> None:
+def score_axis(axes: Axes, name: str, is_log: bool) -> None:
+    """Dress the vertical axis; one that is logarithmic has plain numbers."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    if not is_perplexity(metric):
-        axes.set_ylabel("accuracy" if axes.get_legend_handles_labels()[0] else metric)
+    axes.set_ylabel(name)
+    if not is_log:
         return
-    axes.set_ylabel("perplexity" if axes.get_legend_handles_labels()[0] else metric)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
     # Within a decade the major ticks alone may be none.
     axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
-
-
-def _label(run: Run, keys: Sequence[str]) -> str:
-    values = [f"{key}={run.value(key)}" for key in keys if run.value(key) is not None]
-    return " ".join([method_name(run.method), *values])
 
 
 def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:

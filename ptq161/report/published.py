@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ptq161.errors import UserError
-from ptq161.report.collect import Run
+from ptq161.report.results import Result
 
 COLUMNS = ("source", "table", "model", "method", "nominal_bits", "measured_bits", "metric", "value")
 PAPERS_NAMES = {"ptq161_paper": "ptq161", "ptq161_paper+preprocessing": "ptq161+preprocessing"}
@@ -49,15 +49,15 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A run's score beside a published one.
+    """A result's score beside a published one.
 
     Attributes:
-        run: the run.
+        result: the result.
         published: a figure for the same model, method and metric.
-        value: the run's own score.
+        value: the result's own score.
     """
 
-    run: Run
+    result: Result
     published: Published
     value: float
 
@@ -83,18 +83,18 @@ def read_published(file: Path | str) -> list[Published]:
         raise UserError(f"the published figures {file} cannot be read ({error}).") from error
 
 
-def compare(runs: Sequence[Run], published: Sequence[Published]) -> list[Comparison]:
+def compare(results: Sequence[Result], published: Sequence[Published]) -> list[Comparison]:
     """Pair every score with the published figures for the same model, method and metric.
 
     A figure that a paper prints twice with different values appears twice.
     """
     return [
-        Comparison(run, figure, run.metrics[figure.metric])
-        for run in runs
+        Comparison(result, figure, result.metrics[figure.metric])
+        for result in results
         for figure in published
-        if figure.model == run.model
-        and figure.method == PAPERS_NAMES.get(run.method, run.method)
-        and figure.metric in run.metrics
+        if figure.model == result.model
+        and figure.method == PAPERS_NAMES.get(result.method, result.method)
+        and figure.metric in result.metrics
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def write_run(tmp_path: Path) -> WriteRun:
         settings: dict[str, Any] | None = None,
         results: dict[str, Any] | None = None,
         finish: bool = True,
+        lines: Sequence[tuple[str, float, dict[str, Any]]] = (),
         **top: Any,
     ) -> Path:
         keys: dict[str, Any] = {"mask_ratio": 0.2, "block_size": 1, "seed": 0, **top}
@@ -51,11 +52,13 @@ def write_run(tmp_path: Path) -> WriteRun:
         arguments: dict[str, Any] = {
             "config": config,
             "tracker": TrackerConfig("none"),
-            "seeds": {"seed": 0},
+            "seeds": {"seed": keys["seed"]},
             "job_name": name,
         }
         with RunRecord.open(tmp_path / name, **arguments) as record:
-            record.describe(git={"commit": "0123456789abcdef", "dirty": False})
+            record.describe(git={"commit": "0123456789abcdef", "dirty": False}, sources_sha256="0123")
+            for metric, value, where in lines:
+                record.metric(metric, value, **where)
             if finish:
                 record.finish(
                     results
@@ -64,6 +67,7 @@ def write_run(tmp_path: Path) -> WriteRun:
                         "full_precision": FULL,
                         "protocol": {"ppl/boolq@512": {"standard_error": 2.5}},
                         "seconds": {"load": 1.0, "quantize": 20.5},
+                        "peak_memory_bytes": 2_500_000_000,
                     }
                 )
         return tmp_path / name

@@ -11,8 +11,16 @@ import pytest
 from ptq161.errors import UserError
 from ptq161.report.collect import collect
 from ptq161.report.published import COLUMNS, Published, compare, read_published
-from ptq161.report.tables import csv_comparison, csv_table, markdown_comparison, markdown_table
-from tests.report.conftest import WriteRun
+from ptq161.report.results import Result, results_of
+from ptq161.report.tables import (
+    csv_comparison,
+    csv_table,
+    latex_table,
+    markdown_comparison,
+    markdown_table,
+    result_table,
+)
+from tests.report.conftest import FULL, WriteRun
 
 BASELINES = Path(__file__).resolve().parents[2] / "experiments" / "baselines" / "published.csv"
 
@@ -21,31 +29,35 @@ def published(method: str = "ptq161", metric: str = "ppl/boolq@512", value: floa
     return Published("A paper", "Table 6", "tiny", method, "1.61", None, metric, value)
 
 
+def results(*folders: Path) -> list[Result]:
+    return results_of(collect(folders).runs)
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_markdown_begins_with_full_precision(write_run: WriteRun) -> None:
-    runs = collect([write_run("a", mask_ratio=0.1, ppl=1234.5), write_run("b", "rtn", 3e6, 2.05)]).runs
-    header, rule, full, ptq161, rtn = markdown_table(runs).splitlines()
+    table = result_table(results(write_run("a", mask_ratio=0.1, ppl=1234.5), write_run("b", "rtn", 3e6, 2.05)))
+    header, rule, full, ptq161, rtn = markdown_table(table).splitlines()
     assert cells(header) == [
         *["method", "model", "mask_ratio", "bits/weight", "nominal"],
-        *["ppl/boolq@512", "piqa acc %", "seconds", "commit"],
+        *["ppl/boolq@512", "piqa acc %", "seconds", "GB", "commit"],
     ]
-    assert len(cells(rule)) == 9
-    assert cells(full) == ["full precision", "tiny", "", "16.00", "16.00", "18.00", "66.0", "", "01234567"]
-    assert cells(ptq161) == ["ptq161", "tiny", "0.1", "1.70", "1.60", "1234.5 ± 2.50", "55.0", "22", "01234567"]
+    assert len(cells(rule)) == 10
+    assert cells(full) == ["full precision", "tiny", "", "16.00", "16.00", "18.00", "66.0", "", "", "01234567"]
+    assert cells(ptq161) == ["ptq161", "tiny", "0.1", "1.70", "1.60", "1234.5 ± 2.50", "55.0", "22", "2.50", "01234567"]
     assert cells(rtn)[:6] == ["rtn", "tiny", "", "2.05", "1.60", "3e+06 ± 2.50"]
 
 
 def test_chosen_metrics_alone(write_run: WriteRun) -> None:
-    header = markdown_table(collect([write_run("a")]).runs, ["zero_shot/piqa/acc_norm"]).splitlines()[0]
-    assert cells(header)[5:-2] == ["piqa acc_norm %"]
+    header = markdown_table(result_table(results(write_run("a")), ["zero_shot/piqa/acc_norm"])).splitlines()[0]
+    assert cells(header)[5:-3] == ["piqa acc_norm %"]
 
 
 def test_csv_has_everything_unrounded(write_run: WriteRun) -> None:
     run_dir = write_run("a", ppl=100 / 3)
-    full, row = csv.DictReader(io.StringIO(csv_table(collect([run_dir]).runs)))
+    full, row = csv.DictReader(io.StringIO(csv_table(results(run_dir))))
     assert (full["method"], full["ppl/boolq@512"], full["ppl/boolq@512 standard_error"]) == ("none", "18.0", "")
     assert float(row["ppl/boolq@512"]) == 100 / 3
     assert (row["ppl/boolq@512 standard_error"], row["zero_shot/piqa/acc_norm"]) == ("2.5", "0.54")
@@ -53,14 +65,66 @@ def test_csv_has_everything_unrounded(write_run: WriteRun) -> None:
     assert (row["mask_ratio"], row["commit"], row["run_dir"]) == ("0.2", "01234567", str(run_dir))
 
 
+def test_several_seeds_are_a_row_with_an_interval(write_run: WriteRun) -> None:
+    folders = [write_run(f"s{seed}", seed=seed, ppl=ppl) for seed, ppl in enumerate((90.0, 100.0, 110.0))]
+    found = results(*folders, write_run("rtn", "rtn", 565.0))
+    header, _, _, ptq161, rtn = markdown_table(result_table(found)).splitlines()
+    seeds, ppl = cells(header).index("seeds"), cells(header).index("ppl/boolq@512")
+    assert (cells(ptq161)[seeds], cells(ptq161)[ppl]) == ("3", "100.0 [90.00, 110.0]")
+    assert (cells(rtn)[seeds], cells(rtn)[ppl]) == ("1", "565.0 ± 2.50")
+    _, row, alone = csv.DictReader(io.StringIO(csv_table(found)))
+    assert (row["seeds"], row["ppl/boolq@512"], row["ppl/boolq@512 low"]) == ("0 1 2", "100.0", "90.0")
+    assert (row["ppl/boolq@512 standard_error"], alone["ppl/boolq@512 low"]) == ("", "")
+    assert row["run_dir"] == " ".join(map(str, folders))
+
+
+def test_the_best_of_each_model_is_marked_among_quantized_results(write_run: WriteRun) -> None:
+    folders = [write_run("a", ppl=50.0, bits=2.5), write_run("b", "rtn", 60.0, 2.0), write_run("c", "none")]
+    folders.append(write_run("d", "gptq", 10.0, 9.0, model={"name": "other", "path": None}))
+    table = result_table(results(*folders))
+    headings = [column.heading for column in table.columns]
+    best = {
+        (result.method, headings[j])
+        for result, row in zip(table.results, table.rows, strict=True)
+        for j, cell in enumerate(row)
+        if cell.is_best
+    }
+    assert best >= {("ptq161", "ppl/boolq@512"), ("rtn", "bits/weight")}
+    assert not {method for method, _ in best} & {"none", "gptq"}  # a model's only result is no best one
+    assert ("rtn", "ppl/boolq@512") not in best and ("ptq161", "bits/weight") not in best
+
+
+def test_latex_is_escaped_and_printed_without_what_is_no_result(write_run: WriteRun) -> None:
+    folders = [write_run("a", mask_ratio=0.1, ppl=50.0), write_run("b", mask_ratio=0.2, ppl=60.0)]
+    text = latex_table(result_table(results(*folders)))
+    lines = text.splitlines()
+    assert lines[1] == r"\begin{tabular}{lllrrrr}"
+    assert lines[3] == r"method & model & mask\_ratio & bits/weight & nominal & ppl/boolq@512 & piqa acc \% \\"
+    assert [line for line in lines if "rule" in line] == [r"\toprule", r"\midrule", r"\midrule", r"\bottomrule"]
+    assert r"\textbf{50.00} $\pm$ 2.50" in text and r"\textbf{60.00}" not in text
+    assert "01234567" not in text
+
+
+def test_scores_of_the_preprocessed_model_follow_full_precision(write_run: WriteRun) -> None:
+    document = {"metrics": {"ppl/boolq@512": 99.0}, "full_precision": FULL, "merged": {"ppl/boolq@512": 21.0}}
+    run = write_run("a", preprocess={"name": "restorative_lora"}, results={**document, "protocol": {}})
+    table = result_table(results(run))
+    assert [row[0].text for row in table.rows] == [
+        *["full precision", "preprocessed, full precision", "ptq161+preprocessing"]
+    ]
+    assert [row[4].text for row in table.rows] == ["18.00", "21.00", "99.00"] or [
+        row[5].text for row in table.rows
+    ] == ["18.00", "21.00", "99.00"]
+
+
 def test_paper_ours_difference(write_run: WriteRun) -> None:
-    runs = collect([write_run("a", ppl=100.0), write_run("b", "rtn"), write_run("c", "none")]).runs
+    found = results(write_run("a", ppl=100.0), write_run("b", "rtn"), write_run("c", "none"))
     figures = [
         *[published(), published("none", "zero_shot/piqa/acc", 0.7), published("gptq")],
         *[published(metric="ppl/boolq@2048"), published(value=90.0)],
     ]
-    comparisons = compare(runs, figures)
-    assert [(c.run.method, c.value, c.published.value) for c in comparisons] == [
+    comparisons = compare(found, figures)
+    assert [(c.result.method, c.value, c.published.value) for c in comparisons] == [
         *[("ptq161", 100.0, 80.0), ("ptq161", 100.0, 90.0), ("none", 0.66, 0.7)],
     ]
     first, _, third = markdown_comparison(comparisons).splitlines()[2:]
@@ -71,9 +135,9 @@ def test_paper_ours_difference(write_run: WriteRun) -> None:
 
 
 def test_the_papers_settings_are_the_papers_method(write_run: WriteRun) -> None:
-    runs = collect([write_run("a", "ptq161_paper"), write_run("b", preprocess={"name": "restorative_lora"})]).runs
-    assert [c.run.method for c in compare(runs, [published()])] == ["ptq161_paper"]
-    assert [c.run.method for c in compare(runs, [published("ptq161+preprocessing")])] == ["ptq161+preprocessing"]
+    found = results(write_run("a", "ptq161_paper"), write_run("b", preprocess={"name": "restorative_lora"}))
+    assert [c.result.method for c in compare(found, [published()])] == ["ptq161_paper"]
+    assert [c.result.method for c in compare(found, [published("ptq161+preprocessing")])] == ["ptq161+preprocessing"]
 
 
 def test_the_published_baselines() -> None:
