@@ -168,6 +168,8 @@ class RunConfig:
         dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
         dtype_reason: why it is this one.
         on_error: what a sweep does when a job fails: ``continue`` or ``stop``.
+        cache: find what was computed before, and keep what is computed (:mod:`ptq161.store`).
+        force: compute everything again, and keep that.
     """
 
     model: ModelConfig
@@ -185,6 +187,8 @@ class RunConfig:
     dtype: str
     dtype_reason: str
     on_error: str
+    cache: bool
+    force: bool
 
 
 def load_run_config(cfg: DictConfig) -> RunConfig:
@@ -300,6 +304,9 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
     check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
     check_choice("dtype", values["dtype"], DTYPES)
     check_choice("on_error", values["on_error"], ON_ERROR)
+    cache, force = (_typed(bool, values[key], key) for key in ("cache", "force"))
+    if force and not cache:
+        raise UserError("force=true cache=false: without the cache everything is computed anyway; leave force out.")
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

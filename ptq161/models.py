@@ -149,6 +149,20 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
 
 
+def hub_commit(config: ModelConfig) -> str:
+    """Return the commit that a model's name and revision on the hub stand for, here and now.
+
+    Raises:
+        UserError: the hub cannot be reached and the model is not in its cache.
+    """
+    source, kwargs = _source(config)
+    with _loading(config):
+        commit = getattr(AutoConfig.from_pretrained(source, **kwargs), "_commit_hash", None)
+    if commit is None:
+        raise UserError(f"the commit of model {config.repo} cannot be told: set model.revision to one, or cache=false.")
+    return str(commit)
+
+
 def load_weights(config: ModelConfig) -> PreTrainedModel:
     """Load a full-precision model, in its checkpoint's own dtype, cut to ``config.n_blocks``.
 

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import resource
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq161.assets import cache_dir
 from ptq161.blockwise import quantize
 from ptq161.config import RunConfig
 from ptq161.data import calibration_tokens
 from ptq161.errors import UserError
 from ptq161.evaluation import OpenEvaluation, Scores, evaluate, greedy_sample, open_evaluation
+from ptq161.fingerprints import describe, device_name, key_of
+from ptq161.identity import identity
 from ptq161.methods.base import COMPUTE_DTYPES
 from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
-from ptq161.packed.checkpoint import cast_rest, load, measure, save, save_dense
+from ptq161.packed.checkpoint import cast_rest, load, measure, save, save_dense, sha256_of_packed
 from ptq161.packed.linear import dense_cache
 from ptq161.preflight import QUANTIZATION
 from ptq161.preprocess import restore, training_tokens
-from ptq161.preprocess.checkpoint import fingerprint, sha256_of_fingerprint
+from ptq161.preprocess.checkpoint import fingerprint
 from ptq161.preprocess.restoration import check_seq_len
 from ptq161.report.table import print_results
+from ptq161.reuse import Reuse, keep_result, take_over
+from ptq161.store import Entry, Store, store_dir
 from ptq161.tracking import RunRecord, sha256_of_file, sha256_of_tensors
 
 log = logging.getLogger(__name__)
@@ -59,7 +66,7 @@ class RunContext:
 
 
 def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
-    """Quantize, score, record.
+    """Quantize, score, record; or find the record of a run that was the same.
 
     Returns:
         what ``results.json`` holds.
@@ -68,40 +75,91 @@ def run(config: RunConfig, context: RunContext) -> dict[str, Any]:
         UserError: whatever the user can put right, in one sentence.
     """
     stored = config.model.path is not None and is_packed_folder(config.model.path)
-    with RunRecord.open(
-        context.run_dir,
-        config={key: value for key, value in context.resolved.items() if not (stored and key in QUANTIZATION)},
-        tracker=config.tracker,
-        seeds={"seed": config.seed},
-        job_name=context.job_name,
-        group=context.group,
-        tags=[config.model.name] if stored else [config.model.name, config.method_name],
-    ) as record:
-        log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
-        record.describe(device=str(config.device), dtype=config.dtype)
-        stage = _Stages()
-        results = (_score_stored if stored else _quantize_and_score)(config, context, record, stage)
-        results["seconds"] = stage.seconds
-        results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        record.finish(results)
-        print_results(results, context.run_dir)
+    # The lock on the result outlives the record, which is kept when it is complete.
+    with contextlib.ExitStack() as locks:
+        with RunRecord.open(
+            context.run_dir,
+            config={key: value for key, value in context.resolved.items() if not (stored and key in QUANTIZATION)},
+            tracker=config.tracker,
+            seeds={"seed": config.seed},
+            job_name=context.job_name,
+            group=context.group,
+            tags=[config.model.name] if stored else [config.model.name, config.method_name],
+        ) as record:
+            log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
+            record.describe(device=str(config.device), dtype=config.dtype)
+            entry, reuse = _find(config, record, locks)
+            results = take_over(entry, record) if entry is not None and entry.finished else None
+            reused = results is not None
+            if results is None:
+                results = _compute(_Job(config, context, record, reuse), stored)
+            record.finish(results)
+            print_results(results, context.run_dir)
+        if entry is not None and not reused:
+            _keep(entry, record)
     return results
 
 
-def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages) -> dict[str, Any]:
-    with stage("load"):
+def _find(config: RunConfig, record: RunRecord, locks: contextlib.ExitStack) -> tuple[Entry | None, Reuse]:
+    """Open this run's place among the finished results; ``locks`` closes it."""
+    if not config.cache:
+        return None, Reuse(None, {})
+    store = Store(store_dir(), force=config.force)
+    about = identity(config, store)
+    record.describe(identity=key_of(about))
+    entry = locks.enter_context(store.entry("results", about))
+    return entry, Reuse(store, about)
+
+
+def _keep(entry: Entry, record: RunRecord) -> None:
+    try:
+        keep_result(entry, record.run_dir)
+    except UserError as error:
+        log.warning("the result is complete, but not kept for later runs: %s", error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What every stage of a run gets."""
+
+    config: RunConfig
+    context: RunContext
+    record: RunRecord
+    reuse: Reuse
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take a stage's seconds."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 2)
+
+
+def _compute(job: _Job, stored: bool) -> dict[str, Any]:
+    for folder in (CHECKPOINT, MERGED):  # of a run that had this directory before
+        shutil.rmtree(Path(job.context.run_dir) / folder, ignore_errors=True)
+    results = (_score_stored if stored else _quantize_and_score)(job)
+    results["seconds"] = job.seconds
+    results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return results
+
+
+def _quantize_and_score(job: _Job) -> dict[str, Any]:
+    config, record = job.config, job.record
+    with job.stage("load"):
         tokenizer, hf_config = load_tokenizer(config.model)
         opened = open_evaluation(tokenizer, config.eval, max_seq_len(hf_config))
-        tokens = _calibration(config, tokenizer, max_seq_len(hf_config)) if config.method else None
-        training = _training(config, tokenizer, max_seq_len(hf_config))
+        tokens = _calibration(job, tokenizer, max_seq_len(hf_config)) if config.method else None
+        training = _training(job, tokenizer, max_seq_len(hf_config))
         model = load_weights(config.model)
         check_quantizable(model)
         record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
     full_precision: dict[str, float] = {}
     scores = Scores({}, {})
     if config.eval.full_precision or config.method is None:
-        with stage("full_precision"):
-            scores = _score_dense(config, model, tokenizer, opened, record, "full precision")
+        with job.stage("full_precision"):
+            scores = _score_dense(job, model, tokenizer, opened, "full precision", record.manifest["model_sha256"])
             full_precision = {**scores.metrics, **_dense_size(model, config)}
     if config.method is None or tokens is None:
         return {"metrics": full_precision, "full_precision": full_precision, "protocol": scores.protocol}
@@ -109,28 +167,16 @@ def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecor
     merged: dict[str, Any] = {}
     masks: dict[str, Tensor] | None = None
     if training is not None:
-        with stage("preprocess"):
-            model, masks = _preprocess(config, context, model, tokenizer, training, tokens, record)
+        with job.stage("preprocess"):
+            model, masks = _preprocess(job, model, tokenizer, training, tokens)
         if config.eval.full_precision and config.preprocess is not None and config.preprocess.score_merged:
-            with stage("merged"):
-                scores = _score_dense(config, model, tokenizer, opened, record, "merged")
+            with job.stage("merged"):
+                scores = _score_dense(job, model, tokenizer, opened, "merged", record.manifest["merged_sha256"])
                 merged = {"merged": {**scores.metrics, **_dense_size(model, config)}}
-    with stage("quantize"):
-        quantize(
-            model,
-            tokens,
-            config.method,
-            on_metric=record.metric,
-            seed=config.seed,
-            device=config.device,
-            progress=True,
-            salient_masks=masks,
-        )
-        cast_rest(model, COMPUTE_DTYPES[config.dtype])
-        file = save(model, tokenizer, Path(context.run_dir) / CHECKPOINT)
-        record.describe(checkpoint_sha256=sha256_of_file(file))
-    with stage("evaluate"):
-        scores = _score(config, model, tokenizer, opened, record, "quantized")
+    with job.stage("quantize"):
+        file = _quantize(job, model, tokenizer, tokens, masks)
+    with job.stage("evaluate"):
+        scores = _score(job, model, tokenizer, opened, "quantized", sha256_of_packed(model))
     sizes = {**_packed_size(model, file), "nominal_bits_per_weight": config.method.nominal_bits()}
     return {
         "metrics": {**scores.metrics, **sizes},
@@ -140,17 +186,18 @@ def _quantize_and_score(config: RunConfig, context: RunContext, record: RunRecor
     }
 
 
-def _score_stored(config: RunConfig, context: RunContext, record: RunRecord, stage: _Stages) -> dict[str, Any]:
+def _score_stored(job: _Job) -> dict[str, Any]:
     """Evaluate a checkpoint of this project as it is."""
-    assert config.model.path is not None
-    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", config.model.path)
-    with stage("load"):
-        model, tokenizer = load(config.model.path)
-        opened = open_evaluation(tokenizer, config.eval, max_seq_len(model.config))
-        file = next(Path(config.model.path).glob("*.safetensors"))
-        record.describe(checkpoint_sha256=sha256_of_file(file))
-    with stage("evaluate"):
-        scores = _score(config, model, tokenizer, opened, record, "quantized")
+    path = job.config.model.path
+    assert path is not None
+    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", path)
+    with job.stage("load"):
+        model, tokenizer = load(path)
+        opened = open_evaluation(tokenizer, job.config.eval, max_seq_len(model.config))
+        file = next(Path(path).glob("*.safetensors"))
+        job.record.describe(checkpoint_sha256=sha256_of_file(file))
+    with job.stage("evaluate"):
+        scores = _score(job, model, tokenizer, opened, "quantized", sha256_of_packed(model))
     return {
         "metrics": {**scores.metrics, **_packed_size(model, file)},
         "full_precision": {},
@@ -158,83 +205,144 @@ def _score_stored(config: RunConfig, context: RunContext, record: RunRecord, sta
     }
 
 
-def _calibration(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+def _calibration(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:
+    config = job.config
     if config.calib.seq_len > max_length:
         raise UserError(
             f"calib.seq_len={config.calib.seq_len}: the model holds at most {max_length} tokens; use a shorter one."
         )
-    return calibration_tokens(tokenizer, config.calib, config.seed)
+    return job.reuse.tensor(
+        "tokens",
+        {"calibration": job.reuse.identity.get("calibration"), "seed": config.seed},
+        lambda: calibration_tokens(tokenizer, config.calib, config.seed),
+    )
 
 
-def _training(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor | None:
-    if config.preprocess is None:
+def _training(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor | None:
+    config = job.config.preprocess
+    if config is None:
         return None
-    check_seq_len(config.preprocess, max_length)
-    return training_tokens(tokenizer, config.preprocess, config.seed)
+    check_seq_len(config, max_length)
+    return training_tokens(tokenizer, config, job.config.seed)
 
 
 def _preprocess(
-    config: RunConfig,
-    context: RunContext,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    training: Tensor,
-    tokens: Tensor,
-    record: RunRecord,
+    job: _Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: Tensor, tokens: Tensor
 ) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
     """Restore the model; a training that was cut off, or is done, is found by what it depends on."""
+    config, record = job.config, job.record
     assert config.method is not None and config.preprocess is not None
-    identity = fingerprint(model, training, tokens, config.method, config.preprocess, config.seed)
-    record.describe(preprocess=identity)
-    restored, masks = restore(
-        model,
-        training,
-        tokens,
-        config.method,
-        config.preprocess,
-        folder=cache_dir() / "preprocess" / sha256_of_fingerprint(identity)[:16],
-        on_metric=record.metric,
-        seed=config.seed,
-        device=config.device,
-        progress=True,
-    )
+    about = fingerprint(model, training, tokens, config.method, config.preprocess, config.seed)
+    record.describe(preprocess=about)
+    with job.reuse.folder("preprocessed", {"training": about, "device": device_name(config.device)}) as folder:
+        restored, masks = restore(
+            model,
+            training,
+            tokens,
+            config.method,
+            config.preprocess,
+            folder=folder,
+            on_metric=record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+        )
     record.describe(merged_sha256=sha256_of_tensors(restored.state_dict()))
     if config.preprocess.save_merged:
-        save_dense(restored, tokenizer, Path(context.run_dir) / MERGED)
+        save_dense(restored, tokenizer, Path(job.context.run_dir) / MERGED)
     return restored, masks
 
 
+def _quantize(
+    job: _Job,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    masks: dict[str, Tensor] | None,
+) -> Path:
+    """Quantize the model in place, from the blocks that are finished already, and return the checkpoint's file."""
+    config, manifest = job.config, job.record.manifest
+    assert config.method is not None
+    about = {
+        "weights": manifest.get("merged_sha256", manifest["model_sha256"]),
+        "calibration": manifest["calibration_sha256"],
+        "method": describe(config.method),
+        "salient_masks": None if masks is None else sha256_of_tensors(masks),
+        "seed": config.seed,
+        "device": device_name(config.device),
+        "threads": torch.get_num_threads(),
+    }
+    with job.reuse.folder("blocks", about) as folder:
+        quantize(
+            model,
+            tokens,
+            config.method,
+            on_metric=job.record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+            salient_masks=masks,
+            resume=folder,
+        )
+    cast_rest(model, COMPUTE_DTYPES[config.dtype])
+    file = save(model, tokenizer, Path(job.context.run_dir) / CHECKPOINT)
+    job.record.describe(checkpoint_sha256=sha256_of_file(file))
+    return file
+
+
 def _score_dense(
-    config: RunConfig,
+    job: _Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     opened: OpenEvaluation,
-    record: RunRecord,
     label: str,
+    weights: str,
 ) -> Scores:
     """Score a full-precision model in the run's dtype; the model itself keeps its own for the quantization."""
-    dtype, home = COMPUTE_DTYPES[config.dtype], model.device
+    dtype, home = COMPUTE_DTYPES[job.config.dtype], model.device
     if model.dtype != dtype:
         scored = copy.deepcopy(model)
         cast_rest(scored, dtype)
-        return _score(config, scored, tokenizer, opened, record, label)
-    scores = _score(config, model, tokenizer, opened, record, label)
+        return _score(job, scored, tokenizer, opened, label, weights)
+    scores = _score(job, model, tokenizer, opened, label, weights)
     nn.Module.to(model, home)
     return scores
 
 
 def _score(
-    config: RunConfig,
+    job: _Job,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     opened: OpenEvaluation,
-    record: RunRecord,
     label: str,
+    weights: str,
 ) -> Scores:
-    nn.Module.to(model, config.device)
-    with dense_cache(model, COMPUTE_DTYPES[config.dtype]):
-        scores = evaluate(model, tokenizer, opened, on_metric=partial(record.metric, model=label), label=label)
-        text = greedy_sample(model, tokenizer, config.eval.sample_prompt, config.eval.sample_tokens)
+    """Score a model and take its text sample; what was scored before with the same ``weights`` (a hash) is found."""
+    config, record = job.config, job.record
+    with contextlib.ExitStack() as prepared:
+
+        @functools.cache
+        def prepare() -> None:
+            # Where every score is found, the model need neither be moved nor dequantized.
+            nn.Module.to(model, config.device)
+            prepared.enter_context(dense_cache(model, COMPUTE_DTYPES[config.dtype]))
+
+        def remember(about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+            def compute_prepared() -> Mapping[str, Any]:
+                prepare()
+                return compute()
+
+            return job.reuse.value("scores", {"weights": weights, "dtype": config.dtype, **about}, compute_prepared)
+
+        on_metric = partial(record.metric, model=label)
+        scores = evaluate(model, tokenizer, opened, on_metric=on_metric, label=label, remember=remember)
+        prompt, n_tokens = config.eval.sample_prompt, config.eval.sample_tokens
+        text = remember(
+            {"prompt": prompt, "n_tokens": n_tokens},
+            lambda: {"text": greedy_sample(model, tokenizer, prompt, n_tokens)},
+        )["text"]
+        if not prepare.cache_info().currsize:
+            log.info("%s: every score was known", label)
     record.sample(label, text)
     log.info("%s sample: %s", label, " ".join(text.split()))
     return scores
@@ -255,16 +363,3 @@ def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
         "linear_bytes": size.linear_bytes,
         "other_bytes": size.other_bytes,
     }
-
-
-class _Stages:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 2)

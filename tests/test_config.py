@@ -33,6 +33,8 @@ COMPLETE: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "on_error": "continue",
+    "cache": True,
+    "force": False,
     "model": {"name": "m", "path": "folder"},
     "method": {
         "_target_": "ptq161.methods.ptq161.PTQ161",
@@ -132,6 +134,9 @@ def test_every_key_is_needed(key: str) -> None:
         ({"dtype": None}, "dtype=None: use one of auto, float32, bfloat16, float16."),
         ({"on_error": "ignore"}, "on_error=ignore: use one of continue, stop."),
         ({"on_error": None}, "on_error=None: use one of continue, stop."),
+        ({"cache": "yes"}, "cache='yes': use a value of type bool."),
+        ({"force": 1}, "force=1: use a value of type bool."),
+        ({"force": True, "cache": False}, "force=true cache=false: without the cache everything is computed anyway"),
         ({"device": "tpu"}, "device=tpu: use auto, cpu, cuda or cuda:N."),
         ({"device": "meta"}, "device=meta: use auto, cpu, cuda or cuda:N."),
         ({"device": None}, "device=None: use auto, cpu, cuda or cuda:N."),
@@ -140,7 +145,7 @@ def test_every_key_is_needed(key: str) -> None:
         (
             {"colour": 1},
             "unknown key 'colour': known are model, method, calib, preprocess, eval, tracker, mask_ratio, block_size, "
-            "seed, device, dtype, on_error.",
+            "seed, device, dtype, on_error, cache, force.",
         ),
         # what follows from others cannot be set
         ({"method_name": "x"}, "unknown key 'method_name': known are"),

@@ -2,7 +2,7 @@
 
 from ptq161.evaluation.embedded import EMBEDDED_TASKS
 from ptq161.evaluation.perplexity import Perplexity, perplexity
-from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
+from ptq161.evaluation.protocol import OpenEvaluation, Remember, Scores, compute_always, evaluate, open_evaluation
 from ptq161.evaluation.sample import greedy_sample
 from ptq161.evaluation.zero_shot import OpenTasks, ZeroShotScore, open_tasks, score_tasks
 
@@ -11,8 +11,10 @@ __all__ = [
     "OpenEvaluation",
     "OpenTasks",
     "Perplexity",
+    "Remember",
     "Scores",
     "ZeroShotScore",
+    "compute_always",
     "evaluate",
     "greedy_sample",
     "open_evaluation",

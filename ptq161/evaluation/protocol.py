@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.config import EvalConfig
 from ptq161.data import Corpus, load_corpus
 from ptq161.evaluation.perplexity import Perplexity, check_windows, perplexity
-from ptq161.evaluation.zero_shot import OpenTasks, ZeroShotScore, open_tasks, score_tasks
+from ptq161.evaluation.zero_shot import (
+    OpenTasks,
+    ZeroShotScore,
+    open_tasks,
+    score_tasks,
+    separately,
+    sha256_of_documents,
+)
 from ptq161.methods.base import OnMetric, ignore_metric
+from ptq161.tracking.hashing import sha256_of_tensors
 
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
 PERPLEXITY_TOKENS_PER_BATCH = 4096
@@ -49,6 +58,18 @@ class Scores:
     protocol: Mapping[str, Mapping[str, float | int | str | bool | None]]
 
 
+class Remember(Protocol):
+    """Finds again what was computed before."""
+
+    def __call__(self, about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what ``compute`` returns (JSON values), or did return for the same model and the same ``about``."""
+
+
+def compute_always(about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Compute: the :class:`Remember` of a caller who keeps nothing."""
+    return compute()
+
+
 def open_evaluation(
     tokenizer: PreTrainedTokenizerBase, config: EvalConfig, model_max_length: int | None
 ) -> OpenEvaluation:
@@ -77,8 +98,11 @@ def evaluate(
     *,
     on_metric: OnMetric = ignore_metric,
     label: str | None = None,
+    remember: Remember = compute_always,
 ) -> Scores:
     """Score a model on everything that was opened; the same opened protocol serves any number of models.
+
+    Each corpus and each task is scored on its own, so that its scores do not depend on what else is asked for.
 
     Args:
         model: a causal language model; it runs on its own device, in its own dtype.
@@ -86,32 +110,58 @@ def evaluate(
         opened: what :func:`open_evaluation` returned.
         on_metric: hears every metric as soon as it is known.
         label: what the progress bars call the model; None shows no bars.
+        remember: is asked for each corpus and each task, told what it is by content.
 
     Raises:
         UserError: a loss or a score is not finite.
     """
-    config = opened.config
+    units = [_corpus_unit(model, corpus, opened.config, label) for corpus in opened.corpora]
+    units += [_tasks_unit(model, tokenizer, tasks, opened.config, label) for tasks in separately(opened.tasks)]
     metrics: dict[str, float] = {}
     protocol: dict[str, Mapping[str, float | int | str | bool | None]] = {}
-    for corpus in opened.corpora:
-        found = perplexity(
-            model,
-            corpus.tokens,
-            config.seq_len,
-            max_windows=_least(config.max_windows, corpus.max_windows),
-            batch_size=max(1, min(config.batch_size, PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
-            progress=label and f"{label}: perplexity on {corpus.name}",
-        )
-        name = f"ppl/{corpus.name}@{config.seq_len}"
-        metrics[name], protocol[name] = found.value, _perplexity_protocol(found, corpus)
-        on_metric(name, found.value)
-    scores = score_tasks(
-        model, tokenizer, opened.tasks, batch_size=config.batch_size, progress=label and f"{label}: zero-shot"
-    )
-    for name, score in scores.items():
-        metrics[name], protocol[name] = score.value, _zero_shot_protocol(score)
-        on_metric(name, score.value)
+    for about, compute in units:
+        found = remember(about, compute)
+        for name, value in found["metrics"].items():
+            metrics[name], protocol[name] = value, found["protocol"][name]
+            on_metric(name, value)
     return Scores(metrics, protocol)
+
+
+Unit = tuple[dict[str, Any], Callable[[], Mapping[str, Any]]]
+"""What is scored, by content, and how to score it: ``metrics`` and ``protocol`` by metric name."""
+
+
+def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, label: str | None) -> Unit:
+    settings: dict[str, Any] = {
+        "max_windows": _least(config.max_windows, corpus.max_windows),
+        "batch_size": max(1, min(config.batch_size, PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
+    }
+    progress = label and f"{label}: perplexity on {corpus.name}"
+    name = f"ppl/{corpus.name}@{config.seq_len}"
+
+    def compute() -> dict[str, Any]:
+        found = perplexity(model, corpus.tokens, config.seq_len, **settings, progress=progress)
+        return {"metrics": {name: found.value}, "protocol": {name: _perplexity_protocol(found, corpus)}}
+
+    tokens = sha256_of_tensors({"tokens": corpus.tokens})
+    return {"metric": name, "tokens": tokens, "corpus": _about(corpus), **settings}, compute
+
+
+def _tasks_unit(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: OpenTasks, config: EvalConfig, label: str | None
+) -> Unit:
+    (name,) = tasks.names
+
+    def compute() -> dict[str, Any]:
+        progress = label and f"{label}: zero-shot {name}"
+        scores = score_tasks(model, tokenizer, tasks, batch_size=config.batch_size, progress=progress)
+        return {
+            "metrics": {name: score.value for name, score in scores.items()},
+            "protocol": {name: _zero_shot_protocol(score) for name, score in scores.items()},
+        }
+
+    settings = {"limit": tasks.limit, "batch_size": config.batch_size}
+    return {"task": name, "documents": sha256_of_documents(tasks), **settings}, compute
 
 
 def _least(*bounds: int | None) -> int | None:
@@ -121,8 +171,11 @@ def _least(*bounds: int | None) -> int | None:
 def _perplexity_protocol(found: Perplexity, corpus: Corpus) -> dict[str, float | int | str | bool | None]:
     facts = dataclasses.asdict(found)
     facts.pop("value")
-    about = {key: getattr(corpus, key) for key in ("split", "source", "bos_rule", "joined_by", "n_documents")}
-    return {**facts, "corpus_tokens": len(corpus.tokens), **about}
+    return {**facts, "corpus_tokens": len(corpus.tokens), **_about(corpus)}
+
+
+def _about(corpus: Corpus) -> dict[str, int | str]:
+    return {key: getattr(corpus, key) for key in ("split", "source", "bos_rule", "joined_by", "n_documents")}
 
 
 def _zero_shot_protocol(score: ZeroShotScore) -> dict[str, float | int | str | bool | None]:

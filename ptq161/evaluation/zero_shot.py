@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import itertools
+import json
 import logging
 import math
 import tempfile
@@ -100,6 +103,32 @@ def open_tasks(names: Sequence[str], limit: int | None = None) -> OpenTasks:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return OpenTasks(names, limit, {"tasks": tasks, "groups": groups})
+
+
+def separately(tasks: OpenTasks) -> Iterator[OpenTasks]:
+    """Yield opened tasks one by one, a group with all its tasks, so that each can be scored on its own."""
+    loaded, groups = tasks.loaded["tasks"], tasks.loaded["groups"]
+    inner = {child.name for group in groups.values() for child in group.get_all_groups()}
+    for name, group in groups.items():
+        if name not in inner:
+            children = {child.name: child for child in group.get_all_groups()}
+            members = {member: loaded[member] for member in loaded if member in _members(group)}
+            yield OpenTasks((name,), tasks.limit, {"tasks": members, "groups": {name: group, **children}})
+    grouped = {member for group in groups.values() for member in _members(group)}
+    for name, task in loaded.items():
+        if name not in grouped:
+            yield OpenTasks((name,), tasks.limit, {"tasks": {name: task}, "groups": {}})
+
+
+def sha256_of_documents(tasks: OpenTasks) -> str:
+    """Hash the documents that scoring reads, those that serve as examples among them."""
+    digest = hashlib.sha256()
+    for name in sorted(tasks.loaded["tasks"]):
+        task = tasks.loaded["tasks"][name]
+        examples = task.fewshot_docs() if task.config.num_fewshot else ()
+        for document in itertools.chain(itertools.islice(task.eval_docs, tasks.limit), examples):
+            digest.update(f"{name}\0{json.dumps(document, sort_keys=True, default=str)}\n".encode())
+    return digest.hexdigest()
 
 
 def score_tasks(

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.errors import UserError
+from ptq161.fingerprints import key_of
 from ptq161.models import PACKED_FORMAT, is_packed_folder
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import packed_weight_from
+from ptq161.tracking.hashing import sha256_of_tensors
 
 WEIGHTS_FILE = "packed.safetensors"
 SCHEMA_VERSION = 1
@@ -59,6 +61,12 @@ def measure(model: PreTrainedModel) -> PackedSize:
     total = sum(t.numel() * t.element_size() for t in _stored_tensors(model).values())
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     return PackedSize(linear_bytes, weights, total - linear_bytes)
+
+
+def sha256_of_packed(model: PreTrainedModel) -> str:
+    """Hash a packed model: its tensors, and how those of its packed linears are to be read."""
+    settings = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
+    return key_of({"tensors": sha256_of_tensors(model.state_dict()), "linears": settings})
 
 
 def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -105,6 +113,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored_tensors(model).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)  # another record may share the file that is there
         save_file(tensors, file, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
@@ -173,6 +182,8 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
         UserError: ``out`` cannot be written.
     """
     try:
+        for file in Path(out).glob("*.safetensors"):
+            file.unlink()  # another record may share it
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     except OSError as error:

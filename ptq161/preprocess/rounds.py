@@ -82,6 +82,7 @@ def restore(
             device=target,
             progress=progress,
             salient_masks=masks,
+            resume=None if folder is None else folder / f"quantize_{round_}",
         )
         if restoration.mask == "first" and masks is None:
             masks = salient_masks(packed)

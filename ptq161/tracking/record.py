@@ -119,11 +119,7 @@ class RunRecord:
         """
         if clash := RESERVED & where.keys():
             raise ValueError(f"a metric cannot be placed by {sorted(clash)[0]!r}: that is a key of the line itself")
-        value = float(value)
-        with writing(self.run_dir / "metrics.jsonl"):
-            self._metrics.write(encode_json({"time": _now(), "name": name, "value": value, **where}) + "\n")
-            self._metrics.flush()
-        self._mirror.metric(name, value, where)
+        self._metric(_now(), name, float(value), where)
 
     def sample(self, name: str, text: str) -> None:
         """Append a text sample to ``samples.jsonl``.
@@ -131,10 +127,23 @@ class RunRecord:
         Raises:
             UserError: the file cannot be written.
         """
-        path = self.run_dir / "samples.jsonl"
-        with writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(encode_json({"time": _now(), "name": name, "text": text}) + "\n")
-        self._mirror.sample(name, text)
+        self._sample(_now(), name, text)
+
+    def take_over(self, metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record numbers and text samples of a run that was the same, with the times at which they arose.
+
+        Args:
+            metrics: lines of its ``metrics.jsonl``, as :func:`ptq161.tracking.read_run` returns them.
+            samples: lines of its ``samples.jsonl``.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        for line in metrics:
+            where = {key: value for key, value in line.items() if key not in RESERVED}
+            self._metric(line["time"], line["name"], line["value"], where)
+        for line in samples:
+            self._sample(line["time"], line["name"], line["text"])
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write ``results.json``; a run that comes here and raises nothing after is ``finished``.
@@ -150,6 +159,18 @@ class RunRecord:
         write_atomically(self.run_dir / "results.json", encode_json(document, indent=2) + "\n")
         self._mirror.results(results)
         self._finished = True
+
+    def _metric(self, time_: float, name: str, value: float, where: Mapping[str, int | str]) -> None:
+        with writing(self.run_dir / "metrics.jsonl"):
+            self._metrics.write(encode_json({"time": time_, "name": name, "value": value, **where}) + "\n")
+            self._metrics.flush()
+        self._mirror.metric(name, value, where)
+
+    def _sample(self, time_: float, name: str, text: str) -> None:
+        path = self.run_dir / "samples.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(encode_json({"time": time_, "name": name, "text": text}) + "\n")
+        self._mirror.sample(name, text)
 
     def _close(self, interrupts: Interrupts, state: str, error: BaseException | None) -> None:
         exception = {"type": type(error).__name__, "message": str(error)} if error else None

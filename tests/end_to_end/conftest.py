@@ -73,11 +73,24 @@ def command(*arguments: str) -> list[str]:
 
 
 def variables(folder: Path, **changes: str | None) -> dict[str, str]:
-    """The environment without the W&B login and settings of whoever runs the tests, but with the cache of assets."""
+    """The environment without the W&B login and settings of whoever runs the tests, but with the cache of assets.
+
+    Results are kept beside ``folder``, so that each test finds its own and nobody else's.
+    """
     plain = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "HYDRA_FULL_ERROR"}
-    plain |= {"PTQ161_CACHE": str(cache_dir()), "NETRC": str(folder / ".netrc"), "WANDB_CONFIG_DIR": str(folder)}
+    plain |= {
+        "PTQ161_CACHE": str(cache_dir()),
+        "PTQ161_STORE": str(store_of(folder)),
+        "NETRC": str(folder / ".netrc"),
+        "WANDB_CONFIG_DIR": str(folder),
+    }
     plain |= {k: v for k, v in changes.items() if v is not None}
     return {k: v for k, v in plain.items() if changes.get(k, v) is not None}
+
+
+def store_of(folder: Path) -> Path:
+    """Where a program that is started in ``folder`` keeps what it computes."""
+    return folder.with_name(f"{folder.name}.store")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """The whole evaluation on local text, its record, the eval configs and the greedy sample."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,16 @@ from omegaconf import OmegaConf
 
 from ptq161.config import EvalConfig, build
 from ptq161.errors import UserError
-from ptq161.evaluation import EMBEDDED_TASKS, evaluate, greedy_sample, open_evaluation, perplexity
+from ptq161.evaluation import (
+    EMBEDDED_TASKS,
+    evaluate,
+    greedy_sample,
+    open_evaluation,
+    open_tasks,
+    perplexity,
+    score_tasks,
+)
+from ptq161.evaluation.zero_shot import separately, sha256_of_documents
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "eval"
 NAMES = ["full", "paper", "ppl", "quick", "zero_shot"]
@@ -95,8 +105,88 @@ def test_progress_bars(tiny_model, tiny_tokenizer, text_file, capfd):
     assert out == ""
     assert {line.split(":  ")[0].split(": 1")[0] for line in err.replace("\r", "\n").split("\n") if line} == {
         "full precision: perplexity on text_file",
-        "full precision: zero-shot",
+        "full precision: zero-shot copa",
     }
+
+
+def test_each_corpus_and_task_is_remembered_on_its_own(tiny_model, tiny_tokenizer, text_file):
+    opened = open_evaluation(tiny_tokenizer, config(text_file, tasks=["copa", "lambada", "rte"], limit=3), 512)
+    kept = {}
+
+    def remember(about, compute):
+        key = json.dumps(about, sort_keys=True)
+        if key not in kept:
+            if len(kept) == 3:
+                raise KeyboardInterrupt  # killed in the last task
+            kept[key] = json.loads(json.dumps(compute()))
+        return kept[key]
+
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tiny_tokenizer, opened, remember=remember)
+    assert len(kept) == 3
+    whole = evaluate(model, tiny_tokenizer, opened)
+    computed = []
+
+    def find(about, compute):
+        found = kept.get(json.dumps(about, sort_keys=True))
+        computed.extend([] if found else [about["task"]])
+        return found or compute()
+
+    assert evaluate(model, tiny_tokenizer, opened, remember=find) == whole
+    assert computed == ["rte"]
+    # What is asked beside a task does not change its score.
+    alone = open_evaluation(tiny_tokenizer, config(text_file, tasks=["rte"], limit=3, corpora=[]), 512)
+    scores = evaluate(model, tiny_tokenizer, alone)
+    assert scores.metrics == {"zero_shot/rte/acc": whole.metrics["zero_shot/rte/acc"]}
+
+
+def test_what_is_remembered_depends_on_texts_and_settings(tiny_tokenizer, text_file, tmp_path):
+    def asked(text=text_file, **settings):
+        opened = open_evaluation(tiny_tokenizer, config(text, **({"tasks": ["copa"], "limit": 3} | settings)), 512)
+        found = []
+
+        def remember(about, compute):
+            found.append(json.dumps(about, sort_keys=True))
+            return {"metrics": {}, "protocol": {}}
+
+        evaluate(None, tiny_tokenizer, opened, remember=remember)
+        return found
+
+    text, task = asked()
+    copy = tmp_path / "copy" / text_file.name
+    copy.parent.mkdir()
+    copy.write_text(text_file.read_text())
+    assert asked(copy) == [text, task]
+    copy.write_text(text_file.read_text().replace("fox", "cat"))
+    assert [old == new for old, new in zip([text, task], asked(copy), strict=True)] == [False, True]
+    for settings, same in [
+        ({"seq_len": 32}, [False, True]),
+        ({"max_windows": 1}, [False, True]),
+        ({"limit": 4}, [True, False]),
+        ({"batch_size": 2}, [False, False]),
+        ({"sample_tokens": 3}, [True, True]),
+    ]:
+        assert [old == new for old, new in zip([text, task], asked(**settings), strict=True)] == same, settings
+
+
+def test_a_group_is_scored_with_its_tasks(tiny_model, tiny_tokenizer):
+    from lm_eval.api.group import Group
+
+    opened = open_tasks(["copa", "rte", "piqa"], limit=3)
+    group = Group("pair")
+    for name in ("copa", "rte"):
+        group.add(opened.loaded["tasks"][name])
+    grouped = dataclasses.replace(opened, loaded={"tasks": opened.loaded["tasks"], "groups": {"pair": group}})
+    parts = list(separately(grouped))
+    assert [part.names for part in parts] == [("pair",), ("piqa",)]
+    assert [set(part.loaded["tasks"]) for part in parts] == [{"copa", "rte"}, {"piqa"}]
+    together = score_tasks(tiny_model("llama"), tiny_tokenizer, grouped)
+    apart = {}
+    for part in parts:
+        apart |= score_tasks(tiny_model("llama"), tiny_tokenizer, part)
+    assert apart == together
+    assert len({sha256_of_documents(part) for part in [*parts, grouped]}) == 3
 
 
 @pytest.mark.parametrize(
