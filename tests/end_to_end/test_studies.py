@@ -1,8 +1,12 @@
-"""Every study of conf/study runs on a tiny model, and becomes a table and a figure."""
+"""Every study of conf/study runs on a tiny model, and becomes a table and a figure from the records alone."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,23 +18,109 @@ from tests.end_to_end.conftest import Program
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml"))
+METHODS = ["rtn", "gptq", "awq", "quip", "omniquant", "pb_llm", "billm", "ptq161"]
 
 
-@pytest.mark.parametrize("study", STUDIES)
-def test_a_study_from_its_command_to_its_figure(program: Program, study: str) -> None:
-    params = yaml.safe_load((ROOT / "conf" / "study" / f"{study}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    ((key, values),) = params.items()
-    ended = program("-m", f"+study={study}", *program.tiny, "tracker=none", "hydra.sweep.dir=sweep")
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What a study should be.
+
+    Attributes:
+        runs: what tells its runs apart, by key, a value per run.
+        x: the figure's axis; None leaves it to the report.
+        overrides: what keeps it small, after those of the tiny model.
+        keeps_calibration: its calibration is its own, not that of the tiny model.
+        axes: folders of the sweep that make a figure each, with its axis.
+    """
+
+    runs: Mapping[str, list[Any]]
+    x: str | None = None
+    overrides: tuple[str, ...] = ()
+    keeps_calibration: bool = False
+    axes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+STUDIES = {
+    "baselines": Study({"method": ["none", *METHODS]}),
+    "mask_ratio": Study({"mask_ratio": [0, 0.05, 0.1, 0.2, 0.3]}),
+    "saliency": Study({"method.saliency": ["max", "mean", "hessian", "magnitude", "random"]}, x="method.saliency"),
+    "block_size": Study({"block_size": [1, 2, 4]}),
+    "components": Study(
+        {
+            "method": [
+                *("binarized", "mask", "mask+scales", "mask+scales+angles", "mask+scales+angles+cosine"),
+                *("mask+scales+angles+cosine+preprocessing", "binarized+preprocessing"),
+                "mask+scales+angles+preprocessing",
+            ],
+            "mask_ratio": [0, *[0.2] * 5, 0, 0.2],
+        },
+        x="method",
+    ),
+    "preprocessing": Study(
+        {
+            "method": [name for method in ("rtn", "ptq161") for name in (method, f"{method}+preprocessing")],
+            "preprocess": ["none", "restorative_lora"] * 2,
+        },
+        x="preprocess",
+        overrides=("method=rtn,ptq161",),  # a method of each kind; baselines has them all
+    ),
+    "objectives": Study({"preprocess.objective": ["lm", "kl", "kl_hidden"]}, x="preprocess.objective"),
+    "calibration": Study(
+        {
+            "calib": [name for name in ("squad", "coqa", "squad", "squad") for _ in range(2)],
+            "calib.n_samples": [8, 8, 8, 8, 2, 2, 8, 8],
+            "calib.seq_len": [512, 512, 512, 512, 512, 512, 128, 128],
+            "seed": [0, 1] * 4,
+        },
+        # A variant of each axis, none longer than the tiny model.
+        overrides=("+study/calibration=base,coqa,samples_2,length_128", "seed=0,1", "method.epochs=0"),
+        keeps_calibration=True,
+        axes={"set": "calib", "samples": "calib.n_samples", "length": "calib.seq_len"},
+    ),
+}
+
+
+def test_every_study_is_here_and_described() -> None:
+    assert set(STUDIES) == {path.stem for path in (ROOT / "conf" / "study").glob("*.yaml")}
+    for study in STUDIES:
+        text = (ROOT / "experiments" / study / "README.md").read_text()
+        for needed in ("**Claim", "**Command.", f"+study={study}", f"--out experiments/{study}", "## What we measured"):
+            assert needed in text, (study, needed)
+
+
+@pytest.fixture(scope="module")
+def small_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration itself, but that its preprocessing is a step on a local text."""
+    folder = tmp_path_factory.mktemp("small")
+    text, conf = folder / "text.txt", folder / "conf"
+    text.write_text("A text that nothing is scored on. " * 40)
+    shutil.copytree(ROOT / "conf", conf)
+    file = conf / "preprocess" / "restorative_lora.yaml"
+    small = {"steps": 1, "batch_size": 1, "seq_len": 32, "corpora": ["text_file"], "text_file": str(text)}
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **small}))
+    return conf
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_from_its_command_to_its_figure(name: str, program: Program, small_conf: Path) -> None:
+    study = STUDIES[name]
+    tiny = [o for o in program.tiny if not (study.keeps_calibration and o.startswith("calib"))]
+    sweep = program.folder / "sweep"
+    ended = program(
+        *["--config-path", str(small_conf), "-m", f"+study={name}", *tiny, *study.overrides],
+        *["tracker=none", f"hydra.sweep.dir={sweep}"],
+    )
     assert ended.status == 0, ended.stderr
-    found = collect([program.folder / "sweep"])
+    found = collect([sweep])
     assert found.problems == []
-    assert [run.value(key) for run in found.runs] == [yaml.safe_load(value) for value in values.split(",")]
-    assert main([str(program.folder / "sweep"), "--out", str(program.folder / "out")]) == 0
-    assert {path.name for path in (program.folder / "out").iterdir()} == {
-        *["table.md", "results.csv", "figure.svg", "figure.png"]
-    }
-    assert (ROOT / "experiments" / study / "README.md").is_file()
+    runs = sorted(found.runs, key=lambda run: int(run.run_dir.name if run.run_dir else ""))
+    for key, values in study.runs.items():
+        assert [run.value(key) for run in runs] == values
+    reports = {axis: ([sweep / "base", sweep / axis], x) for axis, x in study.axes.items()} or {"": ([sweep], study.x)}
+    for axis, (folders, x) in reports.items():
+        out = program.folder / "out" / axis
+        assert main([*map(str, folders), "--out", str(out), *(["--x", x] if x else [])]) == 0
+        assert {"table.md", "results.csv", "figure.svg", "figure.png"} <= {path.name for path in out.iterdir()}
 
 
 def test_a_study_is_a_sweep_without_the_switch_and_its_jobs_are_checked(program: Program) -> None:
