@@ -10,10 +10,10 @@ import atexit
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ptq161.errors import UserError
+from ptq161.jobs import own_overrides
 from ptq161.tracking.files import decode_json, encode_json, writing
 
 FAILURES = "failures.jsonl"
@@ -97,17 +98,6 @@ def print_failure(failure: Failure) -> None:
     print(f"Job {failure.job} ({' '.join(failure.overrides)}) failed: {failure.sentence}", file=sys.stderr, flush=True)
 
 
-def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
-    """Return those of a job's overrides in which it differs from the others: all that the sweep itself does not have.
-
-    Args:
-        overrides: the job's.
-        sweep: the sweep's configuration, with Hydra's node.
-    """
-    shared = set(sweep.hydra.overrides.task)
-    return [override for override in overrides if override not in shared]
-
-
 def print_failures(sweep_dir: str, sweep: DictConfig) -> None:
     """Print the table of a sweep's failures on stderr, or nothing where there are none."""
     if not (failures := read_failures(sweep_dir)):
@@ -131,7 +121,7 @@ class SweepFailures(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Begin without the failures of a sweep that used this directory before."""
         try:
-            _check_on_error(config)
+            _check_launcher(config)
             path = Path(config.hydra.sweep.dir, FAILURES).absolute()
             with writing(path):
                 path.unlink(missing_ok=True)
@@ -149,8 +139,12 @@ class SweepFailures(Callback):
             raise SystemExit(STOPPED)
 
 
-def _check_on_error(config: DictConfig) -> None:
+def _check_launcher(config: DictConfig) -> None:
     launcher = str(config.hydra.launcher.get("_target_"))
+    if launcher not in Plugins.instance().class_name_to_class:
+        raise UserError(
+            f"hydra/launcher: {launcher} is not installed; its extra brings it: pip install -e '.[cluster]'."
+        )
     if config.on_error == "stop" and not launcher.endswith(STOPPABLE):
         raise UserError(
             f"on_error=stop: {launcher.rpartition('.')[2]} queues all jobs at once; "

@@ -28,7 +28,8 @@ from omegaconf import DictConfig, open_dict
 
 from ptq161.config import build, check_at_least
 from ptq161.errors import UserError
-from ptq161.failures import STOPPED, FailedRunError, Failure, own_overrides, print_failure, record_failure
+from ptq161.failures import STOPPED, FailedRunError, Failure, print_failure, record_failure
+from ptq161.jobs import own_overrides
 from ptq161.tracking.interrupts import Interrupts
 from ptq161.worker import CONSOLE, Job, TaskReference, work
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -17,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.failures import FailedRunError, Failure, print_failure, record_failure
+from ptq161.jobs import sweep_jobs
 from ptq161.preflight import check_writable, checked_config, name_local_model
 
 MAX_NAME = 128
@@ -75,7 +74,7 @@ class CheckJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """End the program with one sentence where a job's configuration is wrong."""
-        for overrides in _jobs(config):
+        for overrides in sweep_jobs(config, GlobalHydra.instance().config_loader()):
             try:
                 checked_config(_compose(config, overrides), overrides)
             except (UserError, CompactHydraException) as error:
@@ -84,17 +83,6 @@ class CheckJobs(Callback):
             check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
         except UserError as error:
             raise SystemExit(str(error)) from error
-
-
-def _jobs(config: DictConfig) -> Iterator[Sequence[str]]:
-    """Yield the overrides of each job, where they are known: a search chooses its values as it goes."""
-    if "BasicSweeper" not in config.hydra.sweeper.get("_target_", ""):
-        return
-    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-    parsed = parser.parse_overrides([*parameters, *config.hydra.overrides.task])
-    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
-        yield from batch
 
 
 def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

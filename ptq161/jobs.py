@@ -1,0 +1,44 @@
+"""The jobs of a sweep, as its configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+
+def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequence[str]]:
+    """Yield the overrides of each job, where they are known: a search chooses its values as it goes.
+
+    Args:
+        config: the sweep's composed configuration, with Hydra's node.
+        loader: finds what ``glob(...)`` stands for; None refuses it.
+
+    Raises:
+        HydraException: the overrides cannot be read.
+    """
+    if "BasicSweeper" not in config.hydra.sweeper.get("_target_", ""):
+        return
+    parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *config.hydra.overrides.task])
+    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
+        yield from batch
+
+
+def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
+    """Return those of a job's overrides in which it differs from the others: all that the sweep itself does not have.
+
+    Args:
+        overrides: the job's.
+        sweep: the sweep's composed configuration, with Hydra's node.
+    """
+    shared = {_plain(override) for override in sweep.hydra.overrides.task}
+    return [override for override in overrides if _plain(override) not in shared]
+
+
+def _plain(override: str) -> str:
+    """Undo what Hydra changes of an override as it was typed: spaces, and the case of ``true``."""
+    return "".join(override.split()).lower()
