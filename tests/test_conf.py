@@ -46,7 +46,7 @@ def test_every_option_of_every_group(group, option):
     elif group == "preprocess":
         assert config.preprocess_name == option
         assert (config.preprocess is None) is (option == "none")
-    elif group not in ("debug", "study") and not group.startswith("hydra"):
+    elif not group.startswith(("debug", "study", "hydra")):
         assert getattr(config, group).name.replace(".", "_") == option
 
 
