@@ -47,6 +47,7 @@ class Run:
         seed: of the run.
         identity: what decides its result but for the seed (:func:`ptq161.report.seeds.identity_without_seed`).
         started: when, in ISO format.
+        reused_from: the run that computed its numbers, where it did not itself.
     """
 
     run_dir: Path | None
@@ -63,6 +64,7 @@ class Run:
     seed: int | None = None
     identity: str = ""
     started: str | None = None
+    reused_from: str | None = None
 
     @property
     def total_seconds(self) -> float | None:
@@ -173,6 +175,7 @@ def _run(data: RunData, problems: list[str]) -> Run:
         seed=config["seed"] if isinstance(config.get("seed"), int) else None,
         identity=identity_without_seed(config, data.manifest),
         started=data.manifest.get("start"),
+        reused_from=(data.manifest.get("reused_from") or {}).get("run_dir"),
     )
 
 

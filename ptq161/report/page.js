@@ -110,7 +110,7 @@ function list(details) {
     const config = Object.entries(run.config).map(([key, value]) => `${key}=${value}`);
     return element(
       "tr",
-      element("td", run.folder),
+      element("td", run.reused_from ? `${run.folder} (numbers of ${run.reused_from})` : run.folder),
       element("td", run.seed ?? ""),
       element("td", element("code", run.commit)),
       element("td", run.started),

@@ -126,6 +126,7 @@ def _described(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
         "folder": str(run.run_dir),
         "seed": run.seed,
         "commit": run.commit or "",
+        "reused_from": run.reused_from,
         "started": (run.started or "")[:16].replace("T", " "),
         "config": {
             key: value if isinstance(value, int | str) else json.dumps(value)

@@ -107,13 +107,13 @@ def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> list[R
 
     Args:
         runs: finished runs.
-        problems: takes a sentence that names the repetitions.
+        problems: takes a sentence that names the repetitions, but for those that took over an earlier run's numbers.
     """
     found: dict[str, dict[int | None, Run]] = {}
     repeated = []
     for run in runs:
         seeds = found.setdefault(run.identity, {})
-        if run.seed in seeds:
+        if run.seed in seeds and not (run.reused_from or seeds[run.seed].reused_from):
             repeated.append(f"{run.run_dir} repeats {seeds[run.seed].run_dir}")
         seeds.setdefault(run.seed, run)
     if repeated and problems is not None:

@@ -17,7 +17,7 @@ GROUPS = ("model", "method", "calib", "preprocess", "eval")
 """The configuration that decides a result, beside the seed and the dtype."""
 SOURCES = ("path", "repo", "revision", "asset")
 """Keys of a model that only say where its weights come from."""
-VERSIONS = ("torch", "transformers")
+VERSIONS = ("torch", "transformers", "lm-eval", "peft")
 CONFIDENCE = 0.95
 N_RESAMPLES = 9999
 
@@ -67,9 +67,10 @@ def estimate(values: Sequence[float], standard_error: float | None = None) -> Es
 def identity_without_seed(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     """Return a hash of everything that can change a run's result, but for its seed.
 
-    The hash covers the options of every group, the dtype, the package's sources, the versions of torch and
-    transformers, and the weights by their content where the record has it. It leaves out the tracker, output paths, and
-    top-level keys, which reach a result through the groups alone.
+    The hash covers the options of every group, the dtype, the kind of device, the package's sources, the versions of
+    what computes the numbers, and the weights by their content where the record has it. It leaves out the tracker,
+    output paths, and top-level keys, which reach a result through the groups alone. It is computed from what every
+    record has, so that those written before runs knew their own identity have one too.
 
     Args:
         config: a run's configuration, flat: ``calib.n_samples`` -> 32.
@@ -86,6 +87,7 @@ def identity_without_seed(config: Mapping[str, Any], manifest: Mapping[str, Any]
             if key.partition(".")[0] in GROUPS and not (model and key in {f"model.{name}" for name in SOURCES})
         },
         "dtype": manifest.get("dtype", config.get("dtype")),
+        "device": str(manifest.get("device")).partition(":")[0],
         "model": model,
         # What a stored checkpoint holds is known by nothing else; another run's follows from its configuration.
         "checkpoint": None if "method.name" in config else manifest.get("checkpoint_sha256"),

@@ -13,13 +13,14 @@ SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "line
 
 
 def print_results(results: Mapping[str, Any], run_dir: str) -> None:
-    """Print a run's results, and where its record lies."""
+    """Print a run's results, where its record lies, and how to look at it."""
     # A file or a pipe has no width of its own; a narrow terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results_table(results))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     console.print(f"Time: {seconds}. Peak memory: {results['peak_memory_bytes'] / 1e9:.2f} GB.")
     console.print(f"Record: {run_dir}", soft_wrap=True)
+    console.print(f"Report: python -m ptq161.report {run_dir} --out FOLDER", soft_wrap=True)
 
 
 def results_table(results: Mapping[str, Any]) -> Table:

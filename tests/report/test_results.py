@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ptq161.report.collect import collect
@@ -41,6 +42,15 @@ def test_a_repetition_counts_once_and_is_told(write_run: WriteRun) -> None:
     assert result.metrics[PPL] == 20.0
     (problem,) = problems
     assert f"{runs[1].run_dir} repeats {runs[0].run_dir}" in problem
+
+
+def test_a_run_that_took_over_earlier_numbers_is_no_repetition_to_tell(write_run: WriteRun) -> None:
+    first, second = write_run("a"), write_run("b")
+    manifest = json.loads((second / "manifest.json").read_text())
+    (second / "manifest.json").write_text(json.dumps({**manifest, "reused_from": {"run_dir": str(first)}}))
+    problems: list[str] = []
+    (result,) = results_of(collect([first, second]).runs, problems)
+    assert (len(result.runs), problems) == (1, [])
 
 
 def test_results_of_one_method_differ_in_what_was_swept(write_run: WriteRun) -> None:
