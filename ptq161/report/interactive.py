@@ -23,8 +23,9 @@ from ptq161.report.tables import metric_text, number_text, spread_text
 
 Chart = dict[str, Any]
 
-BLACK, GREY = "#000000", "#8a8f98"
-"""Grey is read on white and on black, as the other colours are."""
+GREY = "#8a8f98"
+READABLE = {"#000000": GREY, "#882255": "#b8487f"}
+"""Colours of print -> those that are read on white and on black."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 MOST_NOMINAL = 150
 """Results whose nominal bits are drawn from the start; of more, on request."""
@@ -134,7 +135,7 @@ def heat_map(grid: Grid, bounds: tuple[float, float], name: str, *, is_log: bool
         "colorbar": {
             "title": {"text": name, "side": "right"},
             "tickvals": ticks,
-            "ticktext": [f"{10**tick if is_log else tick:.2g}" for tick in ticks],
+            "ticktext": [f"{10**tick:.2g}" if is_log else f"{tick:.3g}" for tick in ticks],
         },
         "hovertemplate": f"block %{{x}}, %{{y}}<br>{name} %{{customdata:.4g}}<extra></extra>",
     }
@@ -327,11 +328,7 @@ def _colors(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _endless() -> Iterable[str]:
-    return itertools.cycle(_safe(COLORS))
-
-
-def _safe(colors: Sequence[str]) -> list[str]:
-    return [GREY if color == BLACK else color for color in colors]
+    return itertools.cycle(READABLE.get(color, color) for color in COLORS)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -34,6 +34,9 @@ def page(
     runs = [run for result in results for run in result.runs if run.run_dir]
     numbers = {id(run): i for i, run in enumerate(runs)}
     shared = _shared(runs)
+    # The summary names a single model already.
+    several_models = len({result.model for result in results}) > 1
+    shown = [i for i, column in enumerate(table.columns) if several_models or column.heading != "model"]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     folder = files("ptq161.report")
     return environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8")).render(
@@ -42,16 +45,8 @@ def page(
         plotly=get_plotlyjs(),
         summary=_summary(results, runs),
         highlights=[line for metric in metrics for line in _highlights(results, metric)],
-        columns=table.columns,
-        rows=[
-            {
-                "cells": row,
-                "label": text,
-                "is_baseline": i < len(results) - len(quantized(results)),
-                "runs": result.runs,
-            }
-            for i, (row, text, result) in enumerate(zip(table.rows, labels, results, strict=True))
-        ],
+        columns=[table.columns[i] for i in shown],
+        rows=_rows(table, labels, shown),
         has_seeds=any(len(result.runs) > 1 for result in results),
         sections=[
             {
@@ -65,6 +60,14 @@ def page(
         shared=shared,
         runs=[_described(run, shared) for run in runs],
     )
+
+
+def _rows(table: Table, labels: Sequence[str], shown: Sequence[int]) -> list[dict[str, Any]]:
+    n_baselines = len(table.results) - len(quantized(table.results))
+    return [
+        {"cells": [row[j] for j in shown], "label": text, "is_baseline": i < n_baselines, "runs": result.runs}
+        for i, (row, text, result) in enumerate(zip(table.rows, labels, table.results, strict=True))
+    ]
 
 
 def _summary(results: Sequence[Result], runs: Sequence[Run]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ptq161.report.collect import FULL_PRECISION, MERGED
@@ -50,7 +51,7 @@ class Cell:
     """A cell of a result table.
 
     Attributes:
-        text: as it is read; empty where there is nothing.
+        text: as it is read; empty where there is nothing. Of a path it is the last part.
         spread: standard error or interval beside it, as it is read.
         value: what the column is sorted by; None sorts last.
         is_best: whether no quantized result of the same model has a better value in the column.
@@ -249,8 +250,12 @@ def _number(value: float | None, form: str) -> Cell:
 
 def _configured(result: Result, key: str) -> Cell:
     value = result.value(key)
+    if result.method == FULL_PRECISION and key.partition(".")[0] in ("calib", "preprocess"):
+        return Cell("")  # configured, but nothing was calibrated
     if isinstance(value, int | float) and not isinstance(value, bool):
         return Cell(str(value), value=float(value))
+    if isinstance(value, str):
+        return Cell(Path(value).name, value=value)
     return Cell("") if value is None else _text(str(value))
 
 
