@@ -64,7 +64,7 @@ def figure(search: Search) -> Figure:
     done = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     others = [trial for trial in done if trial.number not in {best.number for best in front}]
     axes.plot(*_points(others), "o", color="grey", alpha=0.5, markersize=4, label="trial")
-    axes.plot(*_points(front), "o-", color=COLORS[0], label="Pareto front")
+    axes.plot(*_points(front), "o-", drawstyle="steps-post", color=COLORS[0], label="Pareto front")
     for trial in front:
         axes.annotate(str(trial.number), trial.values, (4, 4), textcoords="offset points", fontsize="small")
     axes.set_xlabel(x.replace("_", " "))
