@@ -20,7 +20,7 @@ from ptq161.errors import UserError
 from ptq161.report import block_figures
 from ptq161.report.collect import FULL_PRECISION, collect
 from ptq161.report.details import Details, chosen_runs, read_details
-from ptq161.report.figures import bits_figure, render, sweep_figure
+from ptq161.report.figures import bits_figure, positions, render, sweep_figure
 from ptq161.report.page import page
 from ptq161.report.published import Published, compare, read_published
 from ptq161.report.results import (
@@ -44,6 +44,7 @@ from ptq161.report.tables import (
     result_rows,
     result_table,
 )
+from ptq161.report.variant_figures import variants_figure
 
 MOST_HIGHLIGHTS = 4
 MOST_SWEEPS = 4
@@ -150,7 +151,9 @@ def _figures(
     swept = [x] if x else swept_numbers(rows)
     figures: dict[str, Figure] = {}
     for key in swept[:MOST_SWEEPS]:
-        figures[f"figures/sweep_{key}"] = sweep_figure(results, key, metrics)
+        _, are_numbers = positions([row.value(key) for row in rows if row.value(key) is not None])
+        draw_sweep = sweep_figure if are_numbers else variants_figure
+        figures[f"figures/sweep_{key}"] = draw_sweep(results, key, metrics)
     if any(row.bits is not None and metric in row.metrics for row in rows for metric in metrics):
         perplexities = [name for name in metrics if is_perplexity(name)]
         figures["figures/bits"] = bits_figure(results, perplexities or metrics, published)

@@ -39,14 +39,15 @@ MOST_LINES = 12
 
 
 def sweep_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -> Figure:
-    """Draw scores against a swept key, a line per metric, full precision dashed, intervals or standard errors as bars.
+    """Draw scores against a swept number, a line per metric, full precision dashed, intervals or errors as bars.
 
     Perplexities, on a logarithmic axis, and accuracies have a panel each. Results that differ in more than ``x`` have
     lines of their own; more than ``MOST_LINES`` of these become points in their methods' colours.
 
     Args:
         results: to draw.
-        x: a configured key, such as ``mask_ratio``; results whose method does not read it are left out.
+        x: a configured key whose values are numbers, such as ``mask_ratio``; results whose method does not read it are
+            left out.
         metrics: names of scores.
 
     Raises:
@@ -54,7 +55,7 @@ def sweep_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -> F
     """
     swept = [result for result in quantized(results) if result.value(x) is not None]
     full = baselines(results)
-    places, are_numbers = positions([result.value(x) for result in swept])
+    places, _ = positions([result.value(x) for result in swept])
     panels = [[m for m in metrics if is_perplexity(m) is kind] for kind in (True, False)]
     panels = [panel for panel in panels if any(m in result.metrics for m in panel for result in swept)]
     if not panels:
@@ -77,8 +78,6 @@ def sweep_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -> F
                 _draw_full(axes, mine, metric, color if are_lines else "grey")
         if any(metric in result.metrics for result in full for metric in panel):
             axes.plot([], [], color="grey", linestyle="--", label="full precision")
-        if not are_numbers:
-            axes.set_xticks(list(places.values()), list(places))
         axes.set_xlabel(x)
         is_log = is_perplexity(panel[0])
         score_axis(axes, "perplexity" if is_log else "accuracy", is_log)
@@ -255,19 +254,20 @@ def _draw_nominal(axes: Axes, result: Result, value: float, color: str) -> None:
         axes.plot([result.nominal_bits], [value], "o", color=color, alpha=0.35, markerfacecolor="none")
 
 
-def score_axis(axes: Axes, name: str, is_log: bool) -> None:
-    """Dress the vertical axis; one that is logarithmic has plain numbers."""
+def score_axis(axes: Axes, name: str, is_log: bool, *, horizontal: bool = False) -> None:
+    """Dress the axis of a score, the vertical one by default; one that is logarithmic has plain numbers."""
+    axis = axes.xaxis if horizontal else axes.yaxis
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.set_ylabel(name)
+    axis.grid(alpha=0.25)
+    axis.set_label_text(name)
     if not is_log:
         return
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
+    (axes.set_xscale if horizontal else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if horizontal else axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
-    # Within a decade the major ticks alone may be none.
-    axes.yaxis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
+    axis.set_major_formatter(plain)
+    # Within a decade the major ticks alone may be none; side by side there is room for fewer of the others.
+    axis.set_minor_formatter(plain if high < (3 if horizontal else 20) * low else NullFormatter())
 
 
 def _write_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:

@@ -61,7 +61,7 @@ STUDIES = {
             "method": [name for method in ("rtn", "ptq161") for name in (method, f"{method}+preprocessing")],
             "preprocess": ["none", "restorative_lora"] * 2,
         },
-        x="preprocess",
+        x="method",
         overrides=("method=rtn,ptq161",),  # a method of each kind; baselines has them all
     ),
     "objectives": Study({"preprocess.objective": ["lm", "kl", "kl_hidden"]}, x="preprocess.objective"),

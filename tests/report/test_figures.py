@@ -57,12 +57,6 @@ def test_seeds_are_one_line_with_bars(write_run: WriteRun) -> None:
     assert [segment[:, 1].tolist() for segment in container.lines[2][0].get_segments()] == [[100.0, 120.0]] * 2
 
 
-def test_values_that_are_no_numbers_stand_side_by_side(write_run: WriteRun) -> None:
-    sets = [write_run("squad"), write_run("c4", calib={"name": "c4", "n_samples": 128})]
-    (axes,) = sweep_figure(results_of(collect(sets).runs), "calib", [PPL]).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["squad", "c4"]
-
-
 def test_a_perplexity_that_is_not_finite_is_not_drawn(write_run: WriteRun) -> None:
     runs = results_of(collect([write_run("a", ppl=float("inf"), mask_ratio=0.1), write_run("b")]).runs)
     (axes,) = sweep_figure(runs, "mask_ratio", [PPL]).axes
