@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from ptq161.config import ModelConfig
 from ptq161.errors import UserError
@@ -157,10 +158,9 @@ def hub_commit(config: ModelConfig) -> str:
     """
     source, kwargs = _source(config)
     with _loading(config):
-        commit = getattr(AutoConfig.from_pretrained(source, **kwargs), "_commit_hash", None)
-    if commit is None:
-        raise UserError(f"the commit of model {config.repo} cannot be told: set model.revision to one, or cache=false.")
-    return str(commit)
+        file = cached_file(source, "config.json", **kwargs)
+    assert file is not None  # which says that it is there
+    return Path(file).parent.name  # the hub's cache has a folder for each commit
 
 
 def load_weights(config: ModelConfig) -> PreTrainedModel:

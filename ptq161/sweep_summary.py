@@ -1,0 +1,56 @@
+"""What a sweep did, in one line at its end: how many runs were computed, found finished, failed or cut off."""
+
+from __future__ import annotations
+
+import atexit
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from ptq161.tracking.files import decode_json
+
+OUTCOMES = ("computed", "found finished", "failed", "cut off")
+
+
+def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
+    """Count the runs of a sweep by what became of them, one of ``OUTCOMES``.
+
+    Args:
+        sweep_dir: with a directory for each run, however deep.
+        since: leaves out what began before this time (UTC, ISO 8601), another sweep in the same directory.
+    """
+    outcomes: Counter[str] = Counter()
+    for path in sweep_dir.rglob("manifest.json"):
+        try:
+            manifest = decode_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            outcomes["cut off"] += 1
+            continue
+        if str(manifest.get("start")) >= since:
+            outcomes[_outcome(manifest)] += 1
+    return outcomes
+
+
+def _outcome(manifest: dict[str, Any]) -> str:
+    if manifest.get("exit_state") == "finished":
+        return "found finished" if manifest.get("reused_from") else "computed"
+    return "failed" if manifest.get("exit_state") == "failed" else "cut off"
+
+
+class SweepSummary(Callback):
+    """Prints the line when the sweep's process ends: Hydra tells callbacks of the end only where no job has failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ask to be called at the end."""
+        began = datetime.now(UTC).isoformat(timespec="milliseconds")
+        atexit.register(_print_summary, Path(config.hydra.sweep.dir).absolute(), began)
+
+
+def _print_summary(sweep_dir: Path, since: str) -> None:
+    outcomes = count_outcomes(sweep_dir, since)
+    told = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
+    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}", flush=True)
