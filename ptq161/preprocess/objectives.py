@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 
 LossSum = Callable[..., Tensor]
 

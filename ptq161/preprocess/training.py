@@ -71,7 +71,7 @@ def train(
     optimizer, schedule = accelerator.prepare(plain_optimizer, plain_schedule)
     order = sequence_order(len(tokens), restoration, seed, round_).view(restoration.steps, restoration.accumulation, -1)
     bar = tqdm(total=restoration.steps, initial=first, desc="restore", unit="step", disable=not progress)
-    with bar, compute_context(restoration):
+    with bar:
         for step in range(first, restoration.steps):
             began, loss, lr = time.perf_counter(), 0.0, schedule.get_last_lr()[0]
             for batch in order[step]:
@@ -136,16 +136,6 @@ def sequence_order(n: int, restoration: Restoration, seed: int, round_: int) -> 
     return torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])[: restoration.sequences]
 
 
-@contextmanager
-def compute_context(restoration: Restoration) -> Iterator[None]:
-    """Take attention in the fast way where matrix products are bfloat16.
-
-    The backward pass belongs inside as well: gradient checkpointing repeats the forward pass there.
-    """
-    with nullcontext() if restoration.compute_dtype == "float32" else FastCausalAttention():
-        yield
-
-
 def _next_token_loss(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     hidden, _ = _run(student, tokens)
     hidden = hidden[:, :-1].flatten(0, 1)
@@ -180,11 +170,23 @@ def _run(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, 
     Returns:
         the last hidden states ``[b, seq_len, hidden]``, and the output of each block (the last one's normalised).
     """
-    dtype = next(model.get_input_embeddings().parameters()).dtype
-    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+    with _autocast(model, tokens.device):
         output = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
     _, *by_block = output.hidden_states
     return output.last_hidden_state, tuple(by_block)
+
+
+@contextmanager
+def _autocast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Take matrix products in the dtype of what is frozen, and attention in the fast way for it."""
+    dtype = next(model.get_input_embeddings().parameters()).dtype
+    if dtype == torch.float32:
+        yield
+        return
+    # Gradient checkpointing repeats the forward pass where no function mode reaches, and wants the same tensors.
+    fast = nullcontext() if model.is_activation_checkpointing else FastCausalAttention()
+    with torch.autocast(device.type, dtype), fast:
+        yield
 
 
 def _check_finite(loss: float, lr: float, round_: int, step: int) -> None:
