@@ -134,6 +134,6 @@ def _described(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
         "config": {
             key: value if isinstance(value, int | str) else json.dumps(value)
             for key, value in run.config.items()
-            if key not in shared and key != "seed"
+            if key not in shared and key not in ("seed", "method._target_") and not key.startswith("tracker.")
         },
     }
