@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ptq161.errors import UserError
 from ptq161.hub_text import HUB_TEXTS, hub_documents
 from ptq161.preprocess.restoration import Restoration
 from ptq161.seeding import stage_generator
+from ptq161.tracking.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,6 @@ def _keep(file: Path, content: bytes) -> None:
     """Write a file at once; a cache that cannot be written is no reason to end a run."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as fresh:
-            fresh.write(content)
-        os.replace(fresh.name, file)
-    except OSError as error:
-        log.warning("the tokens of the training text are not kept in %s (%s)", file.parent, error.strerror)
+        write_atomically(file, content)
+    except (OSError, UserError) as error:
+        log.warning("the tokens of the training text are not kept: %s", error)

@@ -1,0 +1,54 @@
+"""Hyperparameters that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ptq161.errors import UserError
+from ptq161.models import ARCHITECTURES
+from ptq161.preprocess import Restoration
+from ptq161.preprocess.restoration import ROLES
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"update": "ia3"}, "preprocess.update=ia3: use one of lora, full."),
+        ({"objective": "mse"}, "preprocess.objective=mse: use one of lm, kl, kl_hidden."),
+        ({"mask": "second"}, "preprocess.mask=second: use one of first, fresh."),
+        ({"compute_dtype": "float16"}, "preprocess.compute_dtype=float16: use one of float32, bfloat16."),
+        ({"targets": ["q", "x"]}, "preprocess.targets=x: use one of q, k, v, o, gate, up, down."),
+        ({"targets": []}, "preprocess.targets is empty: use one or more of q, k, v, o, gate, up, down."),
+        (
+            {"corpora": ["boolq"]},
+            "preprocess.corpora=boolq: use one of squad, drop, coqa, wikitext2, c4, ptb, redpajama, text_file.",
+        ),
+        ({"corpora": ["text_file"]}, "preprocess.corpora=[text_file] needs a file: set preprocess.text_file=FILE."),
+        *(
+            ({name: 0}, f"preprocess.{name}=0: use at least 1.")
+            for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every")
+        ),
+        ({"seq_len": 1}, "preprocess.seq_len=1: use at least 2."),
+        ({"lr": 0.0}, "preprocess.lr=0.0: use a finite number above 0."),
+        ({"alpha": -1.0}, "preprocess.alpha=-1.0: use a finite number above 0."),
+        ({"hidden_weight": 0.0}, "preprocess.hidden_weight=0.0: use a finite number above 0."),
+        ({"max_grad_norm": float("inf")}, "preprocess.max_grad_norm=inf: use a finite number above 0."),
+        ({"dropout": 1.0}, "preprocess.dropout=1.0: use a share in [0, 1)."),
+        ({"warmup_share": -0.1}, "preprocess.warmup_share=-0.1: use a share in [0, 1)."),
+    ],
+)
+def test_one_sentence_names_the_setting(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Restoration(**values)
+    assert str(caught.value) == sentence
+
+
+def test_every_quantized_linear_has_a_role() -> None:
+    ends = [end for ends in ROLES.values() for end in ends]
+    assert len(ends) == len(set(ends))
+    for architecture in ARCHITECTURES.values():
+        for group in architecture.linears:
+            for path in group:
+                assert path.rpartition(".")[2] in ends

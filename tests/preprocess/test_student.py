@@ -1,0 +1,105 @@
+"""The student and its merging, against the formula."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import ptq161
+from ptq161.methods.rtn import RTN
+from ptq161.models import quantized_linears
+from ptq161.packed.checkpoint import cast_rest, packed_linears
+from ptq161.preprocess.student import make_student, merge, target_names, trained_parameters
+from tests.preprocess.conftest import sequences, short
+
+TinyModel = Callable[..., PreTrainedModel]
+ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
+TOKENS = sequences(2)
+CPU = torch.device("cpu")
+
+
+def packed_model(tiny_model: TinyModel, architecture: str = "llama") -> PreTrainedModel:
+    return ptq161.quantize(tiny_model(architecture), TOKENS, RTN(bits=4))
+
+
+def shake(student: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for parameter in trained_parameters(student).values():
+            parameter += 0.01 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_merged_weights_are_base_plus_low_rank_update(tiny_model: TinyModel, architecture: str, dtype: str) -> None:
+    packed = packed_model(tiny_model, architecture)
+    if dtype == "bfloat16":
+        cast_rest(packed, torch.bfloat16)  # a half-precision checkpoint
+    base = {name: layer.dequantize() for name, layer in packed_linears(packed).items()}
+    restoration = short(rank=3, alpha=12.0, compute_dtype=dtype)
+    student = make_student(packed, restoration, CPU)
+    shake(student)
+    factors = {name: p.detach() for name, p in trained_parameters(student).items()}
+    merged = merge(packed, student, restoration)
+    targets = target_names(merged, restoration)
+    assert len(factors) == 2 * len(targets)
+    for name, weight in base.items():
+        expected = weight
+        if name in targets:
+            a, b = (factors[f"{name}.lora_{x}.default.weight"] for x in "AB")
+            assert a.shape[0] == b.shape[1] == 3
+            expected = weight + 12.0 / 3 * (b @ a)
+        found = merged.get_submodule(name).weight
+        assert found.dtype == torch.float32  # the bfloat16 base of the training does not round the result
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(found, expected) or name in targets
+
+
+def test_the_merged_model_computes_what_the_student_did(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short()
+    student = make_student(packed, restoration, CPU)
+    before = packed(TOKENS).logits
+    torch.testing.assert_close(student(TOKENS).logits, before)  # the update starts at zero
+    shake(student)
+    after = student(TOKENS).logits
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(merge(packed, student, restoration)(TOKENS).logits, after, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_update_is_taken_as_it_is(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short(update="full", targets=["down", "o"], compute_dtype="bfloat16")
+    student = make_student(packed, restoration, CPU)
+    trained = trained_parameters(student)
+    assert set(trained) == {f"{name}.weight" for name in target_names(packed, restoration)}
+    for name, parameter in trained.items():
+        assert torch.equal(parameter, packed.get_submodule(name.removesuffix(".weight")).dequantize())
+    shake(student)
+    merged = merge(copy.deepcopy(packed), student, restoration)
+    for name, parameter in trained.items():
+        assert torch.equal(merged.get_parameter(name), parameter)
+
+
+def test_what_is_frozen_is_small_and_what_is_trained_exact(tiny_model: TinyModel) -> None:
+    student = make_student(packed_model(tiny_model), short(compute_dtype="bfloat16"), CPU)
+    for parameter in student.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "paths"),
+    [
+        ("llama", ["q", "gate"], ["self_attn.q_proj", "mlp.gate_proj"]),
+        ("opt", ["gate", "up", "down", "o"], ["self_attn.out_proj", "fc1", "fc2"]),
+    ],
+)
+def test_targets_by_role(tiny_model: TinyModel, architecture: str, targets: list[str], paths: list[str]) -> None:
+    model = tiny_model(architecture)
+    prefix = "model.decoder.layers" if architecture == "opt" else "model.layers"
+    assert target_names(model, short(targets=targets)) == [f"{prefix}.{i}.{path}" for i in range(2) for path in paths]
+    everything = target_names(model, short(targets=["q", "k", "v", "o", "gate", "up", "down"]))
+    assert everything == [f"{prefix}.{name}" for name, _ in quantized_linears(model)]

@@ -1,0 +1,106 @@
+"""The loop: order, schedule, accumulation, and its progress bar."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import ptq161
+from ptq161.errors import UserError
+from ptq161.methods.rtn import RTN
+from ptq161.preprocess import Restoration, restore
+from ptq161.preprocess.checkpoint import TrainingCheckpoint
+from ptq161.preprocess.student import make_student, trained_parameters
+from ptq161.preprocess.training import objective, sequence_order, train
+from tests.preprocess.conftest import sequences, short
+
+TinyModel = Callable[..., PreTrainedModel]
+CPU = torch.device("cpu")
+TOKENS = sequences(6)
+
+
+def trained(model: PreTrainedModel, restoration: Restoration, told: dict[str, list[float]] | None = None) -> Any:
+    packed = ptq161.quantize(model, TOKENS, RTN(bits=3))
+    torch.manual_seed(0)
+    student = make_student(packed, restoration, CPU)
+
+    def listen(name: str, value: float, /, **where: int | str) -> None:
+        assert where["round"] == 0
+        if told is not None:
+            assert where["step"] == len(told.setdefault(name, []))
+            told[name].append(value)
+
+    loss_of = objective(student, None, restoration)
+    train(student, loss_of, TOKENS, restoration, None, on_metric=listen, seed=0, round_=0, progress=False)
+    return {name: p.detach() for name, p in trained_parameters(student).items()}
+
+
+def test_an_epoch_takes_each_sequence_once() -> None:
+    order = sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
+    assert len(order) == 10
+    assert sorted(order[:6].tolist()) == list(range(6)) and len(set(order[6:].tolist())) == 4
+    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
+    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
+
+
+def test_the_rate_rises_and_falls_along_a_cosine(tiny_model: TinyModel) -> None:
+    told: dict[str, list[float]] = {}
+    trained(tiny_model("llama"), short(steps=10, lr=1e-3, warmup_share=0.2), told)
+    rates = told["preprocess_lr"]
+    assert rates[:3] == pytest.approx([0, 0.5e-3, 1e-3])
+    assert rates[6] == pytest.approx(0.5e-3)  # half way
+    assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0
+    assert len(told["preprocess_loss"]) == 10 and min(told["preprocess_tokens_per_second"]) > 0
+
+
+def test_accumulation_is_a_larger_batch(tiny_model: TinyModel) -> None:
+    whole: dict[str, list[float]] = {}
+    parts: dict[str, list[float]] = {}
+    large = trained(tiny_model("llama"), short(batch_size=4, steps=3), whole)
+    small = trained(tiny_model("llama"), short(batch_size=1, accumulation=4, steps=3), parts)
+    assert parts["preprocess_loss"] == pytest.approx(whole["preprocess_loss"], rel=1e-5)
+    torch.testing.assert_close(small, large, rtol=1e-3, atol=1e-5)
+
+
+def test_against_a_plain_loop(tiny_model: TinyModel) -> None:
+    """AdamW on the library's loss with the gradient's norm held, step by step."""
+    restoration = short(steps=3, warmup_share=0.0, max_grad_norm=0.1)
+    found = trained(tiny_model("llama"), restoration)
+    packed = ptq161.quantize(tiny_model("llama"), TOKENS, RTN(bits=3))
+    torch.manual_seed(0)
+    student = make_student(packed, restoration, CPU)
+    parameters = trained_parameters(student)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=restoration.lr, weight_decay=0.0)
+    for step, batch in enumerate(sequence_order(6, restoration, 0, 0).view(3, 2)):
+        optimizer.param_groups[0]["lr"] = restoration.lr * 0.5 * (1 + math.cos(math.pi * step / 3))
+        student(TOKENS[batch], labels=TOKENS[batch]).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(found, {n: p.detach() for n, p in parameters.items()}, rtol=1e-3, atol=1e-5)
+
+
+def test_the_bar_tells_loss_and_speed(tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
+    restore(tiny_model("llama"), TOKENS, TOKENS, RTN(bits=3), short(), progress=True)
+    bar = capsys.readouterr().err
+    assert "restore: 100%" in bar and "loss " in bar and "tokens/s" in bar
+
+
+def test_a_full_disk_is_told(tiny_model: TinyModel, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="because the disk is full; free space and run again"):
+        restore(tiny_model("llama"), TOKENS, TOKENS, RTN(bits=3), short(), folder=tmp_path)
+
+
+def test_a_checkpoint_is_due_every_so_often_and_at_the_end(tmp_path: Any) -> None:
+    checkpoint = TrainingCheckpoint(tmp_path / "x.pt", short(steps=7, checkpoint_every=3), CPU)
+    assert [done for done in range(1, 8) if checkpoint.is_due(done)] == [3, 6, 7]
