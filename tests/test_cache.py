@@ -27,7 +27,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     with store.entry("blocks", {"seed": 0}) as entry:
         entry.write("block_00000.safetensors", bytes(1000))
     ago = time.time() - 10 * DAY
-    os.utime([entry for entry in stored_entries(store.root) if entry.kind == "scores"][0].folder, (ago, ago))
+    os.utime(next(entry for entry in stored_entries(store.root) if entry.kind == "scores").folder, (ago, ago))
     return store
 
 
