@@ -53,4 +53,5 @@ class SweepSummary(Callback):
 def _print_summary(sweep_dir: Path, since: str) -> None:
     outcomes = count_outcomes(sweep_dir, since)
     told = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
-    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}", flush=True)
+    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}")
+    print(f"Report: python -m ptq161.report {sweep_dir} --out FOLDER", flush=True)

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -34,6 +34,8 @@ LABEL_SIZE = 8
 """Points of a label's letters."""
 MOST_LABELS = 40
 """Points that are labelled; more are told by their method's colour alone."""
+LONGEST_LABEL = 40
+"""Letters that leave room for the axes."""
 MOST_LINES = 12
 """Lines that are told apart in one panel."""
 
@@ -220,9 +222,11 @@ def _draw_bits(
             axes.plot(at, values, "o", color=color, label=method)
             if any(len(result.runs) > 1 for *_, result in mine):
                 axes.errorbar(at, values, yerr=[down, up], fmt="none", ecolor=color, capsize=2)
-    if len(texts) > MOST_LABELS:
+    if len(texts) > MOST_LABELS or any(len(text) > LONGEST_LABEL for _, _, text, _ in texts):
+        # The best place for a legend takes long to find among many points.
+        place: Literal["best", "upper right"] = "best" if len(texts) <= MOST_LABELS else "upper right"
         texts.clear()
-        axes.legend(frameon=False, fontsize="small", loc="upper right")
+        axes.legend(frameon=False, fontsize="small", loc=place)
     for model in dict.fromkeys(result.model for result in drawn):
         front = pareto_front([result for result in drawn if result.model == model], metric)
         axes.plot([r.bits or 0.0 for r in front], [r.metrics[metric] for r in front], ":", color="grey", zorder=0)
