@@ -134,7 +134,7 @@ def _page(
 ) -> str:
     scores = list(metrics or [name for name in metric_names(table.results) if not name.endswith("/acc_norm")])
     charts = sections(table.results, names, details, scores, x=x, published=published)
-    highlights = [name for name in scores if is_perplexity(name)] or scores
+    highlights = [name for name in scores if name.startswith("ppl/")] or scores
     return page(table, names, charts, problems, highlights[:MOST_HIGHLIGHTS])
 
 

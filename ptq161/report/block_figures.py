@@ -38,9 +38,9 @@ def preprocess_figure(runs: Sequence[Details]) -> Figure:
     figure = new_figure(1)
     axes = figure.subplots()
     for i, run in enumerate(runs[:MOST_PANELS]):
-        for turn, steps in run.preprocess_loss.items():
+        for j, (turn, steps) in enumerate(run.preprocess_loss.items()):
             text = run.label + (f" round {turn}" if len(run.preprocess_loss) > 1 else "")
-            axes.plot(list(steps), list(steps.values()), color=COLORS[i % len(COLORS)], alpha=0.6**turn, label=text)
+            axes.plot(list(steps), list(steps.values()), color=COLORS[i % len(COLORS)], alpha=0.6**j, label=text)
     axes.set_xlabel("step")
     score_axis(axes, "preprocessing loss", is_log=False)
     axes.legend(frameon=False, fontsize="small")
@@ -49,14 +49,14 @@ def preprocess_figure(runs: Sequence[Details]) -> Figure:
 
 def error_figure(runs: Sequence[Details]) -> Figure:
     """Draw the relative output error of each linear as a heat map, one a run, on a common logarithmic scale."""
-    values = [v for run in runs[:MOST_PANELS] for row in run.error.values() for v in row.values() if v > 0]
+    values = [value for value in _finite([run.error for run in runs]) if value > 0]
     norm = LogNorm(min(values, default=1e-3), max(values, default=1.0))
     return _heat_maps(runs, [run.error for run in runs], norm, "relative squared output error")
 
 
 def salient_figure(runs: Sequence[Details]) -> Figure:
     """Draw the number of salient channels of each linear as a heat map, one a run, on a common scale."""
-    values = [v for run in runs[:MOST_PANELS] for row in run.salient.values() for v in row.values()]
+    values = _finite([run.salient for run in runs])
     return _heat_maps(runs, [run.salient for run in runs], Normalize(0, max(values, default=1.0)), "salient channels")
 
 
@@ -104,6 +104,11 @@ def _heat_maps(runs: Sequence[Details], grids: Sequence[Grid], norm: Normalize, 
 
 def _have_same_rows(grids: Sequence[Grid]) -> bool:
     return len({tuple(grid) for grid in grids}) == 1
+
+
+def _finite(grids: Sequence[Grid]) -> list[float]:
+    """Return the values of the grids that are drawn."""
+    return [v for grid in grids[:MOST_PANELS] for row in grid.values() for v in row.values() if math.isfinite(v)]
 
 
 def _extent(blocks: Sequence[int], grid: Grid) -> tuple[float, float, float, float]:

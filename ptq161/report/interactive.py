@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import matplotlib
 from matplotlib.colors import to_hex
@@ -130,7 +130,7 @@ def heat_map(grid: Grid, bounds: tuple[float, float], name: str, *, is_log: bool
     ticks = [low + (high - low) * i / 4 for i in range(5)]
     trace = {
         **{"type": "heatmap", "x": blocks, "y": list(grid), "customdata": values},
-        "z": [[None if v is None or (is_log and v <= 0) else scale(v) for v in row] for row in values],
+        "z": [[scale(v) if _has_color(v, is_log) else None for v in row] for row in values],
         **{"zmin": low, "zmax": high, "colorscale": "Viridis", "xgap": 1, "ygap": 1},
         "colorbar": {
             "title": {"text": name, "side": "right"},
@@ -329,6 +329,10 @@ def _colors(results: Sequence[Result]) -> dict[str, str]:
 
 def _endless() -> Iterable[str]:
     return itertools.cycle(READABLE.get(color, color) for color in COLORS)
+
+
+def _has_color(value: float | None, is_log: bool) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value) and (value > 0 or not is_log)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ptq161.report import interactive
@@ -188,7 +189,8 @@ def _of_runs(
 def _heat_maps(
     runs: Sequence[Details], *, name: str, is_log: bool, pick: Callable[[Details], Grid]
 ) -> dict[str, Chart]:
-    values = [v for run in runs for row in pick(run).values() for v in row.values() if v > 0 or not is_log]
+    found = (v for run in runs for row in pick(run).values() for v in row.values())
+    values = [v for v in found if math.isfinite(v) and (v > 0 or not is_log)]
     bounds = (min(values, default=1.0), max(values, default=1.0)) if is_log else (0.0, max(values, default=1.0))
     return {run.label: interactive.heat_map(pick(run), bounds, name, is_log=is_log) for run in runs}
 
