@@ -232,9 +232,11 @@ def _preprocess(
     """Restore the model; a training that was cut off, or is done, is found by what it depends on."""
     config, record = job.config, job.record
     assert config.method is not None and config.preprocess is not None
-    about = fingerprint(model, training, tokens, config.method, config.preprocess, config.seed)
+    about = fingerprint(
+        model, training, tokens, config.method, config.preprocess, seed=config.seed, device=config.device
+    )
     record.describe(preprocess=about)
-    with job.reuse.folder("preprocessed", {"training": about, "device": device_name(config.device)}) as folder:
+    with job.reuse.folder("preprocessed", about) as folder:
         restored, masks = restore(
             model,
             training,

@@ -7,13 +7,9 @@ numbers so far. A finished round keeps the trained weights alone, and is not tra
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import os
 import pickle
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,68 +17,45 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq161 import resume
 from ptq161.errors import UserError
+from ptq161.fingerprints import describe, versions
 from ptq161.methods.base import Method
 from ptq161.preprocess.restoration import Restoration
-from ptq161.tracking.files import write_atomically, writing
-from ptq161.tracking.hashing import sha256_of_sources, sha256_of_tensors
+from ptq161.tracking.files import writing
+from ptq161.tracking.hashing import sha256_of_tensors
 
 if TYPE_CHECKING:
     from ptq161.preprocess.training import StepLog
 
-FINGERPRINT = "fingerprint.json"
-LIBRARIES = ("torch", "transformers", "peft")
+ADVICE = "give restore another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
 
 # They change nothing in the restored weights.
 _INDIFFERENT = ("checkpoint_every", "save_merged", "score_merged", "text_file")
 
 
 def fingerprint(
-    model: PreTrainedModel, tokens: Tensor, calibration: Tensor, method: Method, restoration: Restoration, seed: int
-) -> dict[str, str]:
-    """Describe a training by everything that its result depends on; small enough to be read."""
-    settings = {k: v for k, v in dataclasses.asdict(restoration).items() if k not in _INDIFFERENT}
-    return {
-        "model": sha256_of_tensors(model.state_dict()),
-        "training tokens": sha256_of_tensors({"tokens": tokens}),
-        "calibration tokens": sha256_of_tensors({"tokens": calibration}),
-        "method": repr(method),
-        **{f"preprocess.{key}": json.dumps(value) for key, value in settings.items()},
-        "seed": str(seed),
-        "threads": str(torch.get_num_threads()),
-        "sources": sha256_of_sources(),
-        **{name: version(name) for name in LIBRARIES},
-    }
+    model: PreTrainedModel,
+    tokens: Tensor,
+    calibration: Tensor,
+    method: Method,
+    restoration: Restoration,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Describe a restoration by everything that its bytes depend on; arguments as in :func:`restore`.
 
-
-def sha256_of_fingerprint(found: Mapping[str, str]) -> str:
-    """Name a training by its content: 64 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(dict(found), sort_keys=True).encode()).hexdigest()
-
-
-def claim(folder: Path, mine: Mapping[str, str]) -> None:
-    """Make a folder the one of a training.
-
-    Raises:
-        UserError: it belongs to another one, or cannot be written.
+    Returns:
+        JSON values.
     """
-    file = folder / FINGERPRINT
-    if not file.exists():
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(dict(mine), indent=1) + "\n")
-        return
-    try:
-        theirs = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): delete the folder to train anew.") from error
-    differing = [key for key in {**theirs, **mine} if theirs.get(key) != mine.get(key)]
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"the checkpoints in {folder} are of another training: {key} was {theirs.get(key)} and is "
-            f"{mine.get(key)}; use another folder, or delete it to train anew."
-        )
+    settings = {key: value for key, value in describe(restoration).items() if key not in _INDIFFERENT}
+    return {
+        "quantization": resume.fingerprint(model, calibration, method, seed=seed, device=device),
+        "training_tokens": sha256_of_tensors({"tokens": tokens}),
+        "preprocess": settings,
+        "versions": versions("peft", "accelerate"),
+    }
 
 
 class TrainingCheckpoint:
@@ -121,7 +94,7 @@ class TrainingCheckpoint:
         if done < self._steps:
             state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "random": self._random()}
         fresh = self.file.with_suffix(".tmp")
-        with writing(self.file):
+        with writing(self.file, ADVICE):
             try:
                 torch.save(state, fresh)
             except RuntimeError as error:  # torch's writer hides the operating system's reason

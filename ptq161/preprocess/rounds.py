@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from ptq161.blockwise import quantize
 from ptq161.errors import UserError
+from ptq161.fingerprints import claim
 from ptq161.methods.base import COMPUTE_DTYPES, Method, OnMetric, ignore_metric
 from ptq161.models import check_quantizable, max_seq_len
 from ptq161.packed.masks import salient_masks
-from ptq161.preprocess.checkpoint import TrainingCheckpoint, claim, fingerprint
+from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
 from ptq161.preprocess.restoration import Restoration, check_mask, check_seq_len
 from ptq161.preprocess.student import frozen_copy, make_student, merge, target_names
 from ptq161.preprocess.training import objective, train
@@ -66,7 +67,8 @@ def restore(
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     if folder is not None:
-        claim(folder, fingerprint(model, tokens, calibration, method, restoration, seed))
+        about = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
+        claim(folder, about, ADVICE)
     teacher = None
     if restoration.objective != "lm":
         teacher = frozen_copy(model, COMPUTE_DTYPES[restoration.compute_dtype], target)
