@@ -29,9 +29,10 @@ from torch import Tensor
 from ptq161.errors import UserError
 from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
 from ptq161.methods.compensation import check_hessian, naming
+from ptq161.methods.products import linear
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight
-from ptq161.packed.uniform import check_uniform, grouped, uniform_codes, uniform_parameters, uniform_values
+from ptq161.packed.uniform import check_uniform, grouped, uniform_nearest, uniform_parameters
 from ptq161.packed.weight import PackedWeight, stored_scale
 
 GRID = 20
@@ -161,7 +162,7 @@ def search_scales(
         scales = stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
         rounded = _rounded(grouped(weight * scales, group_size), bits, scale_dtype).flatten(1)
         difference = rounded[:, : weight.shape[1]] / scales - weight
-        error = float(_output_error(difference, hessian).sum())
+        error = float(_row_errors(difference, hessian).sum())
         if error < best_error:
             best_error, best = error, scales
     if best is None:
@@ -191,7 +192,8 @@ def search_clip(
     for step in range(int(MAX_SHRINK * GRID)):
         limit = largest * (1 - step / GRID)
         difference = _rounded(groups.clamp(-limit, limit), bits, scale_dtype) - groups
-        error = _output_error(difference.transpose(0, 1), blocks).T.unsqueeze(-1)
+        errors = [_row_errors(difference[:, i], block) for i, block in enumerate(blocks)]
+        error = torch.stack(errors, dim=1).unsqueeze(-1)
         best = torch.where(error < best_error, limit, best)
         best_error = torch.minimum(error, best_error)
     return best.squeeze(-1)
@@ -235,12 +237,12 @@ def quantize_scaled(
 def _rounded(groups: Tensor, bits: int, scale_dtype: str) -> Tensor:
     """Round each slice along the last axis to nearest on its own grid."""
     scale, zero_point = uniform_parameters(groups, bits, scale_dtype=scale_dtype)
-    return uniform_values(uniform_codes(groups, scale, zero_point, bits), scale, zero_point)
+    return uniform_nearest(groups, scale, zero_point, bits)
 
 
-def _output_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """Return ``d H d^T`` of each row: ``[..., out, in]`` and ``[..., in, in]`` to ``[..., out]``."""
-    return ((difference @ hessian) * difference).sum(-1)
+def _row_errors(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Return ``d H d^T`` of each row: ``[out, in]`` and ``[in, in]`` to ``[out]``."""
+    return (linear(difference, hessian) * difference).sum(-1)
 
 
 def _diagonal_blocks(hessian: Tensor, width: int) -> Tensor:

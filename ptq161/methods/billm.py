@@ -7,24 +7,15 @@ are reproduced and named where they happen.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
+from ptq161.methods.base import check_choice
 from ptq161.methods.billm_search import best_split, salient_columns
-from ptq161.methods.compensation import (
-    InverseFactor,
-    check_column_block,
-    check_damping,
-    compensate_blocks,
-    group_factor,
-    inverse_factor,
-    naming,
-)
+from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_blocks, inverse_factor
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes, binary_values
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import chosen, stored_scale
 
 SALIENCIES = ("magnitude", "hessian")
 # What the paper prints for LLaMA-2-7B: signs and second signs, without masks, scales and means.
@@ -32,42 +23,27 @@ PAPER_BITS = 1.08
 
 
 @dataclasses.dataclass(frozen=True)
-class BiLLM(LayerwiseMethod):
-    """BiLLM.
+class BiLLM(CompensatedMethod):
+    """BiLLM; the columns of a block of the compensation share scales.
 
     Attributes:
         saliency: ``magnitude`` (the released default) or ``hessian``.
-        damping: added to the hessian's diagonal, as a share of its mean.
-        column_block: columns that share scales, and per block of the compensation.
     """
 
     saliency: str = "magnitude"
-    damping: float = 0.01
-    column_block: int = 128
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
         super().__post_init__()
         check_choice("method.saliency", self.saliency, SALIENCIES)
-        check_damping(self.damping)
-        check_column_block(self.column_block)
 
     def nominal_bits(self) -> float:
         """Bits that the paper prints; what is stored is about 2.9."""
         return PAPER_BITS
 
-    def quantize_group(
-        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
-    ) -> dict[str, PackedWeight]:
-        """Factorise the shared hessian once, then quantize each linear."""
-        factor = group_factor(statistics, list(weights), window, self.damping)
-        packed: dict[str, PackedWeight] = {}
-        for name, weight in weights.items():
-            with naming(name):
-                packed[name] = quantize_with_factor(
-                    weight, factor, self.saliency, self.column_block, scale_dtype=self.scale_dtype
-                )
-        return packed
+    def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> BiLLMWeight:
+        """Quantize one weight."""
+        return quantize_with_factor(weight, factor, self.saliency, self.column_block, scale_dtype=self.scale_dtype)
 
 
 def quantize_weight(
@@ -141,7 +117,7 @@ def binarize(block: Tensor, salient: Tensor, sparse: Tensor, scale_dtype: str) -
     rows = torch.zeros_like(sparse)
     concentrated_mean, concentrated_scale = _binarize_once(block, ~sparse & ~salient, scale_dtype)
     sparse_mean, sparse_scale = _binarize_once(block, sparse, scale_dtype)
-    signs = block >= torch.where(sparse, sparse_mean, concentrated_mean)
+    signs = block >= chosen(sparse, sparse_mean, concentrated_mean)
 
     columns = block[:, salient]
     every = torch.ones_like(columns, dtype=torch.bool)
@@ -149,7 +125,7 @@ def binarize(block: Tensor, salient: Tensor, sparse: Tensor, scale_dtype: str) -
     distance = columns - first_mean
     first_scale = stored_scale(_mean(distance.abs(), every), scale_dtype).float()
     signs[:, salient] = distance >= 0
-    residual = columns - torch.where(distance >= 0, first_scale, -first_scale)
+    residual = columns - chosen(distance >= 0, first_scale, -first_scale)
     salient_mean = stored_scale(_mean(residual, every), scale_dtype).float()
     residual = residual - salient_mean
     second_scale = stored_scale(_mean(residual.abs(), every), scale_dtype).float()
@@ -169,5 +145,5 @@ def _binarize_once(block: Tensor, mask: Tensor, scale_dtype: str) -> tuple[Tenso
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    total = values.masked_fill(~mask, 0.0).sum(1, keepdim=True)
-    return total / mask.sum(1, keepdim=True).clamp(min=1)
+    weight = mask.float()
+    return (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)

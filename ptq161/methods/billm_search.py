@@ -36,10 +36,12 @@ def salient_columns(score: Tensor) -> Tensor:
     ranked = torch.topk(totals, most).indices
     rest = torch.ones_like(salient).index_fill(0, ranked, False).nonzero().flatten()
     ordered = score[:, torch.cat([ranked, rest])].T
+    sizes = torch.tensor([(n, columns - n) for n in range(1, most)], device=score.device)
     gains = torch.zeros(most - 1, dtype=torch.float64, device=score.device)
     for rows in ordered.split(ROWS_AT_ONCE, dim=1):
         part = rows.contiguous()
-        gains += torch.stack([_residual_gain(part[:n]) + _residual_gain(part[n:]) for n in range(1, most)])
+        moments = torch.stack([_residual_moments(side) for n in range(1, most) for side in (part[:n], part[n:])])
+        gains += (moments.double().square().sum((1, 2)).view_as(sizes) * sizes).sum(1)
     best = int(gains.argmax()) + 1
     # Ranked again as the released code does: among equal totals topk may choose others than before.
     return salient.index_fill(0, torch.topk(totals, best).indices, True)
@@ -56,22 +58,24 @@ def best_split(score: Tensor, salient: Tensor) -> float:
         one of 81 quantiles (0.10 to 0.90) of ``|score|``. Accident of the released code: the quantiles are taken over
         the whole block with the salient columns counted as zeros.
     """
-    candidates = _quantiles(score.abs().masked_fill(salient, 0.0))
+    candidates = _quantiles(score.abs() * ~salient)
     # The released loop keeps the first of equal candidates; so does argmax on the CPU.
     gains = _split_gains(score[:, ~salient].contiguous(), candidates).cpu()
     return float(candidates[int(gains.argmax())])
 
 
-def _residual_gain(values: Tensor) -> Tensor:
-    """Return by how much binarizing columns of ``[n, rows]`` twice falls below ``sum(x^2)``: float64 scalar."""
+def _residual_moments(values: Tensor) -> Tensor:
+    """Return means and scales of both orders ``[4, rows]`` for columns ``[n, rows]`` that are binarized twice.
+
+    The squared error falls below ``sum(x^2)`` by n times the sum of their squares.
+    """
     mean = values.mean(0)
     distance = values - mean
     scale = distance.abs().mean(0)
     residual = distance.sub_(torch.copysign(scale, distance))
     second_mean = residual.mean(0)
     second_scale = residual.sub_(second_mean).abs_().mean(0)
-    parts = torch.stack([mean, scale, second_mean, second_scale]).double()
-    return values.shape[0] * parts.square().sum()
+    return torch.stack([mean, scale, second_mean, second_scale])
 
 
 def _split_gains(values: Tensor, candidates: Tensor) -> Tensor:

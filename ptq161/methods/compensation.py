@@ -10,15 +10,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import InputStatistics, Window
+from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.packed.weight import PackedWeight
 
 LARGEST_DAMPING = 1.0
+# Columns between which compensation runs column by column; further ones follow in one product.
+STRIP = 16
 
 QuantizeColumn = Callable[[Tensor, int, Tensor], Tensor]
 QuantizeBlock = Callable[[Tensor, int], Tensor]
@@ -40,6 +44,48 @@ class InverseFactor:
     dead: Tensor
     damping: float
     order: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompensatedMethod(LayerwiseMethod):
+    """A layer-wise method inside the compensation; linears of one input share one factorisation.
+
+    Attributes:
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        column_block: columns per block of the compensation.
+    """
+
+    damping: float = 0.01
+    column_block: int = 128
+
+    def __post_init__(self) -> None:
+        """Reject values out of range."""
+        super().__post_init__()
+        check_damping(self.damping)
+        check_column_block(self.column_block)
+
+    def factorise(self, hessian: Tensor) -> InverseFactor:
+        """Factorise the ``[in, in]`` hessian that linears share."""
+        return inverse_factor(hessian, self.damping)
+
+    @abstractmethod
+    def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> PackedWeight:
+        """Quantize one weight ``[out, in]``."""
+
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Factorise once, tell of a damping that had to be raised, then quantize each linear."""
+        assert statistics is not None, "a method with needs_statistics gets them from the driver"
+        with naming(", ".join(weights)):
+            factor = self.factorise(statistics.hessian)
+        if factor.damping != self.damping:
+            window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=next(iter(weights)))
+        packed: dict[str, PackedWeight] = {}
+        for name, weight in weights.items():
+            with naming(name):
+                packed[name] = self.quantize_linear(weight, factor)
+        return packed
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = False) -> InverseFactor:
@@ -97,10 +143,13 @@ def compensate_columns(
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
         values, losses = torch.empty_like(block), torch.empty_like(block)
         pivots = upper.diagonal().tolist()
-        for i, pivot in enumerate(pivots):
-            values[i] = quantize_column(block[i], start + i, lagged.T)
-            losses[i] = (block[i] - values[i]) / pivot
-            block[i + 1 :].addr_(upper[i, i + 1 :], losses[i], alpha=-1)
+        for first in range(0, len(pivots), STRIP):
+            last = min(first + STRIP, len(pivots))
+            for i in range(first, last):
+                values[i] = quantize_column(block[i], start + i, lagged.T)
+                losses[i] = (block[i] - values[i]) / pivots[i]
+                block[i + 1 : last].addr_(upper[i, i + 1 : last], losses[i], alpha=-1)
+            block[last:].addmm_(upper[first:last, last:].T, losses[first:last], alpha=-1)
         return values, losses
 
     return _compensate(weight, factor, quantize, column_block)
@@ -136,22 +185,6 @@ def weighted_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Return ``trace(D H D^T)`` of the difference ``D [out, in]``: 2/n times the squared error of the outputs."""
     difference = (weight - quantized).double()
     return float(((difference @ hessian.double()) * difference).sum())
-
-
-def group_factor(
-    statistics: InputStatistics | None, names: list[str], window: Window, damping: float, *, act_order: bool = False
-) -> InverseFactor:
-    """Factorise the hessian that a group of linears shares, and report a damping that had to be raised.
-
-    Raises:
-        UserError: as :func:`inverse_factor`; the sentence names the linears.
-    """
-    assert statistics is not None, "a method with needs_statistics gets them from the driver"
-    with naming(", ".join(names)):
-        factor = inverse_factor(statistics.hessian, damping, act_order=act_order)
-    if factor.damping != damping:
-        window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=names[0])
-    return factor
 
 
 @contextlib.contextmanager

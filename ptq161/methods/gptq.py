@@ -6,27 +6,16 @@ Follows ``GPTQ.fasterquant`` of IST-DASLab/gptq.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
-from ptq161.methods.compensation import (
-    InverseFactor,
-    check_column_block,
-    check_damping,
-    compensate_columns,
-    group_factor,
-    inverse_factor,
-    naming,
-)
-from ptq161.packed.uniform import UniformWeight, check_uniform, uniform_codes, uniform_parameters, uniform_values
-from ptq161.packed.weight import PackedWeight
+from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
+from ptq161.packed.uniform import UniformWeight, check_uniform, uniform_codes, uniform_nearest, uniform_parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ(LayerwiseMethod):
+class GPTQ(CompensatedMethod):
     """GPTQ.
 
     Attributes:
@@ -34,46 +23,37 @@ class GPTQ(LayerwiseMethod):
         group_size: columns that share a scale; None is one scale per output channel.
         symmetric: centre the grid on zero and store no zero points.
         act_order: take the columns in the order of falling hessian diagonal.
-        damping: added to the hessian's diagonal, as a share of its mean.
-        column_block: columns per block of the compensation.
     """
 
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = False
     act_order: bool = False
-    damping: float = 0.01
-    column_block: int = 128
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
         super().__post_init__()
         check_uniform(self.bits, self.group_size)
-        check_damping(self.damping)
-        check_column_block(self.column_block)
 
     def nominal_bits(self) -> float:
         """Bits of a code; scales and zero points are not counted."""
         return float(self.bits)
 
-    def quantize_group(
-        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
-    ) -> dict[str, PackedWeight]:
-        """Factorise the shared hessian once, then quantize each linear."""
-        factor = group_factor(statistics, list(weights), window, self.damping, act_order=self.act_order)
-        packed: dict[str, PackedWeight] = {}
-        for name, weight in weights.items():
-            with naming(name):
-                packed[name] = quantize_with_factor(
-                    weight,
-                    factor,
-                    self.bits,
-                    group_size=self.group_size,
-                    symmetric=self.symmetric,
-                    column_block=self.column_block,
-                    scale_dtype=self.scale_dtype,
-                )
-        return packed
+    def factorise(self, hessian: Tensor) -> InverseFactor:
+        """Factorise the hessian with its columns in the order of quantization."""
+        return inverse_factor(hessian, self.damping, act_order=self.act_order)
+
+    def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> UniformWeight:
+        """Quantize one weight."""
+        return quantize_with_factor(
+            weight,
+            factor,
+            self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            column_block=self.column_block,
+            scale_dtype=self.scale_dtype,
+        )
 
 
 def quantize_weight(
@@ -141,8 +121,8 @@ def quantize_with_factor(
         if j // width == len(grids):
             # The authors' range of a group: its weights before the compensation within the running block.
             grids.append(uniform_parameters(lagged[:, j : j + width], bits, symmetric, scale_dtype=scale_dtype))
-        scale, zero_point = (parameter.squeeze(1) for parameter in grids[-1])
-        return uniform_values(uniform_codes(column, scale, zero_point, bits), scale, zero_point)
+        scale, zero_point = grids[-1]
+        return uniform_nearest(column, scale[:, 0], zero_point[:, 0], bits)
 
     values = compensate_columns(ordered, factor, quantize_column, column_block)
     scales, zero_points = (torch.cat(parameters, dim=1) for parameters in zip(*grids, strict=True))

@@ -7,77 +7,55 @@ group per row. Its accidents are reproduced and named where they happen.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
-from ptq161.methods.compensation import (
-    InverseFactor,
-    check_column_block,
-    check_damping,
-    compensate_columns,
-    group_factor,
-    inverse_factor,
-    naming,
-)
+from ptq161.methods.base import check_choice
+from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
 from ptq161.methods.sorting import sorted_values
 from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
-from ptq161.packed.uniform import uniform_codes, uniform_parameters, uniform_values
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.uniform import uniform_codes, uniform_nearest, uniform_parameters
+from ptq161.packed.weight import stored_scale
 
 SALIENCIES = ("magnitude", "hessian")
 
 
 @dataclasses.dataclass(frozen=True)
-class PBLLM(LayerwiseMethod):
+class PBLLM(CompensatedMethod):
     """PB-LLM.
 
     Attributes:
         low_frac: share of the weights that are binarized.
         high_bit: bits of the others: 2, 3, 4 or 8.
         saliency: ``magnitude`` (the released default) or ``hessian``.
-        damping: added to the hessian's diagonal, as a share of its mean.
-        column_block: columns per block of the compensation.
     """
 
     low_frac: float = 0.9
     high_bit: int = 8
     saliency: str = "magnitude"
-    damping: float = 0.01
-    column_block: int = 128
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
         super().__post_init__()
         _check(self.low_frac, self.high_bit, self.saliency)
-        check_damping(self.damping)
-        check_column_block(self.column_block)
 
     def nominal_bits(self) -> float:
         """Bits of signs and codes as the paper counts them, without the mask: 1.7 by default."""
         return self.low_frac + (1 - self.low_frac) * self.high_bit
 
-    def quantize_group(
-        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
-    ) -> dict[str, PackedWeight]:
-        """Factorise the shared hessian once, then quantize each linear."""
-        factor = group_factor(statistics, list(weights), window, self.damping)
-        packed: dict[str, PackedWeight] = {}
-        for name, weight in weights.items():
-            with naming(name):
-                packed[name] = quantize_with_factor(
-                    weight,
-                    factor,
-                    self.low_frac,
-                    self.high_bit,
-                    self.saliency,
-                    self.column_block,
-                    scale_dtype=self.scale_dtype,
-                )
-        return packed
+    def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> PBLLMWeight:
+        """Quantize one weight."""
+        return quantize_with_factor(
+            weight,
+            factor,
+            self.low_frac,
+            self.high_bit,
+            self.saliency,
+            self.column_block,
+            scale_dtype=self.scale_dtype,
+        )
 
 
 def quantize_weight(
@@ -129,20 +107,20 @@ def quantize_with_factor(
     weight = weight.masked_fill(factor.dead, 0.0)
     salient = salient_weights(weight, factor, low_frac, saliency)
     mean, scale = binary_parameters(weight.masked_fill(salient, 0.0), scale_dtype)
-    high, low = (level.squeeze(1) for level in binary_levels(mean, scale))
     high_scale, high_zero_point = (parameter.squeeze(1) for parameter in grid)
-    threshold, salient_columns = mean.squeeze(1), salient.T.contiguous()
+    row_mean, row_scale, salient_columns = mean.squeeze(1), scale.squeeze(1), salient.T.contiguous()
 
     def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
-        # The authors' sign of an exact zero is 0, which one bit cannot hold; it is +1 here.
-        binary = torch.where(column >= threshold, high, low)
-        codes = uniform_codes(column, high_scale, high_zero_point, high_bit)
-        return torch.where(salient_columns[j], uniform_values(codes, high_scale, high_zero_point), binary)
+        # The authors' sign of an exact zero is 0, which one bit cannot hold; it is that of the float here.
+        binary = torch.copysign(row_scale, column - row_mean).add_(row_mean)
+        nearest = uniform_nearest(column, high_scale, high_zero_point, high_bit)
+        return torch.where(salient_columns[j], nearest, binary)
 
     values = compensate_columns(weight, factor, quantize_column, column_block)
+    high, _ = binary_levels(mean, scale)
     return PBLLMWeight.pack(
         salient,
-        values == high.unsqueeze(1),
+        values == high,
         uniform_codes(values, *grid, high_bit),
         means=mean,
         scales=scale,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq161.packed.bits import pack_plane, unpack_plane
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, chosen, stored_scale
 
 
 class BinaryGrid(NamedTuple):
@@ -107,14 +107,7 @@ class BiLLMWeight(PackedWeight):
 def binary_values(planes: BinaryPlanes, grid: BinaryGrid) -> Tensor:
     """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32."""
     concentrated, sparse, first, second = grid.scales
-    once = torch.where(
-        planes.sparse,
-        _signed(planes.signs, sparse) + grid.means[1],
-        _signed(planes.signs, concentrated) + grid.means[0],
-    )
-    twice = _signed(planes.signs, first) + _signed(planes.second_signs, second) + grid.means[2]
-    return torch.where(planes.salient, twice, once)
-
-
-def _signed(plus: Tensor, scale: Tensor) -> Tensor:
-    return torch.where(plus, scale, -scale)
+    signs, second_signs = (plane.float().mul_(2).sub_(1) for plane in (planes.signs, planes.second_signs))
+    once = signs * chosen(planes.sparse, sparse, concentrated) + chosen(planes.sparse, grid.means[1], grid.means[0])
+    twice = signs * first + second_signs * second + grid.means[2]
+    return chosen(planes.salient, twice, once)

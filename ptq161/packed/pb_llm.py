@@ -11,7 +11,7 @@ from torch import Tensor
 from ptq161.errors import UserError
 from ptq161.packed.bits import pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import UNIFORM_BITS, uniform_values
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, chosen, stored_scale
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +81,8 @@ class PBLLMWeight(PackedWeight):
             high_bit=high_bit,
             n_salient=int(salient.sum()),
             salient=pack_plane(salient),
-            signs=pack_plane(signs[~salient]),
-            codes=pack_codes(codes[salient], high_bit),
+            signs=pack_plane(signs.masked_select(~salient)),
+            codes=pack_codes(codes.masked_select(salient), high_bit),
             means=stored_scale(means, scale_dtype),
             scales=stored_scale(scales, scale_dtype),
             high_scales=stored_scale(high_scales, scale_dtype),
@@ -93,15 +93,11 @@ class PBLLMWeight(PackedWeight):
         """Return the weight: ``[out, in]`` float32."""
         salient = unpack_plane(self.salient, self.in_features)
         signs = torch.zeros_like(salient)
-        signs[~salient] = unpack_plane(self.signs, salient.numel() - self.n_salient)
-        codes = torch.zeros(salient.shape, dtype=torch.uint8, device=salient.device)
-        codes[salient] = unpack_codes(self.codes, self.n_salient, self.high_bit)
-        high, low = binary_levels(self.means.float(), self.scales.float())
-        return torch.where(
-            salient,
-            uniform_values(codes, self.high_scales.float(), self.high_zero_points.float()),
-            torch.where(signs, high, low),
-        )
+        signs.masked_scatter_(~salient, unpack_plane(self.signs, salient.numel() - self.n_salient))
+        codes = torch.zeros_like(salient, dtype=torch.uint8)
+        codes.masked_scatter_(salient, unpack_codes(self.codes, self.n_salient, self.high_bit))
+        high = uniform_values(codes, self.high_scales.float(), self.high_zero_points.float())
+        return chosen(salient, high, chosen(signs, *binary_levels(self.means.float(), self.scales.float())))
 
 
 def binary_levels(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

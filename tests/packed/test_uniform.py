@@ -11,6 +11,7 @@ from ptq161.packed.uniform import (
     UniformWeight,
     per_column,
     uniform_codes,
+    uniform_nearest,
     uniform_parameters,
     uniform_values,
 )
@@ -80,6 +81,12 @@ def test_a_value_on_the_grid_comes_back_as_its_code(
     codes = uniform_codes(weight, scale, zero, bits)
     values = uniform_values(codes, scale, zero)
     assert torch.equal(uniform_values(uniform_codes(values, scale, zero, bits), scale, zero), values)
+    assert torch.equal(uniform_nearest(weight, scale, zero, bits), values)
+
+
+def test_a_scale_of_zero_has_the_value_zero() -> None:
+    weight, zero = torch.tensor([[-1.0, -0.0, 0.0, 2.0]]), torch.zeros(1, 1)
+    assert torch.equal(uniform_nearest(weight, zero, zero, 2), torch.zeros(1, 4))
 
 
 def test_zero_is_a_point_of_every_grid() -> None:
