@@ -12,6 +12,17 @@ import huggingface_hub
 TIMEOUT = 5.0  # seconds
 
 
+def answers() -> bool:
+    """Whether the hub answers one short question; never when it is switched off (``HF_HUB_OFFLINE``)."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT)
+    except Exception:  # any failure of any transport means the same
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def offline_unless_reachable() -> Iterator[bool]:
     """Ask the hub once; where it does not answer, let the cache be used without half a minute of retries per file.
@@ -19,12 +30,7 @@ def offline_unless_reachable() -> Iterator[bool]:
     Yields:
         Whether the hub answered.
     """
-    reachable = not huggingface_hub.constants.HF_HUB_OFFLINE
-    if reachable:
-        try:
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT)
-        except Exception:  # any failure of any transport means the same
-            reachable = False
+    reachable = answers()
     with contextlib.ExitStack() as stack:
         if not reachable:
             stack.enter_context(mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))

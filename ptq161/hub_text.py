@@ -20,9 +20,8 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ptq161 import hub
 from ptq161.errors import UserError
-
-REACH_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +139,8 @@ def _download(text: HubText, file: str, instead: str) -> str:
     except LocalEntryNotFoundError:
         pass
     sentence = f"{file} of the Hugging Face data set {text.repo} is needed and cannot be fetched"
-    try:
-        # One short probe first: the download itself would retry for half a minute.
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=REACH_SECONDS)
-    except Exception as error:  # the exceptions of the hub's HTTP library are not part of its interface
-        raise UserError(f"{sentence}, because the hub cannot be reached: {instead}.") from error
+    if not hub.answers():
+        raise UserError(f"{sentence}, because the hub cannot be reached: {instead}.")
     try:
         return str(get())
     except OSError as error:  # what every exception of the hub and a full disk derive from

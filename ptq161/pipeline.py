@@ -29,7 +29,15 @@ from ptq161.fingerprints import describe, device_name, key_of
 from ptq161.identity import identity
 from ptq161.methods.base import COMPUTE_DTYPES
 from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
-from ptq161.packed.checkpoint import cast_rest, load, measure, save, save_dense, sha256_of_packed
+from ptq161.packed.checkpoint import (
+    cast_rest,
+    load,
+    measure,
+    save,
+    save_dense,
+    sha256_of_packed,
+    stored_nominal_bits,
+)
 from ptq161.packed.linear import dense_cache
 from ptq161.preflight import QUANTIZATION
 from ptq161.preprocess import restore, training_tokens
@@ -177,9 +185,8 @@ def _quantize_and_score(job: _Job) -> dict[str, Any]:
         file = _quantize(job, model, tokenizer, tokens, masks)
     with job.stage("evaluate"):
         scores = _score(job, model, tokenizer, opened, "quantized", sha256_of_packed(model))
-    sizes = {**_packed_size(model, file), "nominal_bits_per_weight": config.method.nominal_bits()}
     return {
-        "metrics": {**scores.metrics, **sizes},
+        "metrics": {**scores.metrics, **_packed_size(model, file)},
         "full_precision": full_precision,
         **merged,
         "protocol": scores.protocol,
@@ -219,11 +226,13 @@ def _calibration(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 
 def _training(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor | None:
-    config = job.config.preprocess
+    config, seed = job.config.preprocess, job.config.seed
     if config is None:
         return None
     check_seq_len(config, max_length)
-    return training_tokens(tokenizer, config, job.config.seed)
+    texts = (job.reuse.identity.get("preprocess") or {}).get("corpora")
+    about = {"training": texts, "sequences": config.sequences, "seq_len": config.seq_len, "seed": seed}
+    return job.reuse.tensor("tokens", about, lambda: training_tokens(tokenizer, config, seed))
 
 
 def _preprocess(
@@ -287,7 +296,7 @@ def _quantize(
             resume=folder,
         )
     cast_rest(model, COMPUTE_DTYPES[config.dtype])
-    file = save(model, tokenizer, Path(job.context.run_dir) / CHECKPOINT)
+    file = save(model, tokenizer, Path(job.context.run_dir) / CHECKPOINT, nominal_bits=config.method.nominal_bits())
     job.record.describe(checkpoint_sha256=sha256_of_file(file))
     return file
 
@@ -359,8 +368,10 @@ def _dense_size(model: PreTrainedModel, config: RunConfig) -> dict[str, float]:
 
 def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
     size = measure(model)
+    nominal = stored_nominal_bits(file.parent)
     return {
         "bits_per_weight": size.bits_per_weight,
+        **({} if nominal is None else {"nominal_bits_per_weight": nominal}),
         "checkpoint_bytes": file.stat().st_size,
         "linear_bytes": size.linear_bytes,
         "other_bytes": size.other_bytes,

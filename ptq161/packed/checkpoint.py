@@ -85,13 +85,20 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    nominal_bits: float | None = None,
+) -> Path:
     """Write a packed model as a checkpoint folder.
 
     Args:
         model: a model whose linears are packed.
         tokenizer: saved beside it; None saves none.
         folder: created where missing.
+        nominal_bits: bits per weight as the method's paper counts them, to be stored beside what is measured.
 
     Returns:
         the safetensors file.
@@ -106,6 +113,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
     config["quantization_config"] = {
         "quant_method": PACKED_FORMAT,
         "schema_version": SCHEMA_VERSION,
+        "nominal_bits_per_weight": nominal_bits,
         "linears": {name: layer.packed.settings() for name, layer in layers.items()},
     }
     folder = Path(folder)
@@ -152,6 +160,13 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return model, AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no usable tokenizer: save the model with its tokenizer.") from error
+
+
+def stored_nominal_bits(folder: str | Path) -> float | None:
+    """Return the nominal bits per weight with which a checkpoint was saved; None where it was saved without."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    bits: float | None = config["quantization_config"].get("nominal_bits_per_weight")
+    return bits
 
 
 def export(folder: str | Path, out: str | Path) -> Path:

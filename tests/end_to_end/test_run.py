@@ -123,7 +123,7 @@ def test_the_checkpoint_is_evaluated_as_it_is_to_the_last_digit(
     assert len([line for line in ended.stdout.splitlines() if "evaluated as it is" in line]) == 1
     before, again = read_run(tiny_run[1]), read_run(program.folder / "again")
     assert before.results is not None and again.results is not None
-    for name in (PPL, "bits_per_weight", "checkpoint_bytes"):
+    for name in (PPL, *SIZES):
         assert again.results["metrics"][name] == before.results["metrics"][name]
     assert again.manifest["checkpoint_sha256"] == before.manifest["checkpoint_sha256"]
     # The default method of the configuration is not what made the checkpoint, so the record does not claim it.

@@ -19,7 +19,14 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
-from ptq161.packed.checkpoint import WEIGHTS_FILE, cast_rest, densify, measure, packed_linears
+from ptq161.packed.checkpoint import (
+    WEIGHTS_FILE,
+    cast_rest,
+    densify,
+    measure,
+    packed_linears,
+    stored_nominal_bits,
+)
 
 TinyModel = Callable[..., PreTrainedModel]
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
@@ -154,6 +161,12 @@ def test_measure_counts_what_is_in_the_file(
     assert size.linear_weights == sum(row["out_features"] * row["in_features"] for row in linears.values())
     assert size.bits_per_weight == 8 * size.linear_bytes / size.linear_weights
     assert size == measure(ptq161.load(tmp_path)[0])
+
+
+def test_nominal_bits_are_stored_where_they_are_known(stored: Path, tiny_model: TinyModel, tmp_path: Path) -> None:
+    ptq161.save(quantized(tiny_model), None, tmp_path, nominal_bits=1.6)
+    assert stored_nominal_bits(tmp_path) == 1.6
+    assert stored_nominal_bits(stored) is None
 
 
 def test_the_file_holds_no_dense_linear(stored: Path, tiny_model: TinyModel) -> None:
