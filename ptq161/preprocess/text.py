@@ -1,4 +1,4 @@
-"""Training text, tokenized once and packed into sequences without padding.
+"""Training text, packed into sequences without padding.
 
 No evaluation sees what is trained on: the embedded passages share no run of 13 words with the perplexity text (BoolQ,
 LAMBADA), the hub's texts are training splits, and the file that ``eval.text_file`` scores is refused
@@ -7,26 +7,19 @@ LAMBADA), the hub's texts are training splits, and the file that ``eval.text_fil
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import logging
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptq161.assets import cache_dir
 from ptq161.data import encode, passages, read_text
 from ptq161.errors import UserError
 from ptq161.hub_text import HUB_TEXTS, hub_documents
 from ptq161.preprocess.restoration import Restoration
 from ptq161.seeding import stage_generator
-from ptq161.tracking.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +47,7 @@ def training_tokens(
         UserError: a text is out of reach, unreadable, or all of it is shorter than one sequence.
     """
     wanted = restoration.sequences * restoration.seq_len
-    documents = list(_until(_shuffled(restoration, seed, hub_root), CHARACTERS_PER_TOKEN * wanted))
-    tokens = _encode_once(tokenizer, documents)
+    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), CHARACTERS_PER_TOKEN * wanted))
     n = min(len(tokens) // restoration.seq_len, restoration.sequences)
     if n == 0:
         raise UserError(
@@ -93,38 +85,8 @@ def _until(documents: Iterator[str], characters: int) -> Iterator[str]:
             return
 
 
-def _encode_once(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
-    """Tokenize documents one after the other, int64 ``[n]``, or take what an earlier run has made of the same ones."""
-    file = cache_dir() / "tokens" / f"{_key(tokenizer, documents)}.safetensors"
-    with contextlib.suppress(OSError, SafetensorError, KeyError):
-        return load_file(file)["tokens"].long()
+def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Tensor:
+    """Tokenize documents, each with its end token where the tokenizer has one; int64 ``[n]``."""
     end = [] if tokenizer.eos_token_id is None else [torch.tensor([tokenizer.eos_token_id])]
     parts = [part for document in documents for part in (encode(tokenizer, document), *end)]
-    tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    _keep(file, save({"tokens": tokens.int()}))
-    return tokens
-
-
-def _key(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> str:
-    digest = hashlib.sha256(repr((type(tokenizer).__name__, tokenizer.eos_token_id)).encode())
-    digest.update(_tokenizer_content(tokenizer))
-    for document in documents:
-        content = document.encode()
-        digest.update(b"%d\0" % len(content))
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return b"".join(file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file())
-
-
-def _keep(file: Path, content: bytes) -> None:
-    """Write a file at once; a cache that cannot be written is no reason to end a run."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
-    except (OSError, UserError) as error:
-        log.warning("the tokens of the training text are not kept: %s", error)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
