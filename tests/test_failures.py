@@ -77,6 +77,25 @@ def test_a_sweep_begins_without_earlier_failures(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["hydra/launcher=ray", "on_error=stop"],
+            "on_error=stop: RayLauncher queues all jobs at once; use hydra/launch",
+        ),
+        (["hydra/launcher=submitit_local", "on_error=stop"], "on_error=stop: LocalLauncher queues all jobs at once"),
+        (["hydra/launcher=local", "hydra.launcher._target_=hydra_plugins.x.Y"], "hydra_plugins.x.Y is not installed"),
+    ],
+)
+def test_a_launcher_that_cannot_do_it_ends_the_sweep_before_it_begins(
+    tmp_path: Path, overrides: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        SweepFailures().on_multirun_start(sweep_config(f"hydra.sweep.dir={tmp_path}", *overrides))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("on_error", "status", "ends"),
     [
         ("stop", JobStatus.FAILED, True),
