@@ -1,17 +1,22 @@
-"""Seconds that RTN, GPTQ, PB-LLM and BiLLM take: on the embedded model, and per linear as it grows wider.
+"""Seconds that each layer-wise method takes: on the embedded model, and per linear as it grows wider.
 
-    python benchmarks/layerwise_methods.py [--n-blocks 30] [--n-samples 32] [--seq-len 512] [--widths 256 512 ...]
+    python benchmarks/layerwise_methods.py [--methods pb_llm billm] [--n-blocks 30] [--n-samples 32] [--seq-len 512]
+        [--compute-dtype float32] [--widths 256 512 1024 2048]
 
 First table: SmolLM2-135M through ``ptq161.quantize``, statistics and the propagation of the chain included, in total
-and per block; the processor time of all threads beside it, which other work on the machine disturbs less.
-Second table: one linear ``[width, width]`` from its hessian on, the factorisation apart, since linears that share an
-input share it; in brackets the growth over the width before (4 is proportional to the number of weights).
+and per block; the processor time of all threads beside it, which other work on the machine disturbs less. Thirty
+blocks with every method take a few minutes on two cores; ``--n-blocks 4`` is enough for the seconds per block.
+Second table: one linear ``[width, width]`` from its hessian on; of GPTQ, PB-LLM and BiLLM without the factorisation,
+which linears that share an input share. In brackets the exponent of growth over the width before: 2 is proportional
+to the number of weights, 3 to a product with the hessian.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -23,14 +28,16 @@ import torch
 import ptq161
 from ptq161.config import CalibConfig, ModelConfig
 from ptq161.data import calibration_tokens
-from ptq161.methods import billm, gptq, pb_llm, rtn
-from ptq161.methods.base import LayerwiseMethod, OnMetric
+from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn
+from ptq161.methods.base import COMPUTE_DTYPES, LayerwiseMethod, OnMetric
 from ptq161.methods.compensation import inverse_factor
 from ptq161.models import load_model
 
 METHODS: dict[str, LayerwiseMethod] = {
     "rtn": rtn.RTN(bits=2),
     "gptq": gptq.GPTQ(bits=2),
+    "awq": awq.AWQ(bits=2, group_size=None),
+    "quip": quip.QuIP(bits=2, rescale=False),
     "pb_llm": pb_llm.PBLLM(saliency="hessian"),
     "billm": billm.BiLLM(saliency="hessian"),
 }
@@ -43,27 +50,29 @@ def main() -> None:
     parser.add_argument("--n-blocks", type=int, default=30)
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--compute-dtype", default="float32", choices=list(COMPUTE_DTYPES))
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048])
     args = parser.parse_args()
     print(f"torch threads: {torch.get_num_threads()}")
     if args.n_blocks:
-        time_model(args.methods, args.n_blocks, args.n_samples, args.seq_len)
+        methods = {name: dataclasses.replace(METHODS[name], compute_dtype=args.compute_dtype) for name in args.methods}
+        time_model(methods, args.n_blocks, args.n_samples, args.seq_len)
     if args.widths:
         time_widths(args.widths)
 
 
-def time_model(methods: list[str], n_blocks: int, n_samples: int, seq_len: int) -> None:
+def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: int, seq_len: int) -> None:
     """Quantize the embedded model with each method."""
     print(f"SmolLM2-135M, {n_blocks} blocks, {n_samples} x {seq_len} tokens")
     print(f"{'method':8} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
     config = ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=n_blocks)
-    for name in methods:
+    for name, method in methods.items():
         model, tokenizer = load_model(config)
         tokens = calibration_tokens(tokenizer, CalibConfig("squad", n_samples, seq_len), seed=0)
         heard: dict[str, list[float]] = defaultdict(list)
         weights = n_weights(model)
         began, began_cpu = time.perf_counter(), time.process_time()
-        ptq161.quantize(model, tokens, METHODS[name], on_metric=listener(heard))
+        ptq161.quantize(model, tokens, method, on_metric=listener(heard))
         total, total_cpu = time.perf_counter() - began, time.process_time() - began_cpu
         bits = 8 * sum(heard["nbytes"]) / weights
         median = statistics.median(heard["seconds"])
@@ -98,6 +107,8 @@ def time_widths(widths: list[int]) -> None:
             "factor": partial(inverse_factor, hessian),
             "rtn": partial(rtn.quantize_weight, weight, 2),
             "gptq": partial(gptq.quantize_with_factor, weight, factor, 2),
+            "awq": partial(awq.quantize_weight, weight, hessian, inputs.abs().mean(0), 2),
+            "quip": partial(quip.quantize_weight, weight, hessian, 2, rescale=False),
             "pb_llm": partial(pb_llm.quantize_with_factor, weight, factor, 0.9, 8, "hessian"),
             "billm": partial(billm.quantize_with_factor, weight, factor, "hessian"),
         }
@@ -106,8 +117,14 @@ def time_widths(widths: list[int]) -> None:
     print("seconds for one linear [width, width]")
     print(f"{'':8}" + "".join(f"{width:>16}" for width in widths))
     for name, seconds in rows.items():
-        growth = [""] + [f" ({b / a:.1f})" for a, b in itertools.pairwise(seconds)]
+        growth = [""] + [f" ({exponent:.1f})" for exponent in exponents(widths, seconds)]
         print(f"{name:8}" + "".join(f"{f'{s:.3f}{g}':>16}" for s, g in zip(seconds, growth, strict=True)))
+
+
+def exponents(widths: list[int], seconds: list[float]) -> list[float]:
+    """Return e between neighbours where seconds grow like width to the power of e."""
+    points = itertools.pairwise(zip(widths, seconds, strict=True))
+    return [math.log(after / before) / math.log(wide / narrow) for (narrow, before), (wide, after) in points]
 
 
 def fastest(call: Callable[[], object], repeats: int = 2) -> float:
