@@ -250,7 +250,8 @@ def test_damaged_checkpoints_are_refused(tiny_model: TinyModel, tmp_path: Path) 
     (tmp_path / "fingerprint.json").write_text("{")
     assert "fingerprint.json is damaged" in refused(lambda: restored(model, short(), folder=tmp_path))
     (tmp_path / "a_file").write_text("")
-    assert "give restore another folder" in refused(lambda: restored(model, short(), folder=tmp_path / "a_file" / "below"))
+    below = tmp_path / "a_file" / "below"
+    assert "give restore another folder" in refused(lambda: restored(model, short(), folder=below))
 
 
 def test_the_fingerprint_is_readable(tiny_model: TinyModel, tmp_path: Path) -> None:
