@@ -157,7 +157,7 @@ def _quantize_and_score(job: _Job) -> dict[str, Any]:
     config, record = job.config, job.record
     with job.stage("load"):
         tokenizer, hf_config = load_tokenizer(config.model)
-        opened = open_evaluation(tokenizer, config.eval, max_seq_len(hf_config))
+        opened = _open(job, tokenizer, max_seq_len(hf_config))
         tokens = _calibration(job, tokenizer, max_seq_len(hf_config)) if config.method else None
         training = _training(job, tokenizer, max_seq_len(hf_config))
         model = load_weights(config.model)
@@ -200,7 +200,7 @@ def _score_stored(job: _Job) -> dict[str, Any]:
     log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", path)
     with job.stage("load"):
         model, tokenizer = load(path)
-        opened = open_evaluation(tokenizer, job.config.eval, max_seq_len(model.config))
+        opened = _open(job, tokenizer, max_seq_len(model.config))
         file = next(Path(path).glob("*.safetensors"))
         job.record.describe(checkpoint_sha256=sha256_of_file(file))
     with job.stage("evaluate"):
@@ -210,6 +210,22 @@ def _score_stored(job: _Job) -> dict[str, Any]:
         "full_precision": {},
         "protocol": scores.protocol,
     }
+
+
+_last_opened: dict[str, OpenEvaluation] = {}
+
+
+def _open(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int) -> OpenEvaluation:
+    """Open the evaluation, or take the one that the job before in this process has opened, where it is the same."""
+    about = job.reuse.identity
+    key = key_of({"model": about["model"], "evaluation": about["evaluation"]}) if about else None
+    if key in _last_opened:
+        return _last_opened[key]
+    opened = open_evaluation(tokenizer, job.config.eval, max_length)
+    _last_opened.clear()
+    if key is not None:
+        _last_opened[key] = opened
+    return opened
 
 
 def _calibration(job: _Job, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tensor:

@@ -101,7 +101,6 @@ def open_tasks(names: Sequence[str], limit: int | None = None) -> OpenTasks:
     for task in tasks.values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return OpenTasks(names, limit, {"tasks": tasks, "groups": groups})
 
 
@@ -156,6 +155,9 @@ def score_tasks(
     """
     if not tasks.loaded["tasks"]:
         return {}
+    for task in tasks.loaded["tasks"].values():
+        # Here and not when it is opened: a score must not depend on how often the task was scored before.
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     with _quiet():
         scorer = Scorer(model, tokenizer, batch_size=batch_size, progress=progress)
         # No bootstrap: lm-eval's draws 100,000 samples in pure Python for every perplexity.
