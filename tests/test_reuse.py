@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from ptq161.identity import identity
 from ptq161.models import load_weights
 from ptq161.pipeline import RunContext
 from ptq161.store import Store, stored_entries
-from ptq161.tracking import RunData, read_run, sha256_of_file
+from ptq161.tracking import RunData, RunRecord, read_run, sha256_of_file
 from tests.conftest import _tiny_tokenizer
 
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -199,8 +200,8 @@ def test_a_packed_checkpoint_is_scored_once(run: Run) -> None:
 
 
 def test_a_failed_run_is_computed_again(run: Run, loaded: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise UserError("no sample.")
+    def fail(*_: Any, **__: Any) -> None:
+        raise UserError("no checkpoint.")
 
     with monkeypatch.context() as patched, pytest.raises(UserError):
         patched.setattr(pipeline, "save", fail)
@@ -266,15 +267,34 @@ def test_a_store_that_cannot_be_written_is_one_sentence(
 # several processes, and kills
 
 
-def start(overrides: list[str], run_dir: Path) -> Any:
+def start(overrides: list[str], run_dir: Path, before: Callable[[], None] = lambda: None) -> Any:
+    """Run in another process, which first calls ``before``."""
+
     def child() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        before()
         execute(overrides, run_dir)
 
     process = FORK.Process(target=child)
     process.start()
     return process
+
+
+def kill_at(operation: int) -> None:
+    """Let this process kill itself just before so many operations on files and numbers that are recorded."""
+    left = iter(range(operation, 0, -1))
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in [(os, "fsync"), (os, "replace"), (os, "rename"), (os, "link"), (RunRecord, "metric")]:
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
 def test_parallel_runs_compute_once(run: Run, settings: list[str], tmp_path: Path) -> None:
@@ -287,28 +307,44 @@ def test_parallel_runs_compute_once(run: Run, settings: list[str], tmp_path: Pat
     assert len({json.dumps(scores(r)) for r in runs}) == len({str(model_files(r)) for r in runs}) == 1
 
 
-def test_killed_at_random_moments_until_it_is_finished(run: Run, settings: list[str], tmp_path: Path) -> None:
-    """SIGKILL after random times; what remains is the run that was never interrupted, byte for byte."""
-    whole = run("whole", "cache=false")
-    began = time.monotonic()
-    process = start([*settings, "cache=false"], tmp_path / "timed")
-    process.join(120)
-    seconds, moments = time.monotonic() - began, random.Random(0)
-    for attempt in range(21):
-        process = start(settings, tmp_path / f"attempt{attempt}")
-        # Later and later, as all of a run is more than its last part; the last attempt is left alone.
-        process.join(seconds * moments.uniform(0, 0.4 + attempt / 20) if attempt < 20 else 120)
-        if process.exitcode == 0:
-            break
-        assert process.exitcode is None and process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-    assert attempt >= 3
-    found = read_run(tmp_path / f"attempt{attempt}")
+def assert_never_interrupted(found: RunData, whole: RunData) -> None:
+    """What ``found`` holds is what ``whole`` does, byte for byte but for times."""
     assert model_files(found) == model_files(whole)
     assert scores(found) == scores(whole)
     assert plain(found.metrics) == plain(whole.metrics)
     assert [s["text"] for s in found.samples] == [s["text"] for s in whole.samples]
+
+
+def test_killed_at_random_operations_until_it_is_finished(run: Run, settings: list[str], tmp_path: Path) -> None:
+    whole, moments, killed = run("whole", "cache=false"), random.Random(0), 0
+    while True:
+        # Later and later, so that it comes to an end.
+        operation = moments.randint(1, 40 + 10 * killed)
+        process = start(settings, tmp_path / f"attempt{killed}", functools.partial(kill_at, operation))
+        process.join(120)
+        if process.exitcode != -signal.SIGKILL:
+            break
+        killed += 1
+    assert killed >= 10
+    found = read_run(tmp_path / f"attempt{killed}")
+    assert_never_interrupted(found, whole)
+    assert all(entry.finished for entry in stored_entries(tmp_path / "store"))
+
+
+def test_killed_at_random_times_until_it_is_finished(run: Run, settings: list[str], tmp_path: Path) -> None:
+    whole, moments = run("whole", "cache=false"), random.Random(0)
+    began = time.monotonic()
+    start([*settings, "cache=false"], tmp_path / "timed").join(120)
+    seconds = time.monotonic() - began
+    for attempt in range(16):
+        process = start(settings, tmp_path / f"attempt{attempt}")
+        process.join(seconds * moments.uniform(0, 0.3 + attempt / 15) if attempt < 15 else 120)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+    assert process.exitcode == 0
+    assert_never_interrupted(read_run(tmp_path / f"attempt{attempt}"), whole)
     assert all(entry.finished for entry in stored_entries(tmp_path / "store"))
 
 

@@ -96,6 +96,20 @@ def test_scores_and_record(tiny_model, tiny_tokenizer, text_file):
     assert evaluate(model, tiny_tokenizer, opened) == scores  # opened once, scored any number of times
 
 
+def test_examples_do_not_depend_on_how_often_a_task_was_scored(tiny_model, tiny_tokenizer):
+    opened = open_tasks(["copa"], limit=3)
+    task = opened.loaded["tasks"]["copa"]
+    task.set_config(key="num_fewshot", value=2)
+    prompts = []
+    for _ in range(2):
+        score_tasks(tiny_model("llama"), tiny_tokenizer, opened)
+        prompts.append([instance.args for instance in task.instances])
+    assert prompts[0] == prompts[1]
+    assert sha256_of_documents(opened) != sha256_of_documents(
+        open_tasks(["copa"], limit=3)
+    )  # examples are read as well
+
+
 def test_progress_bars(tiny_model, tiny_tokenizer, text_file, capfd):
     opened = open_evaluation(tiny_tokenizer, config(text_file, tasks=["copa"], limit=3), 512)
     evaluate(tiny_model("llama"), tiny_tokenizer, opened)
