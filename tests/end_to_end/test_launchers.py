@@ -126,7 +126,8 @@ def test_stop_ends_a_sweep_at_its_first_failure(program: Program, launcher: str)
 def test_the_jobs_of_a_killed_sweep_close_their_records(program: Program, number: signal.Signals, status: int) -> None:
     running = program.start(*SWEEP, *program.tiny, "mask_ratio=0.1,0.2,0.3", *LOCAL, "method.epochs=100000")
     sweep = program.folder / "group/sweep"
-    wait_until(running, lambda: all((sweep / job / "metrics.jsonl").is_file() for job in ("0", "1")))
+    numbers = [sweep / job / "metrics.jsonl" for job in ("0", "1")]
+    wait_until(running, lambda: all(path.is_file() and path.stat().st_size for path in numbers))
     running.send_signal(number)
     running.communicate(timeout=60)
     assert running.returncode == status
