@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,15 @@ def test_a_run_that_outlived_its_search_is_told_and_not_repeated(opened: Open) -
     assert (search.run_dir(0) / "begun").read_text() == "."
 
 
+@pytest.fixture
+def heeds_sigint() -> Iterator[None]:
+    """A shell lets the processes that it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_sigint")
 def test_an_interrupted_search_ends_its_run_and_keeps_the_trial(opened: Open) -> None:
     search = opened("slow")
     claim = claim_trial(search, 1)

@@ -181,7 +181,7 @@ def test_a_foreign_folder_is_skipped_with_a_sentence(
     (problem,) = shot.problems
     assert problem.startswith(f"{tmp_path / '1'} is skipped: ")
     assert main([str(tmp_path), "--once"]) == 0
-    assert "is skipped" in capsys.readouterr().out
+    assert "is skipped" in " ".join(capsys.readouterr().out.split())  # lines break where the path's length says
 
 
 def test_once_prints_every_run(

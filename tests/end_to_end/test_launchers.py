@@ -129,7 +129,7 @@ def test_the_jobs_of_a_killed_sweep_close_their_records(program: Program, number
     numbers = [sweep / job / "metrics.jsonl" for job in ("0", "1")]
     wait_until(running, lambda: all(path.is_file() and path.stat().st_size for path in numbers))
     running.send_signal(number)
-    running.communicate(timeout=60)
+    running.communicate(timeout=120)
     assert running.returncode == status
     wait_until(None, lambda: all(run.manifest["exit_state"] != "running" for run in sweep_runs(program)))
     for run in sweep_runs(program):

