@@ -8,10 +8,10 @@ The library in four verbs::
     ptq161.export("checkpoint", "dense_model")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ptq161.errors import UserError
+from ptq161.lazy import lazily
 
 if TYPE_CHECKING:
     from ptq161.blockwise import quantize
@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["UserError", "export", "load", "quantize", "save"]
 __version__ = "0.1.0"
 
-_VERBS = {
-    "quantize": "ptq161.blockwise",
-    "export": "ptq161.packed.checkpoint",
-    "load": "ptq161.packed.checkpoint",
-    "save": "ptq161.packed.checkpoint",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a verb when it is first used: the model library takes seconds, an error in a setting should not."""
-    if name in _VERBS:
-        return getattr(import_module(_VERBS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# The model library takes seconds to import, an error in a setting should not.
+__getattr__ = lazily(
+    __name__,
+    {
+        "quantize": "ptq161.blockwise",
+        "export": "ptq161.packed.checkpoint",
+        "load": "ptq161.packed.checkpoint",
+        "save": "ptq161.packed.checkpoint",
+    },
+)

@@ -7,9 +7,9 @@
     packed = ptq161.quantize(restored, calibration, method)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ptq161.lazy import lazily
 from ptq161.preprocess.restoration import Restoration
 
 if TYPE_CHECKING:
@@ -18,11 +18,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Restoration", "restore", "training_tokens"]
 
-_FUNCTIONS = {"restore": "ptq161.preprocess.rounds", "training_tokens": "ptq161.preprocess.text"}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a function when it is first used: checking a configuration needs the hyperparameters alone."""
-    if name in _FUNCTIONS:
-        return getattr(import_module(_FUNCTIONS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# Checking a configuration needs the hyperparameters alone.
+__getattr__ = lazily(__name__, {"restore": "ptq161.preprocess.rounds", "training_tokens": "ptq161.preprocess.text"})

@@ -10,9 +10,9 @@ Usage::
     run = read_run(run_dir)
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ptq161.lazy import lazily
 from ptq161.tracking.files import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_metrics, read_run
 
@@ -33,17 +33,14 @@ __all__ = [
     "sha256_of_tensors",
 ]
 
-_WRITING = {
-    "Interrupted": "interrupts",
-    "RunRecord": "record",
-    "sha256_of_file": "hashing",
-    "sha256_of_sources": "hashing",
-    "sha256_of_tensors": "hashing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what writes records when it is first used: it needs torch, which whoever only reads need not wait for."""
-    if name in _WRITING:
-        return getattr(import_module(f"{__name__}.{_WRITING[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# What writes records needs torch, which whoever only reads need not wait for.
+__getattr__ = lazily(
+    __name__,
+    {
+        "Interrupted": "ptq161.tracking.interrupts",
+        "RunRecord": "ptq161.tracking.record",
+        "sha256_of_file": "ptq161.tracking.hashing",
+        "sha256_of_sources": "ptq161.tracking.hashing",
+        "sha256_of_tensors": "ptq161.tracking.hashing",
+    },
+)
