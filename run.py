@@ -1,9 +1,9 @@
 """Quantize a model, score it, record the run: ``python run.py --help`` explains every key."""
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
+
+from ptq161.tracking.interrupts import ending_with_a_sentence
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -15,8 +15,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_with_a_sentence():
         main()
-    except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
-        sys.exit(getattr(interrupt, "exit_code", 130))

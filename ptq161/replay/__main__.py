@@ -27,6 +27,7 @@ from rich.table import Table
 from ptq161.errors import UserError
 from ptq161.replay.compare import Comparison, compare
 from ptq161.tracking.files import SCHEMA_VERSION, encode_json, write_atomically
+from ptq161.tracking.interrupts import ending_with_a_sentence
 from ptq161.tracking.read import RunData, read_run
 
 REPORT = "replay.json"
@@ -231,8 +232,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_with_a_sentence():
         sys.exit(main())
-    except KeyboardInterrupt as interrupt:
-        print(f"\nInterrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
-        sys.exit(getattr(interrupt, "exit_code", 130))

@@ -32,7 +32,7 @@ from ptq161.report.table import SIZES
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import RUN, Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
-from ptq161.tracking.interrupts import Interrupts
+from ptq161.tracking.interrupts import Interrupts, ending_with_a_sentence
 
 CONF = RUN.parent / "conf"
 DEFAULT_SPACE = RUN.parent / "search.yaml"
@@ -187,8 +187,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    try:
+    with ending_with_a_sentence():
         sys.exit(main())
-    except KeyboardInterrupt as interrupt:
-        print(f"Interrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
-        sys.exit(getattr(interrupt, "exit_code", 130))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -26,6 +27,16 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number
         super().__init__(self.signal.name)
+
+
+@contextlib.contextmanager
+def ending_with_a_sentence() -> Iterator[None]:
+    """End the process with one sentence, and the status of its signal, where an interruption leaves the body."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print(f"\nInterrupted ({str(interrupt) or 'SIGINT'}).", file=sys.stderr)
+        sys.exit(getattr(interrupt, "exit_code", 130))
 
 
 class Interrupts:
