@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
 from ptq161.methods.base import COMPUTE_DTYPES, ActivationScale, Method, OnMetric, Window, ignore_metric
-from ptq161.models import architecture_of, check_quantizable, decoder_blocks, max_seq_len
+from ptq161.models import architecture_of, check_quantizable, check_tokens, decoder_blocks, max_seq_len
 from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.weight import PackedWeight
@@ -385,13 +385,9 @@ def _check_takes_masks(method: Method) -> None:
 
 
 def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
-    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        raise UserError(f"calibration tokens have shape {list(tokens.shape)}: use integers [n_samples, seq_len].")
+    check_tokens(model, tokens, "calibration", "[n_samples, seq_len]")
     longest = max_seq_len(model.config)
     if tokens.shape[1] > longest:
         raise UserError(
             f"calib.seq_len={tokens.shape[1]}: the model holds at most {longest} tokens; use a shorter one."
         )
-    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"calibration tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")

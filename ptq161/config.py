@@ -20,9 +20,8 @@ from ptq161.errors import UserError
 from ptq161.methods.base import Method, check_choice
 from ptq161.numerics import resolve_device, resolve_dtype
 from ptq161.preprocess.restoration import Restoration, check_mask
+from ptq161.texts import CALIBRATION_SETS, CORPORA
 
-CALIBRATION_SETS = ("squad", "drop", "coqa", "wikitext2", "c4", "ptb", "redpajama", "text_file")
-CORPORA = ("boolq", "lambada", "wikitext2", "c4", "ptb", "text_file")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_ERROR = ("continue", "stop")
 TRACKERS = ("wandb", "none")

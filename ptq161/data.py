@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ptq161.assets import ASSETS, fetch
-from ptq161.config import CORPORA, CalibConfig
+from ptq161.config import CalibConfig
 from ptq161.errors import UserError
 from ptq161.hub_text import HUB_TEXTS, hub_documents
 from ptq161.methods.base import check_choice
 from ptq161.seeding import stage_generator
+from ptq161.texts import CORPORA
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ def load_corpus(
 
     Args:
         tokenizer: called with its defaults; see ``Corpus.bos_rule``.
-        name: one of :data:`ptq161.config.CORPORA`.
+        name: one of :data:`ptq161.texts.CORPORA`.
         text_file: the file of ``text_file``.
         hub_root: local copy in place of the hub (see :func:`ptq161.hub_text.hub_documents`).
 

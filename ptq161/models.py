@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -98,6 +98,25 @@ def quantized_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]
         for group in row.linears:
             for path in group:
                 yield f"{i}.{path}", block.get_submodule(path)
+
+
+def check_tokens(model: PreTrainedModel, tokens: Tensor, kind: str, shape: str) -> None:
+    """Check that tokens are integers of the model's vocabulary in two dimensions.
+
+    Args:
+        model: that will read them.
+        tokens: to be ``[n, seq_len]``.
+        kind: what the sentence calls them, such as ``calibration``.
+        shape: how it names the dimensions.
+
+    Raises:
+        UserError: they are not.
+    """
+    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+        raise UserError(f"{kind} tokens have shape {list(tokens.shape)}: use integers {shape}.")
+    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")
 
 
 def check_quantizable(model: PreTrainedModel) -> None:

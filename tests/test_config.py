@@ -11,8 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from ptq161.config import (
-    CALIBRATION_SETS,
-    CORPORA,
     CalibConfig,
     EvalConfig,
     ModelConfig,
@@ -25,6 +23,7 @@ from ptq161.errors import UserError
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.numerics import resolve_device, resolve_dtype
 from ptq161.seeding import stage_generator
+from ptq161.texts import CALIBRATION_SETS, CORPORA
 
 COMPLETE: dict[str, Any] = {
     "mask_ratio": 0.2,

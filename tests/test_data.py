@@ -16,10 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ptq161 import data
-from ptq161.config import CALIBRATION_SETS, CORPORA, CalibConfig, build
+from ptq161.config import CalibConfig, build
 from ptq161.data import calibration_tokens, load_corpus, passages
 from ptq161.errors import UserError
 from ptq161.hub_text import HUB_TEXTS, hub_documents
+from ptq161.texts import CALIBRATION_SETS, CORPORA
 
 WORDS = [f"w{i}" for i in range(200)]
 

@@ -7,12 +7,12 @@ import math
 
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, check_choice
+from ptq161.texts import CALIBRATION_SETS
 
 UPDATES = ("lora", "full")
 OBJECTIVES = ("lm", "kl", "kl_hidden")
 MASKS = ("first", "fresh")
 TRAINING_DTYPES = ("float32", "bfloat16")
-CORPORA = ("squad", "drop", "coqa", "wikitext2", "c4", "ptb", "redpajama", "text_file")
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj",),
@@ -49,7 +49,7 @@ class Restoration:
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
         seq_len: tokens per sequence; documents are packed without padding.
-        corpora: training text, each one of ``CORPORA``.
+        corpora: training text, each one of ``ptq161.texts.CALIBRATION_SETS``.
         text_file: the file of the corpus ``text_file``.
         rounds: how often the model is quantized and restored.
         mask: salient channels of the final quantization, and of every round's but the first: ``first``, those of the
@@ -92,7 +92,7 @@ class Restoration:
         check_choice("preprocess.mask", self.mask, MASKS)
         check_choice("preprocess.compute_dtype", self.compute_dtype, TRAINING_DTYPES)
         _check_list("preprocess.targets", self.targets, tuple(ROLES))
-        _check_list("preprocess.corpora", self.corpora, CORPORA)
+        _check_list("preprocess.corpora", self.corpora, CALIBRATION_SETS)
         if "text_file" in self.corpora and not self.text_file:
             raise UserError("preprocess.corpora=[text_file] needs a file: set preprocess.text_file=FILE.")
         for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every"):

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.blockwise import quantize
-from ptq161.errors import UserError
 from ptq161.fingerprints import claim
 from ptq161.methods.base import COMPUTE_DTYPES, Method, OnMetric, ignore_metric
-from ptq161.models import check_quantizable, max_seq_len
+from ptq161.models import check_quantizable, check_tokens, max_seq_len
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
 from ptq161.preprocess.restoration import Restoration, check_mask, check_seq_len
@@ -116,11 +115,7 @@ def check_restorable(model: PreTrainedModel, tokens: Tensor, method: Method, res
     check_mask(method, restoration)
     target_names(model, restoration)
     check_seq_len(restoration, max_seq_len(model.config))
-    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        raise UserError(f"training tokens have shape {list(tokens.shape)}: use integers [n, seq_len].")
-    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"training tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")
+    check_tokens(model, tokens, "training", "[n, seq_len]")
 
 
 @contextmanager
