@@ -75,11 +75,17 @@ def train(
         for step in range(first, restoration.steps):
             began, loss, lr = time.perf_counter(), 0.0, schedule.get_last_lr()[0]
             for batch in order[step]:
+                sequences = tokens[batch].to(student.device)
                 with accelerator.accumulate(student):
-                    value = loss_of(tokens[batch].to(student.device))
+                    value = loss_of(sequences)
+                    if not value.isfinite():
+                        where = f"{_first_not_finite(student, sequences)} (round {round_}, step {step})"
+                        raise UserError(
+                            f"the loss of restorative training is {value.item()}, first seen in {where}, at learning "
+                            f"rate {lr:.3g}: lower preprocess.lr."
+                        )
                     accelerator.backward(value)
                     loss += value.item() / restoration.accumulation
-                    _check_finite(loss, lr, round_, step)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters.values(), restoration.max_grad_norm)
                     optimizer.step()
@@ -189,9 +195,8 @@ def _autocast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _check_finite(loss: float, lr: float, round_: int, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss of restorative training is {loss} in round {round_}, step {step}, at learning rate {lr:.3g}: "
-            "lower preprocess.lr."
-        )
+def _first_not_finite(student: PreTrainedModel, tokens: Tensor) -> str:
+    """Say which decoder block's output is the first that is not finite."""
+    with torch.no_grad():
+        _, by_block = _run(student, tokens)
+    return next((f"block {i}" for i, output in enumerate(by_block) if not output.isfinite().all()), "the loss alone")

@@ -15,12 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import ptq161
 from ptq161.errors import UserError
+from ptq161.methods.base import ignore_metric
 from ptq161.methods.gptq import GPTQ
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.models import quantized_linears
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess import Restoration, restore
+from ptq161.preprocess.student import make_student
+from ptq161.preprocess.training import train
 from tests.preprocess.conftest import loss_of, sequences, short, text_tokens
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -262,8 +265,25 @@ def test_the_fingerprint_is_readable(tiny_model: TinyModel, tmp_path: Path) -> N
 
 def test_a_loss_that_is_not_finite_names_where(tiny_model: TinyModel) -> None:
     sentence = refused(lambda: restored(tiny_model("llama"), short(update="full", lr=1e30, warmup_share=0.0, steps=9)))
-    assert sentence.startswith("the loss of restorative training is nan in round 0, step ")
+    assert sentence.startswith("the loss of restorative training is nan, first seen in block 0 (round 0, step ")
     assert "at learning rate " in sentence and sentence.endswith("lower preprocess.lr.")
+
+
+def test_a_loss_that_is_not_finite_names_the_block_it_comes_from(tiny_model: TinyModel) -> None:
+    model = tiny_model("llama")
+    student = make_student(ptq161.quantize(model, CALIBRATION, COARSE), short(), torch.device("cpu"))
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        return student(tokens, labels=tokens).loss
+
+    sentence = refused(
+        lambda: train(
+            student, loss_of, TRAINING, short(), None, on_metric=ignore_metric, seed=0, round_=0, progress=False
+        )
+    )
+    assert "first seen in block 1 (round 0, step 0)" in sentence
 
 
 def test_methods_without_masks_refuse_the_first_one(tiny_model: TinyModel) -> None:
