@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 from ptq161.tracking import sha256_of_file, sha256_of_sources, sha256_of_tensors
+from ptq161.tracking.hashing import ONLOOKERS, PACKAGE
 
 
 def test_tensor_hash_depends_on_content_alone() -> None:
@@ -46,3 +49,26 @@ def test_source_hash_sees_names_and_contents_of_sources_only(tmp_path: Path) -> 
     source.rename(tmp_path / "a.py")
     assert len({before, changed, sha256_of_sources(tmp_path)}) == 3
     assert len(sha256_of_sources()) == 64
+
+
+def test_source_hash_leaves_out_what_only_shows(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "methods").mkdir()
+    before = sha256_of_sources(tmp_path)
+    (tmp_path / "report" / "a.py").write_text("x = 1")
+    (tmp_path / "watch.py").write_text("x = 1")
+    assert sha256_of_sources(tmp_path) == before
+    (tmp_path / "methods" / "watch.py").write_text("x = 1")
+    assert sha256_of_sources(tmp_path) != before
+
+
+def test_nothing_that_computes_imports_what_is_left_out() -> None:
+    assert all((PACKAGE / name).exists() for name in ONLOOKERS)
+    stages = "blockwise config data evaluation.zero_shot models packed.checkpoint preprocess.rounds preprocess.text"
+    script = (
+        f"import importlib, sys\nfor m in {stages.split()}: importlib.import_module('ptq161.' + m)\nprint(*sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    parts = {name.split(".")[1] for name in loaded if name.startswith("ptq161.")}
+    assert {"blockwise", "methods", "packed"} <= parts
+    assert parts.isdisjoint(name.removesuffix(".py") for name in ONLOOKERS)
