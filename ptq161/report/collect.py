@@ -24,8 +24,8 @@ FULL_PRECISION = "none"
 """The method of a run, and of a row, that quantizes nothing."""
 STORED = "stored checkpoint"
 """The method of a run that evaluates a packed checkpoint as it is."""
-MERGED = "merged"
-"""The method of a row with the scores of a preprocessed model before it is quantized."""
+MERGED = ", not quantized"
+"""Follows the method in a row with the scores of a preprocessed model before it is quantized."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,15 +133,21 @@ def baselines(results: Sequence[Result]) -> list[Result]:
             found.append(Result((_baseline(run, FULL_PRECISION, run.full_precision),)))
     merged: dict[tuple[Any, ...], Result] = {}
     for result in quantized(results):
-        rows = tuple(_baseline(run, MERGED, run.merged) for run in result.runs if run.merged)
+        rows = tuple(_baseline(run, f"{run.method}{MERGED}", run.merged) for run in result.runs if run.merged)
         if rows:
-            merged.setdefault((result.model, *(tuple(sorted(row.metrics.items())) for row in rows)), Result(rows))
+            scores = (tuple(sorted(row.metrics.items())) for row in rows)
+            merged.setdefault((result.model, result.method, *scores), Result(rows))
     return [*found, *merged.values()]
 
 
 def quantized(results: Sequence[Result]) -> list[Result]:
     """Return the results of something quantized."""
-    return [result for result in results if result.method not in (FULL_PRECISION, MERGED)]
+    return [result for result in results if is_quantized(result)]
+
+
+def is_quantized(result: Result) -> bool:
+    """Say whether a result is of something quantized, and no baseline."""
+    return result.method != FULL_PRECISION and not result.method.endswith(MERGED)
 
 
 def differing_keys(results: Sequence[Result]) -> list[str]:
@@ -209,7 +215,7 @@ def pareto_front(results: Sequence[Result], metric: str) -> list[Result]:
 
 def method_name(method: str) -> str:
     """Return what a reader calls a method."""
-    return {FULL_PRECISION: "full precision", MERGED: "preprocessed, full precision"}.get(method, method)
+    return "full precision" if method == FULL_PRECISION else method
 
 
 def label(result: Result, keys: Sequence[str], *, model: bool = False) -> str:
@@ -240,7 +246,7 @@ def _baseline(run: Run, method: str, metrics: Mapping[str, float]) -> Run:
         config={key: value for key, value in run.config.items() if not key.startswith("method.")},
         metrics=metrics,
         commit=run.commit,
-        seed=run.seed if method == MERGED else None,
+        seed=None if method == FULL_PRECISION else run.seed,
     )
 
 

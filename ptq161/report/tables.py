@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq161.report.collect import FULL_PRECISION, MERGED
+from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.published import Comparison
 from ptq161.report.results import (
     Result,
     baselines,
     differing_keys,
     is_perplexity,
+    is_quantized,
     method_name,
     metric_names,
     quantized,
@@ -24,7 +25,6 @@ from ptq161.report.results import (
 from ptq161.report.seeds import Estimate
 from ptq161.report.table import SIZES
 
-BASELINES = (FULL_PRECISION, MERGED)
 LATEX = {**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"±": r"$\pm$", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
@@ -137,7 +137,7 @@ def latex_table(table: Table) -> str:
     ]
     lines += [_latex_line([_latex(table.columns[i].heading) for i in shown]), r"\midrule"]
     body = [_latex_line([_latex_cell(row[i]) for i in shown]) for row in table.rows]
-    n_baselines = sum(result.method in BASELINES for result in table.results)
+    n_baselines = sum(not is_quantized(result) for result in table.results)
     if 0 < n_baselines < len(body):
         body.insert(n_baselines, r"\midrule")
     lines += body
@@ -230,7 +230,7 @@ def _marked(
     """Mark the best value of each column among the quantized results of each model, where there are several."""
     marked = [list(row) for row in rows]
     for model in {result.model for result in results}:
-        mine = [i for i, r in enumerate(results) if r.model == model and r.method not in BASELINES]
+        mine = [i for i, r in enumerate(results) if r.model == model and is_quantized(r)]
         for j, column in enumerate(columns):
             values = {i: v for i in mine if isinstance(v := rows[i][j].value, float) and math.isfinite(v)}
             if column.better and len(values) > 1:

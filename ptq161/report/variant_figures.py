@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ptq161.errors import UserError
 from ptq161.report.collect import FULL_PRECISION
@@ -23,7 +24,7 @@ def variants_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -
     """Draw scores in a row per value of ``x``, with a panel per metric; full precision is a dashed line.
 
     Results that share a row have colours by what else they differ in. Of methods, the row is the quantizer's alone:
-    with and without preprocessing are colours.
+    with and without preprocessing are colours. A hollow point is a preprocessed model before it is quantized.
 
     Args:
         results: to draw.
@@ -56,8 +57,13 @@ def variants_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -
     panels[0].set_ylim(len(names) - 0.5, -0.5)
     panels[0].set_ylabel(x)
     entries = {text: handle for handle, text in zip(*panels[0].get_legend_handles_labels(), strict=True) if text}
+    if any(run.merged for result in rows for run in result.runs):
+        entries["preprocessed, not quantized"] = Line2D([], [], marker="o", mfc="none", color="grey", linestyle="")
     if entries:
-        figure.legend(entries.values(), entries, loc="outside upper right", ncols=3, frameon=False, fontsize="small")
+        columns = 2 if len(shown) == 1 else 4
+        figure.legend(
+            entries.values(), entries, loc="outside upper right", ncols=columns, frameon=False, fontsize="small"
+        )
     return figure
 
 
@@ -70,6 +76,14 @@ def _draw(axes: Axes, results: Sequence[Result], places: Sequence[float], metric
     if points:
         values, at, down, up = zip(*points, strict=True)
         axes.errorbar(values, at, xerr=[down, up], fmt="o", color=color, label=text, capsize=2, markersize=5)
+    merged = [
+        (run.merged[metric], place)
+        for result, place in zip(results, places, strict=True)
+        for run in result.runs
+        if drawable(metric, run.merged.get(metric))
+    ]
+    if merged:
+        axes.plot(*zip(*merged, strict=True), "o", mfc="none", color=color, markersize=5)
 
 
 def _row(result: Result, x: str) -> str:

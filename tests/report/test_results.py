@@ -99,17 +99,18 @@ def test_preprocessed_models_once_each(write_run: WriteRun) -> None:
     def document(ppl: float, merged: float) -> dict[str, object]:
         return {"metrics": {PPL: ppl}, "full_precision": FULL, "merged": {PPL: merged}, "protocol": {}}
 
-    settings = {"preprocess": {"name": "restorative_lora"}}
+    first, fresh = ({"preprocess": {"name": "restorative_lora", "mask": mask}} for mask in ("first", "fresh"))
     found = results(
-        write_run("a", "rtn", results=document(90.0, 20.0), **settings),
-        write_run("b", "gptq", results=document(80.0, 20.0), **settings),
-        write_run("c", results=document(70.0, 22.0), **settings),
+        write_run("a", results=document(90.0, 20.0), **first),
+        write_run("b", results=document(80.0, 20.0), **fresh),
+        write_run("c", "rtn", results=document(70.0, 22.0), **fresh),
     )
     assert [(r.method, r.metrics[PPL]) for r in baselines(found)] == [
         ("none", 18.0),
-        ("merged", 20.0),
-        ("merged", 22.0),
+        ("ptq161+preprocessing, not quantized", 20.0),
+        ("rtn+preprocessing, not quantized", 22.0),
     ]
+    assert [result.metrics[PPL] for result in quantized(found)] == [90.0, 80.0, 70.0]
 
 
 def test_the_front_is_what_nothing_beats_in_both(write_run: WriteRun) -> None:

@@ -110,7 +110,7 @@ def test_scores_of_the_preprocessed_model_follow_full_precision(write_run: Write
     run = write_run("a", preprocess={"name": "restorative_lora"}, results={**document, "protocol": {}})
     table = result_table(results(run))
     assert [row[0].text for row in table.rows] == [
-        *["full precision", "preprocessed, full precision", "ptq161+preprocessing"]
+        *["full precision", "ptq161+preprocessing, not quantized", "ptq161+preprocessing"]
     ]
     assert [row[4].text for row in table.rows] == ["18.00", "21.00", "99.00"] or [
         row[5].text for row in table.rows

@@ -51,6 +51,17 @@ def test_methods_before_and_after_share_a_row(before_and_after: list[Result]) ->
     assert low > high  # the first row is on top
 
 
+def test_a_preprocessed_model_is_a_hollow_point(write_run: WriteRun) -> None:
+    document = {"metrics": {PPL: 60.0}, "full_precision": {PPL: 18.0}, "merged": {PPL: 40.0}, "protocol": {}}
+    folders = [write_run("before", "rtn", 90.0), write_run("after", "rtn", preprocess=RESTORED, results=document)]
+    figure = variants_figure(results_of(collect(folders).runs), "method", [PPL])
+    (axes,) = figure.axes
+    (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    assert [float(value) for value in hollow.get_xdata()] == [40.0]
+    assert drawn(axes) == {"preprocess=none": [(90.0, 0)], "preprocess=restorative_lora": [(60.0, 0)]}
+    assert figure.legends[0].get_texts()[-1].get_text() == "preprocessed, not quantized"
+
+
 def test_methods_in_one_row_have_colours(before_and_after: list[Result]) -> None:
     figure = variants_figure(before_and_after, "preprocess", [PPL])
     assert rows(figure.axes[0]) == ["none", "restorative_lora"]
