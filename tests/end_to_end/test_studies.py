@@ -64,7 +64,14 @@ STUDIES = {
         x="method",
         overrides=("method=rtn,ptq161",),  # a method of each kind; baselines has them all
     ),
-    "objectives": Study({"preprocess.objective": ["lm", "kl", "kl_hidden"]}, x="preprocess.objective"),
+    "objectives": Study(
+        {
+            "preprocess.objective": ["lm", "lm", "kl", "kl", "kl_hidden", "kl_hidden"],
+            "preprocess.lr": [0.001, 0.003] * 3,
+        },
+        x="preprocess.lr",
+        overrides=("preprocess.lr=0.001,0.003",),
+    ),
     "calibration": Study(
         {
             "calib": ["squad", "coqa", "squad", "squad"],
