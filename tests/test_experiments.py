@@ -1,4 +1,4 @@
-"""The published figures of the studies are those of the collected papers, figure by figure."""
+"""What is stored of the studies: published figures are those of the collected papers, results name their runs."""
 
 from __future__ import annotations
 
@@ -37,3 +37,11 @@ def test_components_pair_with_the_papers_rows() -> None:
         "mask+scales+angles+preprocessing": 9.98,
         "mask+scales+angles+cosine+preprocessing": 9.67,
     }
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("**/results.csv")), ids=lambda f: f.parent.name)
+def test_results_name_their_runs_by_the_command(file: Path) -> None:
+    """Not by the folder of the machine on which they were made."""
+    with file.open() as stream:
+        folders = [folder for row in csv.DictReader(stream) for folder in row["run_dir"].split()]
+    assert folders and all(folder.startswith("multirun/") for folder in folders)

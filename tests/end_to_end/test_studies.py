@@ -72,6 +72,16 @@ STUDIES = {
         x="preprocess.lr",
         overrides=("preprocess.lr=0.001,0.003",),
     ),
+    "restoration": Study(
+        {
+            "preprocess": ["none", "lora", "lora, first mask", "lora, two rounds", "full"],
+            "preprocess.rounds": [None, 1, 1, 2, 1],
+            "preprocess.mask": [None, "fresh", "first", "fresh", "fresh"],
+            "preprocess.update": [None, "lora", "lora", "lora", "full"],
+        },
+        x="preprocess",
+        overrides=("++preprocess.steps=1",),
+    ),
     "calibration": Study(
         {
             "calib": ["squad", "coqa", "squad", "squad"],
