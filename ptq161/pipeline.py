@@ -28,7 +28,7 @@ from ptq161.evaluation import OpenEvaluation, Scores, evaluate, greedy_sample, o
 from ptq161.fingerprints import describe, device_name, key_of
 from ptq161.identity import identity
 from ptq161.methods.base import COMPUTE_DTYPES
-from ptq161.models import check_quantizable, is_packed_folder, load_tokenizer, load_weights, max_seq_len
+from ptq161.models import check_quantizable, decoder_blocks, is_packed_folder, load_tokenizer, load_weights, max_seq_len
 from ptq161.packed.checkpoint import (
     cast_rest,
     load,
@@ -162,7 +162,7 @@ def _quantize_and_score(job: _Job) -> dict[str, Any]:
         training = _training(job, tokenizer, max_seq_len(hf_config))
         model = load_weights(config.model)
         check_quantizable(model)
-        record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
+        record.describe(model_sha256=sha256_of_tensors(model.state_dict()), n_blocks=len(decoder_blocks(model)))
     full_precision: dict[str, float] = {}
     scores = Scores({}, {})
     if config.eval.full_precision or config.method is None:

@@ -44,6 +44,7 @@ STYLES = {
 }
 """Of each state, in the order in which a terminal that is too small for all of them shows the rows."""
 ACTIVE = ("running", "starting", "waiting")
+LOSSES = ("loss", "preprocess_loss", "preprocess_quantize_loss")
 TAIL_BYTES = 1 << 16
 """Read from the end of a running job's numbers: far more than one window's."""
 CLOCK_SECONDS = 60.0
@@ -218,10 +219,10 @@ def _row(run_dir: Path, folder: Path) -> Row:
     if _is_gone(manifest):
         return dataclasses.replace(row, state="lost", outcome="its process has gone; type its command again")
     numbers = _last_numbers(run_dir / "metrics.jsonl")
-    losses = [_number(number.get("value")) for number in numbers if number.get("name") == "loss"]
+    losses = [_number(number.get("value")) for number in numbers if number.get("name") in LOSSES]
     return dataclasses.replace(
         row,
-        progress=_progress(numbers[-1]) if numbers else "loading",
+        progress=_progress(numbers[-1], manifest.get("n_blocks")) if numbers else "loading",
         loss=losses[-1] if losses else None,
         seconds=_since(manifest.get("start")),
     )
@@ -274,13 +275,16 @@ def _last_numbers(path: Path) -> list[dict[str, Any]]:
     return numbers
 
 
-def _progress(number: Mapping[str, Any]) -> str:
-    if "block" in number:
+def _progress(number: Mapping[str, Any], n_blocks: int | None) -> str:
+    name = str(number["name"])
+    stage = "preprocess: " if name.startswith("preprocess_") else ""
+    if "step" in number:
+        return f"{stage}step {number['step']}"
+    block = number.get("block", str(number["linear"]).partition(".")[0] if "linear" in number else None)
+    if block is not None:
         epoch = f", epoch {number['epoch']}" if "epoch" in number else ""
-        return f"block {number['block']}{epoch}"
-    if "linear" in number:
-        return f"block {str(number['linear']).partition('.')[0]}"
-    return f"{number['model']}: {number['name']}" if "model" in number else str(number["name"])
+        return f"{stage}block {block}{f' of {n_blocks}' if n_blocks else ''}{epoch}"
+    return f"{number['model']}: {name}" if "model" in number else name
 
 
 def _outcome(run: RunData) -> str:

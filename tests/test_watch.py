@@ -91,6 +91,8 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
         (LOSS, "block 3, epoch 1"),
         ({"name": "output_error", "value": 1.0, "linear": "12.self_attn.q_proj"}, "block 12"),
         ({"name": "seconds", "value": 1.0, "block": 4}, "block 4"),
+        ({"name": "preprocess_lr", "value": 1.0, "round": 0, "step": 7}, "preprocess: step 7"),
+        ({"name": "preprocess_quantize_seconds", "value": 1.0, "round": 0, "block": 4}, "preprocess: block 4"),
         ({"name": "ppl/boolq@512", "value": 1.0, "model": "full precision"}, "full precision: ppl/boolq@512"),
         ({"name": "steps", "value": 1.0}, "steps"),
     ],
@@ -107,6 +109,17 @@ def test_of_many_numbers_only_the_last_are_read(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(watch, "TAIL_BYTES", 150)
     write_metrics(write_run(tmp_path / "0", "running"), *({**LOSS, "block": i} for i in range(9)))
     assert only_row(tmp_path).progress == "block 8, epoch 1"
+
+
+def test_blocks_are_told_with_their_number(tmp_path: Path) -> None:
+    write_metrics(write_run(tmp_path / "0", "running", n_blocks=30), LOSS)
+    assert only_row(tmp_path).progress == "block 3 of 30, epoch 1"
+
+
+def test_the_loss_of_a_training_is_shown(tmp_path: Path) -> None:
+    line = {"time": 1.0, "name": "preprocess_loss", "value": 5.5, "round": 0, "step": 3}
+    write_metrics(write_run(tmp_path / "0", "running"), LOSS, line)
+    assert (only_row(tmp_path).progress, only_row(tmp_path).loss) == ("preprocess: step 3", 5.5)
 
 
 def test_a_run_without_numbers_is_loading(tmp_path: Path) -> None:
