@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, check_choice
 from ptq161.numerics import resolve_device, resolve_dtype
-from ptq161.preprocess.restoration import Restoration, check_mask
+from ptq161.preprocess.restoration import Restoration
 from ptq161.texts import CALIBRATION_SETS, CORPORA
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -276,10 +276,8 @@ def _build_preprocess(
         # debug=smoke shortens a training, whether there is one or not.
         values = {key: value for key, value in values.items() if key not in Restoration.__dataclass_fields__}
     name, restoration = _build_target(values, "preprocess")
-    if restoration is not None:
-        if method is None:
-            raise UserError(f"preprocess={name}: method=none quantizes nothing; choose a method, or preprocess=none.")
-        check_mask(method, restoration)
+    if restoration is not None and method is None:
+        raise UserError(f"preprocess={name}: method=none quantizes nothing; choose a method, or preprocess=none.")
     return name, restoration
 
 

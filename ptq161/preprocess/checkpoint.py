@@ -49,7 +49,8 @@ def fingerprint(
     Returns:
         JSON values.
     """
-    settings = {key: value for key, value in describe(restoration).items() if key not in _INDIFFERENT}
+    indifferent = (*_INDIFFERENT, "mask") if restoration.rounds == 1 else _INDIFFERENT
+    settings = {key: value for key, value in describe(restoration).items() if key not in indifferent}
     return {
         "quantization": resume.fingerprint(model, calibration, method, seed=seed, device=device),
         "training_tokens": sha256_of_tensors({"tokens": tokens}),

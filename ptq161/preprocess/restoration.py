@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Method, check_choice
+from ptq161.methods.base import check_choice
 from ptq161.texts import CALIBRATION_SETS
 
 UPDATES = ("lora", "full")
@@ -53,7 +53,7 @@ class Restoration:
         text_file: the file of the corpus ``text_file``.
         rounds: how often the model is quantized and restored.
         mask: salient channels of the final quantization, and of every round's but the first: ``first``, those of the
-            first pass (the paper), or ``fresh``, chosen anew.
+            first pass (the paper), or ``fresh``, chosen anew. Nothing to a method without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         compute_dtype: of matrix products and frozen weights; what is trained is float32 always.
         checkpoint_every: steps between two checkpoints.
@@ -112,19 +112,6 @@ class Restoration:
     def sequences(self) -> int:
         """Sequences of one round."""
         return self.steps * self.accumulation * self.batch_size
-
-
-def check_mask(method: Method, restoration: Restoration) -> None:
-    """Check that a method has the salient channels that ``mask=first`` keeps.
-
-    Raises:
-        UserError: it has none.
-    """
-    if restoration.mask == "first" and not method.takes_salient_masks:
-        raise UserError(
-            f"preprocess.mask=first: {type(method).__name__} has no salient channels to keep; "
-            "use preprocess.mask=fresh."
-        )
 
 
 def check_seq_len(restoration: Restoration, longest: int) -> None:

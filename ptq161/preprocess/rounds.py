@@ -17,7 +17,7 @@ from ptq161.methods.base import COMPUTE_DTYPES, Method, OnMetric, ignore_metric
 from ptq161.models import check_quantizable, check_tokens, max_seq_len
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
-from ptq161.preprocess.restoration import Restoration, check_mask, check_seq_len
+from ptq161.preprocess.restoration import Restoration, check_seq_len
 from ptq161.preprocess.student import frozen_copy, make_student, merge, target_names
 from ptq161.preprocess.training import objective, train
 from ptq161.seeding import stage_generator
@@ -60,9 +60,9 @@ def restore(
         else None).
 
     Raises:
-        UserError: the model, tokens or method do not fit; a loss is not finite; ``folder`` belongs to another training.
+        UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
-    check_restorable(model, tokens, method, restoration)
+    check_restorable(model, tokens, restoration)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     if folder is not None:
@@ -85,7 +85,7 @@ def restore(
             salient_masks=masks,
             resume=None if folder is None else folder / f"quantize_{round_}",
         )
-        if restoration.mask == "first" and masks is None:
+        if restoration.mask == "first" and method.takes_salient_masks and masks is None:
             masks = salient_masks(packed)
         with _random_numbers(seed, round_, target):
             student = make_student(packed, restoration, target)
@@ -105,14 +105,13 @@ def restore(
     return restored, masks
 
 
-def check_restorable(model: PreTrainedModel, tokens: Tensor, method: Method, restoration: Restoration) -> None:
-    """Check that model, tokens, method and hyperparameters fit each other.
+def check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
+    """Check that model, tokens and hyperparameters fit each other.
 
     Raises:
         UserError: they do not.
     """
     check_quantizable(model)
-    check_mask(method, restoration)
     target_names(model, restoration)
     check_seq_len(restoration, max_seq_len(model.config))
     check_tokens(model, tokens, "training", "[n, seq_len]")

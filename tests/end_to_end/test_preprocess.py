@@ -107,10 +107,6 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
             ["method=none"],
             "preprocess=restorative_lora: method=none quantizes nothing; choose a method, or preprocess=none.",
         ),
-        (
-            ["method=rtn", "preprocess.mask=first"],
-            "preprocess.mask=first: RTN has no salient channels to keep; use preprocess.mask=fresh.",
-        ),
         (["preprocess.steps=0"], "preprocess.steps=0: use at least 1."),
         (
             ["preprocess.text_file=nowhere"],

@@ -74,9 +74,9 @@ STUDIES = {
     ),
     "restoration": Study(
         {
-            "preprocess": ["none", "lora", "lora, first mask", "lora, two rounds", "full"],
+            "preprocess": ["none", "lora", "lora, fresh mask", "lora, two rounds", "full"],
             "preprocess.rounds": [None, 1, 1, 2, 1],
-            "preprocess.mask": [None, "fresh", "first", "fresh", "fresh"],
+            "preprocess.mask": [None, "first", "fresh", "first", "first"],
             "preprocess.update": [None, "lora", "lora", "lora", "full"],
         },
         x="preprocess",

@@ -126,6 +126,15 @@ def test_fresh_masks_are_not_handed_on(tiny_model: TinyModel) -> None:
     assert restore(tiny_model("llama"), TRAINING, CALIBRATION, QUICK, short())[1] is None
 
 
+def test_a_method_without_salient_channels_keeps_none(tiny_model: TinyModel) -> None:
+    first, fresh = (
+        restore(tiny_model("llama"), TRAINING, CALIBRATION, GPTQ(), short(mask=mask, rounds=2))
+        for mask in ("first", "fresh")
+    )
+    assert first[1] is None
+    assert same(first[0], fresh[0])
+
+
 # --- determinism and resuming -----------------------------------------------------------------------------------------
 
 
@@ -284,11 +293,6 @@ def test_a_loss_that_is_not_finite_names_the_block_it_comes_from(tiny_model: Tin
         )
     )
     assert "first seen in block 1 (round 0, step 0)" in sentence
-
-
-def test_methods_without_masks_refuse_the_first_one(tiny_model: TinyModel) -> None:
-    sentence = refused(lambda: restored(tiny_model("llama"), short(mask="first"), GPTQ()))
-    assert sentence == "preprocess.mask=first: GPTQ has no salient channels to keep; use preprocess.mask=fresh."
 
 
 def test_a_role_that_the_architecture_lacks(tiny_model: TinyModel) -> None:
