@@ -30,7 +30,14 @@ def restored(
     tmp_path_factory: pytest.TempPathFactory, tiny: list[str], training: list[str]
 ) -> tuple[Ended, Path, list[str]]:
     program = Program(tmp_path_factory.mktemp("restored"), tiny)
-    overrides = [*tiny, *training, "preprocess.objective=kl", "preprocess.rounds=2", "preprocess.save_merged=true"]
+    # Fresh masks, so that the merged folder alone says what comes out.
+    settings = [
+        "preprocess.objective=kl",
+        "preprocess.rounds=2",
+        "preprocess.save_merged=true",
+        "preprocess.mask=fresh",
+    ]
+    overrides = [*tiny, *training, *settings]
     ended = program(*overrides, "hydra.run.dir=run")
     assert ended.status == 0, ended.stderr
     return ended, program.folder / "run", overrides
