@@ -280,10 +280,11 @@ def _progress(number: Mapping[str, Any], n_blocks: int | None) -> str:
     stage = "preprocess: " if name.startswith("preprocess_") else ""
     if "step" in number:
         return f"{stage}step {number['step']}"
-    block = number.get("block", str(number["linear"]).partition(".")[0] if "linear" in number else None)
-    if block is not None:
+    if "block" in number or "linear" in number:
+        block = number["block"] if "block" in number else str(number["linear"]).partition(".")[0]
+        total = f" of {n_blocks}" if n_blocks else ""
         epoch = f", epoch {number['epoch']}" if "epoch" in number else ""
-        return f"{stage}block {block}{f' of {n_blocks}' if n_blocks else ''}{epoch}"
+        return f"{stage}block {block}{total}{epoch}"
     return f"{number['model']}: {name}" if "model" in number else name
 
 

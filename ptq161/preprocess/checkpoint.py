@@ -49,6 +49,7 @@ def fingerprint(
     Returns:
         JSON values.
     """
+    # A single round's mask is that of the final quantization alone.
     indifferent = (*_INDIFFERENT, "mask") if restoration.rounds == 1 else _INDIFFERENT
     settings = {key: value for key, value in describe(restoration).items() if key not in indifferent}
     return {

@@ -78,14 +78,16 @@ def train(
                 sequences = tokens[batch].to(student.device)
                 with accelerator.accumulate(student):
                     value = loss_of(sequences)
-                    if not value.isfinite():
+                    accelerator.backward(value)
+                    # Read once, and when the backward pass is under way: a GPU waits for whoever reads.
+                    number = value.item()
+                    if not math.isfinite(number):
                         where = f"{_first_not_finite(student, sequences)} (round {round_}, step {step})"
                         raise UserError(
-                            f"the loss of restorative training is {value.item()}, first seen in {where}, at learning "
+                            f"the loss of restorative training is {number}, first seen in {where}, at learning "
                             f"rate {lr:.3g}: lower preprocess.lr."
                         )
-                    accelerator.backward(value)
-                    loss += value.item() / restoration.accumulation
+                    loss += number / restoration.accumulation
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters.values(), restoration.max_grad_norm)
                     optimizer.step()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ptq161.errors import UserError
-from ptq161.report.collect import FULL_PRECISION
+from ptq161.report.collect import FULL_PRECISION, MERGED
 from ptq161.report.figures import COLORS, new_figure, score_axis, spread
 from ptq161.report.results import Result, baselines, differing_keys, drawable, is_perplexity, quantized
 
@@ -58,7 +58,7 @@ def variants_figure(results: Sequence[Result], x: str, metrics: Sequence[str]) -
     panels[0].set_ylabel(x)
     entries = {text: handle for handle, text in zip(*panels[0].get_legend_handles_labels(), strict=True) if text}
     if any(run.merged for result in rows for run in result.runs):
-        entries["preprocessed, not quantized"] = Line2D([], [], marker="o", mfc="none", color="grey", linestyle="")
+        entries[f"preprocessed{MERGED}"] = Line2D([], [], marker="o", mfc="none", color="grey", linestyle="")
     if entries:
         columns = 2 if len(shown) == 1 else 4
         figure.legend(
