@@ -9,7 +9,7 @@ from ptq161.tracking.interrupts import ending_with_a_sentence
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Hand the composed config over."""
-    from ptq161.sweep import run_job
+    from ptq161.sweep.job import run_job
 
     run_job(cfg)
 

@@ -26,12 +26,15 @@ from functools import partial
 import torch
 
 import ptq161
-from ptq161.config import CalibConfig, ModelConfig
-from ptq161.data import calibration_tokens
+from ptq161.data.calibration import calibration_tokens
+from ptq161.data.settings import CalibConfig
 from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn
-from ptq161.methods.base import COMPUTE_DTYPES, LayerwiseMethod, OnMetric
+from ptq161.methods.base import OnMetric
 from ptq161.methods.compensation import inverse_factor
-from ptq161.models import load_model
+from ptq161.methods.layerwise import LayerwiseMethod
+from ptq161.models.loading import load_model
+from ptq161.models.settings import ModelConfig
+from ptq161.numerics import COMPUTE_DTYPES
 
 METHODS: dict[str, LayerwiseMethod] = {
     "rtn": rtn.RTN(bits=2),

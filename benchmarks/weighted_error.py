@@ -19,18 +19,20 @@ from typing import ClassVar
 from torch import Tensor
 
 import ptq161
-from ptq161.config import CalibConfig, ModelConfig
-from ptq161.data import calibration_tokens
+from ptq161.data.calibration import calibration_tokens
+from ptq161.data.settings import CalibConfig
 from ptq161.methods.awq import AWQ
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Method, Window
+from ptq161.methods.base import Method, Window
 from ptq161.methods.compensation import weighted_error
 from ptq161.methods.gptq import GPTQ
+from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod, collect_statistics
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
-from ptq161.methods.statistics import collect_statistics
-from ptq161.models import keep_first_blocks, load_model
+from ptq161.models.architectures import keep_first_blocks
+from ptq161.models.loading import load_model
+from ptq161.models.settings import ModelConfig
 from ptq161.packed.weight import PackedWeight
 
 

@@ -1,4 +1,4 @@
-"""Makes :mod:`ptq161.launcher` known to Hydra, which takes launchers from this namespace package alone.
+"""Makes :mod:`ptq161.sweep.launcher` known to Hydra, which takes launchers from this namespace package alone.
 
 Hydra imports every module here whenever it starts, so this one imports nothing heavy by itself.
 """
@@ -27,7 +27,7 @@ class LocalLauncher(Launcher):
         Raises:
             FailedRunError: a setting of the launcher is wrong.
         """
-        from ptq161.launcher import Sweep
+        from ptq161.sweep.launcher import Sweep
 
         self._sweep = Sweep.open(self._settings, hydra_context, task_function, config)
 

@@ -14,7 +14,7 @@ from ptq161.errors import UserError
 from ptq161.lazy import lazily
 
 if TYPE_CHECKING:
-    from ptq161.blockwise import quantize
+    from ptq161.driver.quantization import quantize
     from ptq161.packed.checkpoint import export, load, save
 
 __all__ = ["UserError", "export", "load", "quantize", "save"]
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 __getattr__ = lazily(
     __name__,
     {
-        "quantize": "ptq161.blockwise",
+        "quantize": "ptq161.driver.quantization",
         "export": "ptq161.packed.checkpoint",
         "load": "ptq161.packed.checkpoint",
         "save": "ptq161.packed.checkpoint",

@@ -6,6 +6,9 @@ import torch
 
 from ptq161.errors import UserError
 
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Names of the dtypes in which matrix products are taken."""
+
 
 def resolve_device(name: str) -> torch.device:
     """Turn ``device`` into a torch device.

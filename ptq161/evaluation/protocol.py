@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq161.config import EvalConfig
-from ptq161.data import Corpus, load_corpus
+from ptq161.data.corpora import Corpus, load_corpus
 from ptq161.evaluation.perplexity import Perplexity, check_windows, perplexity
+from ptq161.evaluation.settings import EvalConfig
 from ptq161.evaluation.zero_shot import (
     OpenTasks,
     ZeroShotScore,
@@ -20,8 +20,8 @@ from ptq161.evaluation.zero_shot import (
     separately,
     sha256_of_documents,
 )
+from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import OnMetric, ignore_metric
-from ptq161.tracking.hashing import sha256_of_tensors
 
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
 PERPLEXITY_TOKENS_PER_BATCH = 4096

@@ -28,11 +28,11 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptq161.assets import fetch
+from ptq161.data.assets import fetch
+from ptq161.data.hub import offline_unless_reachable
 from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS, write_task_files
 from ptq161.evaluation.scorer import Scorer
-from ptq161.hub import offline_unless_reachable
 
 FEWSHOT_SEED = 1234  # lm-eval's default
 

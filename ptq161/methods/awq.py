@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.kernels.matmul import linear
+from ptq161.methods.base import Window
 from ptq161.methods.compensation import check_hessian, naming
-from ptq161.methods.products import linear
+from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.uniform import check_uniform, grouped, uniform_nearest, uniform_parameters

@@ -1,6 +1,6 @@
 """What a quantization method is: one entry point per window of decoder blocks.
 
-A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq161.blockwise`) hands it a
+A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq161.driver.quantization`) hands it a
 :class:`Window`; it returns one packed weight per linear. Layer-wise methods derive from
 :class:`LayerwiseMethod` and only say what becomes of one linear.
 """
@@ -8,20 +8,19 @@ A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq1
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.attention import FastCausalAttention
-from ptq161.methods.products import FastLinear
+from ptq161.kernels.attention import FastCausalAttention
+from ptq161.kernels.matmul import FastLinear
+from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
-
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class OnMetric(Protocol):
@@ -33,25 +32,6 @@ class OnMetric(Protocol):
 
 def ignore_metric(name: str, value: float, /, **where: int | str) -> None:
     """Drop the value: the :class:`OnMetric` of a caller who does not listen."""
-
-
-@dataclasses.dataclass
-class InputStatistics:
-    """Statistics of the inputs ``x [tokens, in]`` that a group of linears shares (float32).
-
-    Attributes:
-        hessian: ``[in, in]``, 2/n X^T X over the n calibration sequences, before damping (GPTQ, Eq. 1).
-        absolute_mean: ``[in]``, mean of |x| over all tokens.
-        absolute_max: ``[in]``, largest |x| over all tokens.
-        n_sequences: calibration sequences seen.
-        n_tokens: tokens seen.
-    """
-
-    hessian: Tensor
-    absolute_mean: Tensor
-    absolute_max: Tensor
-    n_sequences: int = 0
-    n_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,67 +165,6 @@ class Method(Protocol):
         """
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerwiseMethod(ABC):
-    """A method that quantizes each linear on its own, from its weight and its inputs' statistics.
-
-    The statistics are taken on the quantized chain with the block's linears still in float, all linears of a
-    block at once.
-
-    Attributes:
-        block_size: always 1.
-        batch_size: calibration sequences per forward pass.
-        compute_dtype: dtype of the forward passes' matrix products; statistics are float32 always.
-        scale_dtype: dtype in which scales, means and zero points are stored.
-    """
-
-    needs_full_chain: ClassVar[bool] = False
-    takes_salient_masks: ClassVar[bool] = False
-    needs_statistics: ClassVar[bool] = True
-
-    block_size: int = 1
-    batch_size: int = 8
-    compute_dtype: str = "float32"
-    scale_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        """Reject values that no layer-wise method can use."""
-        name = type(self).__name__
-        if self.block_size != 1:
-            raise UserError(f"block_size={self.block_size}: {name} quantizes one block at a time; use block_size=1.")
-        check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
-
-    @abstractmethod
-    def nominal_bits(self) -> float:
-        """Bits per weight as the method's paper counts them."""
-
-    @abstractmethod
-    def quantize_group(
-        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
-    ) -> dict[str, PackedWeight]:
-        """Quantize the linears that share one input.
-
-        Args:
-            weights: name -> ``[out, in]`` float32.
-            statistics: of the shared input; None when ``needs_statistics`` is False.
-            window: for generators and metrics.
-
-        Returns:
-            a packed weight for each name.
-        """
-
-    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
-        """Collect statistics once per shared input, then quantize group by group."""
-        from ptq161.methods.statistics import collect_statistics
-
-        collected = collect_statistics(self, window) if self.needs_statistics else {}
-        packed: dict[str, PackedWeight] = {}
-        for group in window.input_groups:
-            weights = {name: window.linears[name].weight.detach().float() for name in group}
-            packed.update(self.quantize_group(weights, collected.pop(group[0], None), window))
-        return packed
-
-
 def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
     """Check the hyperparameters that every method has.
 
@@ -256,13 +175,3 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
         raise UserError(f"method.batch_size={batch_size}: use at least 1.")
     check_choice("method.compute_dtype", compute_dtype, COMPUTE_DTYPES)
     check_choice("method.scale_dtype", scale_dtype, SCALE_DTYPES)
-
-
-def check_choice(setting: str, value: object, choices: Mapping[str, Any] | tuple[str, ...]) -> None:
-    """Check that a setting has one of its values.
-
-    Raises:
-        UserError: it has not.
-    """
-    if value not in choices:
-        raise UserError(f"{setting}={value}: use one of {', '.join(choices)}.")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
+from ptq161.methods.base import Window
+from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.weight import PackedWeight
 
 LARGEST_DAMPING = 1.0

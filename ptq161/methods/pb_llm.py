@@ -11,10 +11,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import check_choice
+from ptq161.kernels.sorting import sorted_values
 from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
-from ptq161.methods.sorting import sorted_values
 from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
 from ptq161.packed.uniform import uniform_codes, uniform_nearest, uniform_parameters
 from ptq161.packed.weight import stored_scale

@@ -20,8 +20,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window, check_choice
+from ptq161.checks import check_choice
+from ptq161.methods.base import Window
 from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor, naming
+from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight, stored_scale

@@ -8,15 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ptq161.methods.base import InputStatistics, LayerwiseMethod, Window
-from ptq161.packed.uniform import (
-    UniformWeight,
-    check_uniform,
-    grouped,
-    per_column,
-    uniform_codes,
-    uniform_parameters,
-)
+from ptq161.methods.base import Window
+from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
+from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_parameters
 from ptq161.packed.weight import PackedWeight
 
 

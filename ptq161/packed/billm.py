@@ -8,8 +8,9 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels.where import fast_where
 from ptq161.packed.bits import pack_plane, unpack_plane
-from ptq161.packed.weight import PackedWeight, chosen, stored_scale
+from ptq161.packed.weight import PackedWeight, stored_scale
 
 
 class BinaryGrid(NamedTuple):
@@ -108,6 +109,7 @@ def binary_values(planes: BinaryPlanes, grid: BinaryGrid) -> Tensor:
     """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32."""
     concentrated, sparse, first, second = grid.scales
     signs, second_signs = (plane.float().mul_(2).sub_(1) for plane in (planes.signs, planes.second_signs))
-    once = signs * chosen(planes.sparse, sparse, concentrated) + chosen(planes.sparse, grid.means[1], grid.means[0])
+    once = signs * fast_where(planes.sparse, sparse, concentrated)
+    once = once + fast_where(planes.sparse, grid.means[1], grid.means[0])
     twice = signs * first + second_signs * second + grid.means[2]
-    return chosen(planes.salient, twice, once)
+    return fast_where(planes.salient, twice, once)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.errors import UserError
-from ptq161.fingerprints import key_of
-from ptq161.models import PACKED_FORMAT, is_packed_folder
+from ptq161.files.fingerprints import key_of
+from ptq161.files.hashing import sha256_of_tensors
+from ptq161.models.loading import PACKED_FORMAT, is_packed_folder
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import packed_weight_from
-from ptq161.tracking.hashing import sha256_of_tensors
 
 WEIGHTS_FILE = "packed.safetensors"
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
-from ptq161.models import quantized_linears
+from ptq161.models.architectures import quantized_linears
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 

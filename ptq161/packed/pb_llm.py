@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
+from ptq161.kernels.where import fast_where
 from ptq161.packed.bits import pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import UNIFORM_BITS, uniform_values
-from ptq161.packed.weight import PackedWeight, chosen, stored_scale
+from ptq161.packed.weight import PackedWeight, stored_scale
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +98,7 @@ class PBLLMWeight(PackedWeight):
         codes = torch.zeros_like(salient, dtype=torch.uint8)
         codes.masked_scatter_(salient, unpack_codes(self.codes, self.n_salient, self.high_bit))
         high = uniform_values(codes, self.high_scales.float(), self.high_zero_points.float())
-        return chosen(salient, high, chosen(signs, *binary_levels(self.means.float(), self.scales.float())))
+        return fast_where(salient, high, fast_where(signs, *binary_levels(self.means.float(), self.scales.float())))
 
 
 def binary_levels(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,26 +7,24 @@ numbers so far. A finished round keeps the trained weights alone, and is not tra
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161 import resume
+from ptq161.driver import resume
 from ptq161.errors import UserError
-from ptq161.fingerprints import describe, versions
-from ptq161.methods.base import Method
+from ptq161.files.atomic import writing
+from ptq161.files.fingerprints import describe, versions
+from ptq161.files.hashing import sha256_of_tensors
+from ptq161.methods.base import Method, OnMetric
 from ptq161.preprocess.restoration import Restoration
-from ptq161.tracking.files import writing
-from ptq161.tracking.hashing import sha256_of_tensors
-
-if TYPE_CHECKING:
-    from ptq161.preprocess.training import StepLog
 
 ADVICE = "give restore another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
 
@@ -58,6 +56,21 @@ def fingerprint(
         "preprocess": settings,
         "versions": versions("peft", "accelerate"),
     }
+
+
+@dataclasses.dataclass
+class StepLog:
+    """The numbers of each step, kept so that a run that goes on can tell all of them again."""
+
+    on_metric: OnMetric
+    round: int
+    rows: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
+
+    def add(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
+        """Keep and tell one step's numbers."""
+        self.rows.append((loss, lr, tokens_per_second))
+        for name, value in zip(("loss", "lr", "tokens_per_second"), self.rows[-1], strict=True):
+            self.on_metric(f"preprocess_{name}", value, round=self.round, step=step)
 
 
 class TrainingCheckpoint:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from ptq161.checks import check_choice
+from ptq161.data.settings import CALIBRATION_SETS
 from ptq161.errors import UserError
-from ptq161.methods.base import check_choice
-from ptq161.texts import CALIBRATION_SETS
 
 UPDATES = ("lora", "full")
 OBJECTIVES = ("lm", "kl", "kl_hidden")
@@ -49,7 +49,7 @@ class Restoration:
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
         seq_len: tokens per sequence; documents are packed without padding.
-        corpora: training text, each one of ``ptq161.texts.CALIBRATION_SETS``.
+        corpora: training text, each one of ``ptq161.data.settings.CALIBRATION_SETS``.
         text_file: the file of the corpus ``text_file``.
         rounds: how often the model is quantized and restored.
         mask: salient channels of the final quantization, and of every round's but the first: ``first``, those of the

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.blockwise import quantize
-from ptq161.fingerprints import claim
-from ptq161.methods.base import COMPUTE_DTYPES, Method, OnMetric, ignore_metric
-from ptq161.models import check_quantizable, check_tokens, max_seq_len
+from ptq161.driver.quantization import quantize
+from ptq161.files.fingerprints import claim
+from ptq161.methods.base import Method, OnMetric, ignore_metric
+from ptq161.models.architectures import check_quantizable, check_tokens, max_seq_len
+from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
 from ptq161.preprocess.restoration import Restoration, check_seq_len

@@ -2,7 +2,7 @@
 
 No evaluation sees what is trained on: the embedded passages share no run of 13 words with the perplexity text (BoolQ,
 LAMBADA), the hub's texts are training splits, and the file that ``eval.text_file`` scores is refused
-(:mod:`ptq161.preflight`).
+(:mod:`ptq161.run.preflight`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ptq161.data import encode, passages, read_text
+from ptq161.data.embedded import passages
+from ptq161.data.hub_text import HUB_TEXTS, hub_documents
+from ptq161.data.text import encode, read_text
 from ptq161.errors import UserError
-from ptq161.hub_text import HUB_TEXTS, hub_documents
 from ptq161.preprocess.restoration import Restoration
 from ptq161.seeding import stage_generator
 
@@ -38,7 +39,7 @@ def training_tokens(
         restoration: corpora, sequence length, and how many sequences a round takes; fewer are returned where the text
             is shorter, and each is then used more than once.
         seed: of the run; the order of the documents follows from it.
-        hub_root: local copy in place of the hub (see :func:`ptq161.hub_text.hub_documents`).
+        hub_root: local copy in place of the hub (see :func:`ptq161.data.hub_text.hub_documents`).
 
     Returns:
         int64 ``[n, seq_len]``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ptq161.errors import UserError
-from ptq161.methods.attention import FastCausalAttention
+from ptq161.kernels.attention import FastCausalAttention
 from ptq161.methods.base import OnMetric
-from ptq161.preprocess.checkpoint import TrainingCheckpoint
+from ptq161.preprocess.checkpoint import StepLog, TrainingCheckpoint
 from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import trained_parameters
@@ -99,21 +98,6 @@ def train(
             bar.update()
             if checkpoint is not None and checkpoint.is_due(step + 1):
                 checkpoint.write(step + 1, parameters, plain_optimizer, plain_schedule, log)
-
-
-@dataclasses.dataclass
-class StepLog:
-    """The numbers of each step, kept so that a run that goes on can tell all of them again."""
-
-    on_metric: OnMetric
-    round: int
-    rows: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
-
-    def add(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """Keep and tell one step's numbers."""
-        self.rows.append((loss, lr, tokens_per_second))
-        for name, value in zip(("loss", "lr", "tokens_per_second"), self.rows[-1], strict=True):
-            self.on_metric(f"preprocess_{name}", value, round=self.round, step=step)
 
 
 def objective(student: PreTrainedModel, teacher: PreTrainedModel | None, restoration: Restoration) -> LossOf:

@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ptq161.errors import UserError
+from ptq161.files.atomic import write_atomically
+from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
-from ptq161.tracking.files import SCHEMA_VERSION, encode_json, write_atomically
 from ptq161.tracking.interrupts import ending_with_a_sentence
+from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
 
 REPORT = "replay.json"
@@ -99,8 +101,8 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         UserError: the configuration cannot be run any more (its model has gone, its schema has changed), or the run
             fails.
     """
-    from ptq161.pipeline import RunContext, run  # takes seconds, which a wrong directory need not wait for
-    from ptq161.preflight import check_writable, checked_config
+    from ptq161.run.pipeline import RunContext, run  # takes seconds, which a wrong directory need not wait for
+    from ptq161.run.preflight import check_writable, checked_config
 
     resolved = replayed_config(recorded)
     then = recorded.manifest.get("working_directory")

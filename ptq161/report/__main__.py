@@ -23,16 +23,7 @@ from ptq161.report.details import Details, chosen_runs, read_details
 from ptq161.report.figures import bits_figure, positions, render, sweep_figure
 from ptq161.report.page import page
 from ptq161.report.published import Published, compare, read_published
-from ptq161.report.results import (
-    Result,
-    differing_keys,
-    is_perplexity,
-    labels,
-    metric_names,
-    quantized,
-    results_of,
-    swept_numbers,
-)
+from ptq161.report.results import Result, differing_keys, labels, metric_names, quantized, results_of, swept_numbers
 from ptq161.report.sections import sections
 from ptq161.report.tables import (
     Table,
@@ -45,6 +36,7 @@ from ptq161.report.tables import (
     result_table,
 )
 from ptq161.report.variant_figures import variants_figure
+from ptq161.tracking.metric_names import is_perplexity
 
 MOST_HIGHLIGHTS = 4
 MOST_SWEEPS = 4

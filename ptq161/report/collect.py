@@ -18,7 +18,7 @@ from typing import Any
 
 from ptq161.errors import UserError
 from ptq161.report.seeds import GROUPS, identity_without_seed
-from ptq161.tracking import RunData, read_run
+from ptq161.tracking.read import RunData, read_run
 
 FULL_PRECISION = "none"
 """The method of a run, and of a row, that quantizes nothing."""

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ptq161.report.collect import Run
-from ptq161.report.results import Result, is_perplexity, metric_names, pareto_front, quantized
-from ptq161.tracking import read_metrics
+from ptq161.report.results import Result, metric_names, pareto_front, quantized
+from ptq161.tracking.metric_names import is_perplexity
+from ptq161.tracking.read import read_metrics
 
 MOST_RUNS = 40
 """Runs whose ``metrics.jsonl`` is read: what a reader can tell apart in a figure, and what is read in a second."""

@@ -16,17 +16,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from ptq161.errors import UserError
 from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.published import Published
-from ptq161.report.results import (
-    Result,
-    baselines,
-    differing_keys,
-    drawable,
-    is_perplexity,
-    labels,
-    pareto_front,
-    quantized,
-)
+from ptq161.report.results import Result, baselines, differing_keys, drawable, labels, pareto_front, quantized
 from ptq161.report.seeds import Estimate
+from ptq161.tracking.metric_names import is_perplexity
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#000000")
 """Okabe and Ito's, and one of Tol's: told apart by the colour-blind as well."""

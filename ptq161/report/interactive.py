@@ -18,8 +18,9 @@ from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.details import Details, Grid
 from ptq161.report.figures import COLORS, MOST_LINES, lines_of, method_colors, positions, spread
 from ptq161.report.published import Published
-from ptq161.report.results import Result, baselines, drawable, is_perplexity, method_name, pareto_front
+from ptq161.report.results import Result, baselines, drawable, method_name, pareto_front
 from ptq161.report.tables import metric_text, number_text, spread_text
+from ptq161.tracking.metric_names import is_perplexity
 
 Chart = dict[str, Any]
 

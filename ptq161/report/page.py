@@ -13,9 +13,10 @@ from plotly.utils import PlotlyJSONEncoder
 
 from ptq161.report.collect import FULL_PRECISION, Run
 from ptq161.report.interactive import Chart
-from ptq161.report.results import Result, drawable, is_perplexity, label, quantized
+from ptq161.report.results import Result, drawable, label, quantized
 from ptq161.report.sections import Section
 from ptq161.report.tables import Table, metric_text, number_text, spread_text
+from ptq161.tracking.metric_names import is_perplexity
 
 
 def page(

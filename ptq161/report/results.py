@@ -17,7 +17,7 @@ from typing import Any
 
 from ptq161.report.collect import FULL_PRECISION, MERGED, Run
 from ptq161.report.seeds import GROUPS, Estimate, estimate
-from ptq161.report.table import SIZES
+from ptq161.tracking.metric_names import SIZES, is_perplexity
 
 UNREAD = ("seed", "tracker", "hydra", "debug")
 """Keys that tell no results apart."""
@@ -184,11 +184,6 @@ def metric_names(results: Sequence[Result | Run]) -> list[str]:
     """Return the names of what was scored, perplexities first; sizes are no scores."""
     names = dict.fromkeys(name for result in results for name in result.metrics if name not in SIZES)
     return sorted(names, key=lambda name: not is_perplexity(name))
-
-
-def is_perplexity(metric: str) -> bool:
-    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
-    return metric.startswith("ppl/") or metric.endswith("/perplexity")
 
 
 def drawable(metric: str, value: float | None) -> bool:

@@ -12,18 +12,9 @@ from typing import Any
 
 from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.published import Comparison
-from ptq161.report.results import (
-    Result,
-    baselines,
-    differing_keys,
-    is_perplexity,
-    is_quantized,
-    method_name,
-    metric_names,
-    quantized,
-)
+from ptq161.report.results import Result, baselines, differing_keys, is_quantized, method_name, metric_names, quantized
 from ptq161.report.seeds import Estimate
-from ptq161.report.table import SIZES
+from ptq161.tracking.metric_names import SIZES, is_perplexity
 
 LATEX = {**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
 LATEX |= {"±": r"$\pm$", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}

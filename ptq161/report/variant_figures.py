@@ -12,7 +12,8 @@ from matplotlib.lines import Line2D
 from ptq161.errors import UserError
 from ptq161.report.collect import FULL_PRECISION, MERGED
 from ptq161.report.figures import COLORS, new_figure, score_axis, spread
-from ptq161.report.results import Result, baselines, differing_keys, drawable, is_perplexity, quantized
+from ptq161.report.results import Result, baselines, differing_keys, drawable, quantized
+from ptq161.tracking.metric_names import is_perplexity
 
 ROW_HEIGHT = 0.35
 """Inches."""

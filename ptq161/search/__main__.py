@@ -24,15 +24,14 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
 from rich.console import Console
 
-from ptq161.config import RunConfig
 from ptq161.errors import UserError
-from ptq161.preflight import checked_config, name_local_model
-from ptq161.report.results import is_perplexity
-from ptq161.report.table import SIZES
+from ptq161.run.config import RunConfig
+from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import RUN, Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
 from ptq161.tracking.interrupts import Interrupts, ending_with_a_sentence
+from ptq161.tracking.metric_names import SIZES, is_perplexity
 
 CONF = RUN.parent / "conf"
 DEFAULT_SPACE = RUN.parent / "search.yaml"

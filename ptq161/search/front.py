@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 from rich.table import Table
 
+from ptq161.files.atomic import write_atomically
 from ptq161.report.figures import COLORS, new_figure, render, score_axis
-from ptq161.report.results import is_perplexity
 from ptq161.search.trials import Search, outcome_of
-from ptq161.tracking.files import write_atomically
+from ptq161.tracking.metric_names import is_perplexity
 
 
 def pareto_front(search: Search) -> list[FrozenTrial]:

@@ -30,8 +30,8 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from ptq161.errors import UserError
+from ptq161.files.atomic import writing
 from ptq161.search.space import Space, as_overrides, as_value
-from ptq161.tracking.files import writing
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]

@@ -13,11 +13,11 @@ Usage::
 from typing import TYPE_CHECKING
 
 from ptq161.lazy import lazily
-from ptq161.tracking.files import SCHEMA_VERSION
+from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_metrics, read_run
 
 if TYPE_CHECKING:
-    from ptq161.tracking.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
+    from ptq161.files.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
     from ptq161.tracking.interrupts import Interrupted
     from ptq161.tracking.record import RunRecord
 
@@ -39,8 +39,8 @@ __getattr__ = lazily(
     {
         "Interrupted": "ptq161.tracking.interrupts",
         "RunRecord": "ptq161.tracking.record",
-        "sha256_of_file": "ptq161.tracking.hashing",
-        "sha256_of_sources": "ptq161.tracking.hashing",
-        "sha256_of_tensors": "ptq161.tracking.hashing",
+        "sha256_of_file": "ptq161.files.hashing",
+        "sha256_of_sources": "ptq161.files.hashing",
+        "sha256_of_tensors": "ptq161.files.hashing",
     },
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptq161.tracking.hashing import sha256_of_sources
+from ptq161.files.hashing import sha256_of_sources
 
 PACKAGES = ("ptq161", "torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "peft", "numpy")
 THREAD_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_")

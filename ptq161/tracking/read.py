@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from ptq161.errors import UserError
-from ptq161.tracking.files import SCHEMA_VERSION, decode_json
+from ptq161.files.strict_json import decode_json
+from ptq161.tracking.layout import SCHEMA_VERSION
 
 # The C parser takes a fiftieth of the time; PyYAML is built without it on some platforms.
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -9,13 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from omegaconf import OmegaConf
+import yaml
 
-from ptq161.config import TrackerConfig
+from ptq161.files.atomic import write_atomically, writing
+from ptq161.files.strict_json import encode_json
 from ptq161.tracking.environment import describe_environment
-from ptq161.tracking.files import SCHEMA_VERSION, encode_json, write_atomically, writing
 from ptq161.tracking.interrupts import Interrupted, Interrupts
+from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.run_log import run_log
+from ptq161.tracking.settings import TrackerConfig
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
 
 RESERVED = frozenset({"time", "name", "value", "nonfinite"})
@@ -83,7 +85,7 @@ class RunRecord:
                 metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             stack.callback(_close_quietly, metrics)
             record = cls(folder, _first_manifest(job_name, group, labels, seeds), metrics, NullMirror())
-            write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
+            write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             record._write_manifest()
             try:
                 record._mirror = open_mirror(tracker, folder, config, job_name, group, labels)
@@ -110,7 +112,7 @@ class RunRecord:
 
         Args:
             name: of the number.
-            value: any number; NaN and infinities are kept (see :func:`ptq161.tracking.files.encode_json`).
+            value: any number; NaN and infinities are kept (see :func:`ptq161.files.strict_json.encode_json`).
             where: what it belongs to, such as block, epoch, linear.
 
         Raises:
@@ -133,7 +135,7 @@ class RunRecord:
         """Record numbers and text samples of a run that was the same, with the times at which they arose.
 
         Args:
-            metrics: lines of its ``metrics.jsonl``, as :func:`ptq161.tracking.read_run` returns them.
+            metrics: lines of its ``metrics.jsonl``, as :func:`ptq161.tracking.read.read_run` returns them.
             samples: lines of its ``samples.jsonl``.
 
         Raises:

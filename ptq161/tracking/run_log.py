@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ptq161.tracking.files import writing
+from ptq161.files.atomic import writing
 
 FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
 

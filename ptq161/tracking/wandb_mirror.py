@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
-from ptq161.config import TrackerConfig
+from ptq161.tracking.settings import TrackerConfig
 
 # W&B's own limits are 90 s and none at all. What does not arrive in time stays on disk for `wandb sync`.
 INIT_TIMEOUT_SECONDS = 30

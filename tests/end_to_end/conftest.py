@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.assets import cache_dir
+from ptq161.data.assets import cache_dir
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 SECONDS = 300  # after which a run hangs

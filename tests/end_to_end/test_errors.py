@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptq161.assets import ASSETS
-from ptq161.tracking import read_run
+from ptq161.data.assets import ASSETS
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import SECONDS, Ended, Program, Recorded
 
 pytestmark = pytest.mark.slow

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.tracking import RunData, read_run
-from ptq161.watch import main as watch
+from ptq161.tracking.read import RunData, read_run
+from ptq161.watch.__main__ import main as watch
 from tests.end_to_end.conftest import Ended, Program
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import Program
 
 pytestmark = pytest.mark.slow

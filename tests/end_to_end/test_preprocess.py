@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import SECONDS, Ended, Program
 from tests.tracking.wandb_file import read_wandb_file
 

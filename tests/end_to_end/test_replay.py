@@ -12,7 +12,7 @@ import pytest
 
 from ptq161.errors import UserError
 from ptq161.replay.__main__ import read_finished, replay
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import RUN, SECONDS, SEQ_LEN, Program, Recorded, variables
 
 pytestmark = pytest.mark.slow

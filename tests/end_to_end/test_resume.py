@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.tracking import RunData, read_run, sha256_of_file
+from ptq161.files.hashing import sha256_of_file
+from ptq161.tracking.read import RunData, read_run
 from tests.end_to_end.conftest import SECONDS, Program, store_of
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.tracking import read_run, sha256_of_file
+from ptq161.files.hashing import sha256_of_file
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import SEQ_LEN, Program, Recorded
 from tests.tracking.wandb_file import read_wandb_file
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import RUN, SECONDS, SEQ_LEN, variables
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import Ended, Program
 from tests.tracking.wandb_file import read_wandb_file
 

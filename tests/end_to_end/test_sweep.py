@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import Program
 from tests.tracking.wandb_file import read_wandb_file
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from wandb.wandb_agent import Agent
 
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import RUN, SECONDS, SEQ_LEN, variables
 from tests.tracking.wandb_file import read_wandb_file
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ptq161.config import EvalConfig, build
 from ptq161.errors import UserError
 from ptq161.evaluation import (
     EMBEDDED_TASKS,
@@ -19,7 +18,9 @@ from ptq161.evaluation import (
     perplexity,
     score_tasks,
 )
+from ptq161.evaluation.settings import EvalConfig
 from ptq161.evaluation.zero_shot import separately, sha256_of_documents
+from ptq161.run.config import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "eval"
 NAMES = ["full", "paper", "ppl", "quick", "zero_shot"]

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from ptq161.assets import fetch
+from ptq161.data.assets import fetch
 from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS
 from ptq161.evaluation.scorer import Scorer

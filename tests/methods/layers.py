@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ptq161
-from ptq161.methods.base import LayerwiseMethod
+from ptq161.methods.layerwise import LayerwiseMethod
 from ptq161.packed.linear import PackedLinear
 
 

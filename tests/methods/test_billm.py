@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ptq161.errors import UserError
 from ptq161.methods import rtn
 from ptq161.methods.billm import BiLLM, binarize, quantize_weight
-from ptq161.methods.billm_search import best_split, salient_columns
+from ptq161.methods.billm.search import best_split, salient_columns
 from ptq161.methods.compensation import weighted_error
 from ptq161.packed.billm import binary_values
 from ptq161.packed.bits import unpack_plane

@@ -17,7 +17,7 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.ptq161 import PTQ161, block_loss, initial_scales, pack_weight, salient_mask
 from ptq161.methods.ptq161.saliency import owq_sensitivity
-from ptq161.models import quantized_linears
+from ptq161.models.architectures import quantized_linears
 from ptq161.packed.masks import salient_masks
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 

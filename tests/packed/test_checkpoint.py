@@ -19,14 +19,7 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
-from ptq161.packed.checkpoint import (
-    WEIGHTS_FILE,
-    cast_rest,
-    densify,
-    measure,
-    packed_linears,
-    stored_nominal_bits,
-)
+from ptq161.packed.checkpoint import WEIGHTS_FILE, cast_rest, densify, measure, packed_linears, stored_nominal_bits
 
 TinyModel = Callable[..., PreTrainedModel]
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]

@@ -17,7 +17,7 @@ from ptq161.methods.billm import BiLLM
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
-from ptq161.models import quantized_linears
+from ptq161.models.architectures import quantized_linears
 from ptq161.packed.masks import salient_masks
 
 TinyModel = Callable[..., PreTrainedModel]

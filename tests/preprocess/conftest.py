@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ptq161.preprocess import Restoration
+from ptq161.preprocess.restoration import Restoration
 
 TinyModel = Callable[..., PreTrainedModel]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ptq161.preprocess import Restoration
 from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
+from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import frozen_copy
 from ptq161.preprocess.training import logits_of, objective
 

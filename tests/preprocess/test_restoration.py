@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.models import ARCHITECTURES
-from ptq161.preprocess import Restoration
-from ptq161.preprocess.restoration import ROLES
+from ptq161.models.architectures import ARCHITECTURES
+from ptq161.preprocess.restoration import ROLES, Restoration
 
 
 @pytest.mark.parametrize(

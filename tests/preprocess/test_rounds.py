@@ -19,9 +19,10 @@ from ptq161.methods.base import ignore_metric
 from ptq161.methods.gptq import GPTQ
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
-from ptq161.models import quantized_linears
+from ptq161.models.architectures import quantized_linears
 from ptq161.packed.masks import salient_masks
-from ptq161.preprocess import Restoration, restore
+from ptq161.preprocess.restoration import Restoration
+from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.student import make_student
 from ptq161.preprocess.training import train
 from tests.preprocess.conftest import loss_of, sequences, short, text_tokens

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.rtn import RTN
-from ptq161.preprocess import Restoration, restore
 from ptq161.preprocess.checkpoint import TrainingCheckpoint
+from ptq161.preprocess.restoration import Restoration
+from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.student import make_student, trained_parameters
 from ptq161.preprocess.training import objective, sequence_order, train
 from tests.preprocess.conftest import sequences, short

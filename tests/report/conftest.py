@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from ptq161.config import TrackerConfig
-from ptq161.tracking import RunRecord
+from ptq161.tracking.record import RunRecord
+from ptq161.tracking.settings import TrackerConfig
 
 WriteRun = Callable[..., Path]
 

@@ -10,7 +10,6 @@ from ptq161.report.results import (
     Result,
     baselines,
     differing_keys,
-    is_perplexity,
     labels,
     metric_names,
     pareto_front,
@@ -18,6 +17,7 @@ from ptq161.report.results import (
     results_of,
     swept_numbers,
 )
+from ptq161.tracking.metric_names import is_perplexity
 from tests.report.conftest import FULL, WriteRun
 
 PPL = "ppl/boolq@512"

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ptq161.config import TrackerConfig
-from ptq161.tracking import RunRecord
+from ptq161.tracking.record import RunRecord
+from ptq161.tracking.settings import TrackerConfig
 
 OpenRecord = Callable[..., contextlib.AbstractContextManager[RunRecord]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.tracking import read_run
+from ptq161.tracking.read import read_run
 from tests.tracking.conftest import OpenRecord
 
 

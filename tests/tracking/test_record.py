@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.tracking import Interrupted, read_run
 from ptq161.tracking.environment import PACKAGES, git_state
+from ptq161.tracking.interrupts import Interrupted
+from ptq161.tracking.read import read_run
 from tests.tracking.conftest import OpenRecord
 
 RESULTS = {
@@ -96,7 +97,7 @@ def test_a_failure_is_recorded_and_its_traceback_logged_in_the_file_only(
     tmp_path: Path, open_record: OpenRecord, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError), open_record():
-        logging.getLogger("ptq161.pipeline").info("working")
+        logging.getLogger("ptq161.run.pipeline").info("working")
         raise UserError("mask_ratio=2: use less.")
     manifest = read_run(tmp_path / "run").manifest
     assert manifest["exit_state"] == "failed"

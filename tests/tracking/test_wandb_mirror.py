@@ -18,9 +18,9 @@ import psutil
 import pytest
 import wandb
 
-from ptq161.config import TrackerConfig
-from ptq161.tracking import read_run
 from ptq161.tracking import wandb_mirror as mirror
+from ptq161.tracking.read import read_run
+from ptq161.tracking.settings import TrackerConfig
 from tests.tracking.conftest import OpenRecord
 from tests.tracking.wandb_file import read_wandb_file
 
@@ -97,8 +97,9 @@ def test_a_failure_reaches_wandb_with_its_exception(tmp_path: Path, open_record:
 
 PROGRAM = """
 import sys, time
-from ptq161.config import TrackerConfig
-from ptq161.tracking import Interrupted, RunRecord
+from ptq161.tracking.settings import TrackerConfig
+from ptq161.tracking.interrupts import Interrupted
+from ptq161.tracking.record import RunRecord
 try:
     with RunRecord.open(sys.argv[1], config={}, tracker=TrackerConfig("wandb"), seeds={}, job_name="j") as record:
         record.metric("loss", 1.0, block=0, epoch=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq161.methods.base import check_choice
+from ptq161.checks import check_choice
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import uniform_codes, uniform_parameters
 

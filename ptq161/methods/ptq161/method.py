@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import COMPUTE_DTYPES, Window, check_choice, check_common
-from ptq161.methods.optimisation import optimise, standing_in
+from ptq161.methods.base import Window, check_common
+from ptq161.methods.blockwise import optimise, standing_in
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
+from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UNIFORM_BITS
 from ptq161.packed.weight import PackedWeight
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import ActivationScale, check_choice
+from ptq161.methods.base import ActivationScale
 from ptq161.methods.ptq161.binarization import dequantized_weight, initial_scales
 
 SALIENCIES = ("max", "mean", "hessian", "magnitude", "random")

@@ -1,0 +1,27 @@
+"""Checks of settings, in every room: one sentence with the setting, its value and what would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from ptq161.errors import UserError
+
+
+def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
+    """Check that a setting has one of its values.
+
+    Raises:
+        UserError: it has not.
+    """
+    if value not in choices:
+        raise UserError(f"{setting}={value}: use one of {', '.join(choices)}.")
+
+
+def check_at_least(setting: str, value: float | None, least: float) -> None:
+    """Check that an optional number is not below ``least``.
+
+    Raises:
+        UserError: it is.
+    """
+    if value is not None and value < least:
+        raise UserError(f"{setting}={value}: use at least {least}.")

@@ -1,0 +1,95 @@
+"""Decoder blocks as the model calls them: what enters the first, and what each is called with."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.models.architectures import decoder_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockArguments:
+    """What the model passed to one block beside the hidden states, for each batch size that occurs.
+
+    Attributes:
+        by_batch_size: batch size -> (args after the first, kwargs).
+    """
+
+    by_batch_size: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def to(self, device: torch.device) -> BlockArguments:
+        """Move every tensor, however deeply nested, to ``device``."""
+        return BlockArguments({size: _to_device(call, device) for size, call in self.by_batch_size.items()})
+
+    def call(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Run ``block`` on ``hidden [b, seq_len, hidden]`` as the model would."""
+        args, kwargs = self.by_batch_size[hidden.shape[0]]
+        output = block(hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> tuple[Tensor, list[BlockArguments]]:
+    """Run the model up to its first block, and record what each block is called with.
+
+    Blocks are replaced for the moment by recorders that hand the hidden states on, so that no block is computed.
+
+    Args:
+        model: the full-precision model.
+        tokens: ``[n_samples, seq_len]``.
+        batch_size: sequences per batch, also of the later replays.
+
+    Returns:
+        the hidden states ``[n_samples, seq_len, hidden]`` that enter the first block, and each block's arguments.
+    """
+    blocks = decoder_blocks(model)
+    calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = [{} for _ in blocks]
+    hidden_states: list[Tensor] = []
+
+    def record(i: int, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        rest = args[1:] if args and hidden is args[0] else args
+        if i == 0:
+            hidden_states.append(hidden)
+        calls[i].setdefault(hidden.shape[0], (rest, kwargs))
+        if i == len(blocks) - 1:
+            raise _CapturedError
+        return hidden
+
+    originals = [vars(block).get("forward") for block in blocks]
+    try:
+        for i, block in enumerate(blocks):
+            block.forward = partial(record, i)
+        for batch in tokens.split(batch_size):
+            with torch.no_grad():
+                try:
+                    model(input_ids=batch.to(model.device), use_cache=False)
+                except _CapturedError:
+                    continue
+    finally:
+        for block, original in zip(blocks, originals, strict=True):
+            # What was not the instance's own must not become so: a block that holds its bound method is a cycle.
+            del block.forward
+            if original is not None:
+                block.forward = original
+    return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
+
+
+class _CapturedError(Exception):
+    """Ends a forward pass once the last block's arguments are known."""
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_to_device(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to_device(item, device) for key, item in value.items()}
+    return value

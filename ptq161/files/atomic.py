@@ -1,0 +1,79 @@
+"""Files that are whole or not there, and one sentence where they cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ptq161.errors import UserError
+
+RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
+
+
+def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADVICE) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new one.
+
+    Args:
+        path: of the file; its folder exists.
+        content: text becomes UTF-8.
+        advice: see :func:`writing`.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path, advice):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                # mkstemp makes files that only their owner can read; a record is as readable as any other file.
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing(path: Path, advice: str = RUN_DIR_ADVICE) -> Iterator[None]:
+    """Turn an operating system's refusal to write ``path`` into one sentence.
+
+    Args:
+        path: what is written inside.
+        advice: what the user can do where the disk is not full.
+
+    Raises:
+        UserError: an ``OSError`` arises inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path} cannot be written because the disk is full; free space and run again.") from error
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} cannot be written ({reason}); {advice}.") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name durable, where the file system allows a folder to be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

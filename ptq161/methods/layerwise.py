@@ -1,0 +1,177 @@
+"""The layer-wise kind of method: each linear from its weight and the statistics of its inputs.
+
+Statistics are accumulated once per shared input, in float32, on the quantized chain with the block's linears still in
+float, all linears of a block at once (as GPTQ's authors do).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.errors import UserError
+from ptq161.kernels.matmul import linear
+from ptq161.methods.base import Window, check_common
+from ptq161.packed.weight import PackedWeight
+
+
+@dataclasses.dataclass
+class InputStatistics:
+    """Statistics of the inputs ``x [tokens, in]`` that a group of linears shares (float32).
+
+    Attributes:
+        hessian: ``[in, in]``, 2/n X^T X over the n calibration sequences, before damping (GPTQ, Eq. 1).
+        absolute_mean: ``[in]``, mean of |x| over all tokens.
+        absolute_max: ``[in]``, largest |x| over all tokens.
+        n_sequences: calibration sequences seen.
+        n_tokens: tokens seen.
+    """
+
+    hessian: Tensor
+    absolute_mean: Tensor
+    absolute_max: Tensor
+    n_sequences: int = 0
+    n_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseMethod(ABC):
+    """A method that quantizes each linear on its own, from its weight and its inputs' statistics.
+
+    The statistics are taken on the quantized chain with the block's linears still in float, all linears of a
+    block at once.
+
+    Attributes:
+        block_size: always 1.
+        batch_size: calibration sequences per forward pass.
+        compute_dtype: dtype of the forward passes' matrix products; statistics are float32 always.
+        scale_dtype: dtype in which scales, means and zero points are stored.
+    """
+
+    needs_full_chain: ClassVar[bool] = False
+    takes_salient_masks: ClassVar[bool] = False
+    needs_statistics: ClassVar[bool] = True
+
+    block_size: int = 1
+    batch_size: int = 8
+    compute_dtype: str = "float32"
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        """Reject values that no layer-wise method can use."""
+        name = type(self).__name__
+        if self.block_size != 1:
+            raise UserError(f"block_size={self.block_size}: {name} quantizes one block at a time; use block_size=1.")
+        check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
+
+    @abstractmethod
+    def nominal_bits(self) -> float:
+        """Bits per weight as the method's paper counts them."""
+
+    @abstractmethod
+    def quantize_group(
+        self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize the linears that share one input.
+
+        Args:
+            weights: name -> ``[out, in]`` float32.
+            statistics: of the shared input; None when ``needs_statistics`` is False.
+            window: for generators and metrics.
+
+        Returns:
+            a packed weight for each name.
+        """
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Collect statistics once per shared input, then quantize group by group."""
+        collected = collect_statistics(self, window) if self.needs_statistics else {}
+        packed: dict[str, PackedWeight] = {}
+        for group in window.input_groups:
+            weights = {name: window.linears[name].weight.detach().float() for name in group}
+            packed.update(self.quantize_group(weights, collected.pop(group[0], None), window))
+        return packed
+
+
+# A hessian is symmetric: with four strips of rows, each from its diagonal on, 5/8 of the products are left.
+HESSIAN_STRIPS = 4
+
+
+def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, InputStatistics]:
+    """Run the window on the quantized chain's inputs and accumulate what the linears see.
+
+    Each pass ends where the last group's input has been seen: the rest of the block is not computed.
+
+    Returns:
+        the statistics by the first name of each input group.
+
+    Raises:
+        UserError: an input is NaN or infinite; the sentence names block and linear.
+    """
+    statistics = {group[0]: _empty(window.linears[group[0]], window.device) for group in window.input_groups}
+    last = window.input_groups[-1][0]
+    hooks = [
+        window.linears[name].register_forward_pre_hook(_accumulate_into(name, entry, stop=name == last))
+        for name, entry in statistics.items()
+    ]
+    try:
+        with torch.no_grad(), window.autocast(method.compute_dtype):
+            for batch in window.batches(method.batch_size):
+                with contextlib.suppress(_AllSeenError):
+                    window.run(window.to_device(window.quant_inputs[batch]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n_sequences = window.quant_inputs.shape[0]
+    for entry in statistics.values():
+        entry.n_sequences = n_sequences
+        entry.hessian = (entry.hessian.triu() + entry.hessian.triu(1).T) * (2 / n_sequences)
+        entry.absolute_mean /= entry.n_tokens
+    return statistics
+
+
+def _empty(linear: nn.Linear, device: torch.device) -> InputStatistics:
+    n = linear.in_features
+    return InputStatistics(
+        hessian=torch.zeros(n, n, device=device),
+        absolute_mean=torch.zeros(n, device=device),
+        absolute_max=torch.zeros(n, device=device),
+    )
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass once the last input has been seen."""
+
+
+def _accumulate_into(name: str, entry: InputStatistics, *, stop: bool) -> Callable[[nn.Module, Any], None]:
+    def hook(_: nn.Module, args: Any) -> None:
+        x: Tensor = args[0].detach()
+        # Autocast would also cast this product; the hessian has to be float32.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.flatten(0, -2).float()
+            absolute = x.abs()
+            total = absolute.sum(0)
+            if not bool(torch.isfinite(total).all()):
+                raise UserError(f"the input of linear {name} is NaN or infinite; check the model's weights.")
+            entry.n_tokens += x.shape[0]
+            entry.absolute_mean += total
+            torch.maximum(entry.absolute_max, absolute.amax(0), out=entry.absolute_max)
+            _add_upper_products(entry.hessian, x)
+        if stop:
+            raise _AllSeenError
+
+    return hook
+
+
+def _add_upper_products(hessian: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of ``X^T X`` for ``x [tokens, in]``, and little below it."""
+    channels = x.T.contiguous()
+    width = -(-channels.shape[0] // HESSIAN_STRIPS)
+    for start in range(0, channels.shape[0], width):
+        hessian[start : start + width, start:] += linear(channels[start : start + width], channels[start:])

@@ -1,0 +1,143 @@
+"""Loading models and tokenizers from a folder, an embedded asset or the hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from ptq161.data.hub import offline_unless_reachable
+from ptq161.errors import UserError
+from ptq161.models.architectures import check_not_quantized, keep_first_blocks, quant_method, row_of
+from ptq161.models.gguf import dense_folder
+from ptq161.models.settings import ModelConfig
+
+log = logging.getLogger(__name__)
+
+PACKED_FORMAT = "ptq161"
+"""The ``quant_method`` of this project's own checkpoints."""
+
+
+def is_packed_folder(folder: str | Path) -> bool:
+    """Whether ``folder`` is a checkpoint that this project wrote."""
+    file = Path(folder) / "config.json"
+    return file.is_file() and quant_method(_read_json(file)) == PACKED_FORMAT
+
+
+def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a full-precision model, in its checkpoint's own dtype, and its tokenizer.
+
+    Raises:
+        UserError: see :func:`load_tokenizer` and :func:`load_weights`.
+    """
+    tokenizer, _ = load_tokenizer(config)
+    return load_weights(config), tokenizer
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Load what tells most of a model without its weights: its tokenizer and its own config.
+
+    Raises:
+        UserError: the folder is missing or not a model, the hub cannot be reached, the architecture is not supported
+            or the model is already quantized.
+    """
+    source, kwargs = _source(config)
+    with _loading(config):
+        hf_config = AutoConfig.from_pretrained(source, **kwargs)
+        row_of(hf_config)
+        check_not_quantized(hf_config)
+        return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
+
+
+def hub_commit(config: ModelConfig) -> str:
+    """Return the commit that a model's name and revision on the hub stand for, here and now.
+
+    Raises:
+        UserError: the hub cannot be reached and the model is not in its cache.
+    """
+    source, kwargs = _source(config)
+    with _loading(config):
+        file = cached_file(source, "config.json", **kwargs)
+    assert file is not None  # which says that it is there
+    return Path(file).parent.name  # the hub's cache has a folder for each commit
+
+
+def load_weights(config: ModelConfig) -> PreTrainedModel:
+    """Load a full-precision model, in its checkpoint's own dtype, cut to ``config.n_blocks``.
+
+    Raises:
+        UserError: the weights are not there, cannot be read, or are not all there.
+    """
+    source, kwargs = _source(config)
+    with _loading(config):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+        model: PreTrainedModel = loaded[0]
+        loading: dict[str, Any] = loaded[1]
+        # transformers would go on with random weights.
+        wrong = sorted(loading["missing_keys"]) + [key for key, *_ in sorted(loading["mismatched_keys"])]
+        if wrong:
+            raise ValueError(f"tensor {wrong[0]} is missing in its weights or has another shape than its config says")
+    model.eval()
+    model.config.use_cache = False
+    if config.n_blocks is not None:
+        keep_first_blocks(model, config.n_blocks)
+    return model
+
+
+def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    if config.path:
+        path = Path(config.path)
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.path={config.path}: no Hugging Face model (config.json) is there.")
+        return str(path), {"local_files_only": True}
+    if config.asset:
+        return str(dense_folder(config.asset)), {"local_files_only": True}
+    assert config.repo is not None
+    return config.repo, {"revision": config.revision} if config.revision else {}
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Turn what loading raises into one sentence, at once where the hub is needed and cannot be reached."""
+    hub = offline_unless_reachable() if config.repo and not (config.path or config.asset) else nullcontext()
+    try:
+        with hub:
+            yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(_cannot_load(config, error)) from error
+
+
+def _cannot_load(config: ModelConfig, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if config.path or config.asset:
+        return f"model {config.path or config.asset} cannot be loaded: {reason}."
+    return (
+        f"model {config.repo} cannot be loaded from the Hugging Face hub ({reason}); "
+        "use model=smollm2_135m, or model.path=FOLDER for a local copy."
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # not JSON, not UTF-8
+        raise UserError(f"{file} is not readable JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a model's configuration: it holds no JSON object.")
+    return content

@@ -1,0 +1,35 @@
+"""Which model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ptq161.checks import check_at_least
+from ptq161.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and where it comes from. Exactly one source is used: ``path``, else ``asset``, else ``repo``.
+
+    Attributes:
+        name: what tables and figures call it.
+        path: a local Hugging Face folder, or a checkpoint that this project wrote.
+        asset: name of an embedded asset (:mod:`ptq161.data.assets`).
+        repo: name on the Hugging Face hub.
+        revision: commit or tag on the hub.
+        n_blocks: keep only the first decoder blocks (for debugging).
+    """
+
+    name: str
+    path: str | None = None
+    asset: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+    n_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject a config without a source."""
+        if not (self.path or self.asset or self.repo):
+            raise UserError(f"model={self.name} has no source: set model.path, model.asset or model.repo.")
+        check_at_least("model.n_blocks", self.n_blocks, 1)

@@ -1,0 +1,199 @@
+"""The typed schema of every config group: Hydra's composed config in, checked dataclasses out.
+
+Everything that can be known to be wrong without loading a model or a text is rejected here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ptq161.checks import check_at_least, check_choice
+from ptq161.data.settings import CalibConfig
+from ptq161.errors import UserError
+from ptq161.evaluation.settings import EvalConfig
+from ptq161.methods.base import Method
+from ptq161.models.settings import ModelConfig
+from ptq161.numerics import resolve_device, resolve_dtype
+from ptq161.preprocess.restoration import Restoration
+from ptq161.tracking.settings import TrackerConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ON_ERROR = ("continue", "stop")
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, checked.
+
+    Attributes:
+        method: None for a full-precision run (``method=none``).
+        method_name: what tables and figures call it.
+        preprocess: None where the weights are quantized as they are (``preprocess=none``).
+        preprocess_name: what tables and figures call it.
+        mask_ratio: share of salient input channels.
+        block_size: decoder blocks per window.
+        seed: every random number follows from it.
+        device: a torch device, ``auto`` resolved.
+        dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
+        dtype_reason: why it is this one.
+        on_error: what a sweep does when a job fails: ``continue`` or ``stop``.
+        cache: find what was computed before, and keep what is computed (:mod:`ptq161.cache.store`).
+        force: compute everything again, and keep that.
+    """
+
+    model: ModelConfig
+    method: Method | None
+    method_name: str
+    calib: CalibConfig
+    preprocess: Restoration | None
+    preprocess_name: str
+    eval: EvalConfig
+    tracker: TrackerConfig
+    mask_ratio: float
+    block_size: int
+    seed: int
+    device: torch.device
+    dtype: str
+    dtype_reason: str
+    on_error: str
+    cache: bool
+    force: bool
+
+
+def load_run_config(cfg: DictConfig) -> RunConfig:
+    """Check a composed config and turn it into dataclasses.
+
+    Raises:
+        UserError: a key is unknown, a value has the wrong type or is out of range.
+    """
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"the configuration cannot be resolved: {str(error).splitlines()[0]}.") from error
+    assert isinstance(raw, dict)
+    values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
+    hints = get_type_hints(RunConfig)
+    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")]
+    if unknown := sorted(set(values) - set(known)):
+        raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
+    if missing := [key for key in known if key not in values]:
+        raise UserError(f"{missing[0]} is not set.")
+    _check_top_level(values)
+    device = resolve_device(values.pop("device"))
+    dtype, reason = resolve_dtype(values.pop("dtype"), device)
+    method_name, method = _build_method(values.pop("method"), device)
+    preprocess_name, preprocess = _build_preprocess(values.pop("preprocess"), device, method)
+    built = {
+        key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
+        for key, value in values.items()
+    }
+    return RunConfig(
+        method=method,
+        method_name=method_name,
+        preprocess=preprocess,
+        preprocess_name=preprocess_name,
+        device=device,
+        dtype=dtype,
+        dtype_reason=reason,
+        **built,
+    )
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Instantiate a config dataclass, with every key known and every value of its type.
+
+    Raises:
+        UserError: otherwise; the sentence begins with ``where``.
+    """
+    hints = get_type_hints(cls)
+    # type[T] cannot say that T is a dataclass.
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {where}.{key}: known are {', '.join(fields)}.")
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise UserError(f"{where}.{missing[0]} is not set.")
+    return cls(**{key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _build_method(values: dict[str, Any], device: torch.device) -> tuple[str, Method | None]:
+    if values.get("compute_dtype") == "auto":
+        values["compute_dtype"] = resolve_dtype("auto", device)[0]
+    name, method = _build_target(values, "method")
+    return name, method
+
+
+def _build_preprocess(
+    values: dict[str, Any], device: torch.device, method: Method | None
+) -> tuple[str, Restoration | None]:
+    if values.get("compute_dtype") == "auto":
+        # float16 would need its loss scaled.
+        resolved = resolve_dtype("auto", device)[0]
+        values["compute_dtype"] = "float32" if resolved == "float16" else resolved
+    if "_target_" not in values:
+        # debug=smoke shortens a training, whether there is one or not.
+        values = {key: value for key, value in values.items() if key not in Restoration.__dataclass_fields__}
+    name, restoration = _build_target(values, "preprocess")
+    if restoration is not None and method is None:
+        raise UserError(f"preprocess={name}: method=none quantizes nothing; choose a method, or preprocess=none.")
+    return name, restoration
+
+
+def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:
+    """Instantiate the class that a node names as ``_target_``; None where it names none (``method=none``)."""
+    name = str(values.pop("name"))
+    target = values.pop("_target_", None)
+    if target is None:
+        check_choice(f"{group}.name", name, ("none",))
+        if values:
+            raise UserError(f"unknown key {group}.{next(iter(values))}: {group}={name} has no settings.")
+        return name, None
+    return name, build(get_class(target), values, group)
+
+
+def _check_top_level(values: Mapping[str, Any]) -> None:
+    ratio = _typed(float, values["mask_ratio"], "mask_ratio")
+    if not 0 <= ratio < 1:
+        raise UserError(f"mask_ratio={ratio}: use a value in [0, 1), the share of salient input channels.")
+    check_at_least("block_size", _typed(int, values["block_size"], "block_size"), 1)
+    check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
+    check_choice("dtype", values["dtype"], DTYPES)
+    check_choice("on_error", values["on_error"], ON_ERROR)
+    cache, force = (_typed(bool, values[key], key) for key in ("cache", "force"))
+    if force and not cache:
+        raise UserError("force=true cache=false: without the cache everything is computed anyway; leave force out.")
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """Return ``value`` as the annotated type, or say what it is instead."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is bool and isinstance(value, bool):
+            return value
+        if option is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise UserError(f"{where}={value}: use a finite number.")
+            return float(value)
+        if option is str and isinstance(value, str):
+            return value
+        if get_origin(option) is list and isinstance(value, list):
+            return [_typed(get_args(option)[0], item, where) for item in value]
+    expected = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise UserError(f"{where}={value!r}: use a value of type {expected}.")

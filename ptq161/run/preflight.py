@@ -1,0 +1,89 @@
+"""What is wrong with a run and shows before anything is loaded: its configuration, and the files that it names."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from ptq161.errors import UserError
+from ptq161.evaluation.settings import EvalConfig
+from ptq161.run.config import RunConfig, load_run_config
+
+QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
+"""Keys that say how a model is quantized: none of them means anything for a model that already is."""
+
+
+def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
+    """Turn a composed config into a :class:`~ptq161.run.config.RunConfig` whose files are there.
+
+    Args:
+        cfg: the composed config.
+        overrides: what was typed.
+
+    Raises:
+        UserError: a key or value is wrong, a file or folder is missing, or a packed checkpoint would be quantized.
+    """
+    config = load_run_config(cfg)
+    if config.calib.name == "text_file" and config.method is not None:
+        _check_file("calib.text_file", config.calib.text_file)
+    if "text_file" in config.eval.corpora:
+        _check_file("eval.text_file", config.eval.text_file)
+    if config.preprocess is not None and "text_file" in config.preprocess.corpora:
+        _check_training_file(config.preprocess.text_file, config.eval)
+    if config.model.path is not None:
+        _check_model_folder(config.model.path, overrides)
+    return config
+
+
+def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Call the model of ``model.path`` by its folder, in place: the configured name belongs to another model."""
+    named = any(override.lstrip("+").startswith("model.name=") for override in overrides)
+    path = OmegaConf.select(cfg, "model.path")
+    if path and not named:
+        cfg.model.name = Path(str(path)).absolute().name
+
+
+def check_writable(setting: str, folder: str) -> None:
+    """Make a directory, and check that files can be made in it.
+
+    Raises:
+        UserError: otherwise.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{setting}={folder} cannot be written ({error.strerror}): choose a writable directory."
+        ) from error
+
+
+def _check_file(setting: str, file: str | None) -> None:
+    if file is None or not Path(file).expanduser().is_file():
+        raise UserError(f"{setting}={file}: there is no such file; give a UTF-8 text file.")
+
+
+def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
+    _check_file("preprocess.text_file", file)
+    scored = evaluation.text_file if "text_file" in evaluation.corpora else None
+    if file and scored and Path(file).expanduser().samefile(Path(scored).expanduser()):
+        raise UserError(f"preprocess.text_file={file} is what eval.text_file scores: train on another text.")
+
+
+def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"model.path={folder}: no Hugging Face model (config.json) is there.")
+    explicit = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] in QUANTIZATION]
+    if not explicit:
+        return
+    from ptq161.models.loading import is_packed_folder  # takes seconds, which the errors above need not wait for
+
+    if is_packed_folder(folder):
+        raise UserError(
+            f"{explicit[0]}: the model {folder} is already quantized; leave this out to evaluate it as it is, "
+            "or quantize a full-precision model."
+        )

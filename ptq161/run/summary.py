@@ -1,0 +1,66 @@
+"""The one table that a run ends in: full precision, restored where it was, and quantized."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ptq161.tracking.metric_names import SIZES
+
+
+def print_results(results: Mapping[str, Any], run_dir: str) -> None:
+    """Print a run's results, where its record lies, and how to look at it."""
+    # A file or a pipe has no width of its own; a narrow terminal wraps.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(results_table(results))
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
+    console.print(f"Time: {seconds}. Peak memory: {results['peak_memory_bytes'] / 1e9:.2f} GB.")
+    console.print(f"Record: {run_dir}", soft_wrap=True)
+    console.print(f"Report: python -m ptq161.report {run_dir} --out FOLDER", soft_wrap=True)
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Lay a run's results out, a metric a row.
+
+    Args:
+        results: the content of ``results.json``.
+    """
+    metrics, full, protocol = results["metrics"], results["full_precision"], results["protocol"]
+    merged = results.get("merged")
+    table = Table(title="Full precision against quantized")
+    columns = ("metric", "full precision", *(["merged"] if merged else []), "quantized", "± se", "scored on")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("metric", "scored on") else "right", no_wrap=True)
+    for name in [*(n for n in metrics if n not in SIZES), *(n for n in SIZES if n in metrics)]:
+        settings = protocol.get(name, {})
+        error = settings.get("standard_error")
+        table.add_row(
+            name,
+            _format(name, full.get(name)),
+            *([_format(name, merged.get(name))] if merged else []),
+            "" if metrics is full else _format(name, metrics[name]),
+            "" if error is None else f"{error:.3g}",
+            _scored_on(settings),
+        )
+    return table
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:.2f} MB"
+    if name.startswith("zero_shot/") and "perplexity" not in name:
+        return f"{100 * value:.1f} %"
+    return f"{value:.4g}" if value >= 1e4 else f"{value:.2f}"
+
+
+def _scored_on(settings: Mapping[str, Any]) -> str:
+    for unit in ("tokens", "documents"):
+        if f"n_{unit}" in settings:
+            return f"{settings[f'n_{unit}']} {unit}"
+    return ""

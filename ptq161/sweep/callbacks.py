@@ -1,0 +1,114 @@
+"""What Hydra calls at the beginning and the end of a sweep: the check of every job, its failures, its summary.
+
+Hydra turns a callback's exceptions into warnings, all but ``SystemExit``; before the first job, leaving is right.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from ptq161.errors import UserError
+from ptq161.files.atomic import writing
+from ptq161.run.preflight import check_writable, checked_config
+from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
+from ptq161.sweep.overrides import sweep_jobs
+from ptq161.sweep.summary import print_summary
+
+
+class CheckJobs(Callback):
+    """Checks the configuration of a run, or of every job of a sweep, before anything is done.
+
+    Hydra turns a callback's exceptions into warnings, all but ``SystemExit``; before the first job, leaving is right.
+    """
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """End the program with one sentence where the configuration is wrong or its directory cannot be written."""
+        try:
+            checked_config(_task_config(config), config.hydra.overrides.task)
+            check_writable("hydra.run.dir", config.hydra.run.dir)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """End the program with one sentence where a job's configuration is wrong."""
+        for overrides in sweep_jobs(config, GlobalHydra.instance().config_loader()):
+            try:
+                checked_config(_compose(config, overrides), overrides)
+            except (UserError, CompactHydraException) as error:
+                raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+        try:
+            check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
+        except UserError as error:
+            raise SystemExit(str(error)) from error
+
+
+def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    loader = GlobalHydra.instance().config_loader()
+    return _task_config(loader.load_sweep_config(config, list(overrides)))
+
+
+def _task_config(config: DictConfig) -> DictConfig:
+    """Leave Hydra's own node out: parts of it are only known inside a job."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+class SweepFailures(Callback):
+    """Prints the table when the sweep's process ends, and ends it at the first failure with ``on_error=stop``."""
+
+    def __init__(self) -> None:
+        """Change nothing: this is also made in the processes of a sweep's jobs."""
+        self._sweep_process: int | None = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Begin without the failures of a sweep that used this directory before."""
+        try:
+            _check_launcher(config)
+            path = Path(config.hydra.sweep.dir, FAILURES).absolute()
+            with writing(path):
+                path.unlink(missing_ok=True)
+        except UserError as error:
+            # Hydra turns other exceptions of a callback into warnings.
+            raise SystemExit(str(error)) from error
+        self._sweep_process = os.getpid()
+        # Hydra tells callbacks of a sweep's end only where no job has failed.
+        atexit.register(print_failures, str(path.parent), config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """End the sweep where its jobs run in its own process; a launcher with processes of its own sees to it."""
+        failed = job_return.status == JobStatus.FAILED
+        if failed and config.on_error == "stop" and self._sweep_process == os.getpid():
+            raise SystemExit(STOPPED)
+
+
+def _check_launcher(config: DictConfig) -> None:
+    launcher = str(config.hydra.launcher.get("_target_"))
+    if launcher not in Plugins.instance().class_name_to_class:
+        raise UserError(
+            f"hydra/launcher: {launcher} is not installed; its extra brings it: pip install -e '.[cluster]'."
+        )
+    if config.on_error == "stop" and not launcher.endswith(STOPPABLE):
+        raise UserError(
+            f"on_error=stop: {launcher.rpartition('.')[2]} queues all jobs at once; "
+            "use hydra/launcher=basic, hydra/launcher=local or on_error=continue."
+        )
+
+
+class SweepSummary(Callback):
+    """Prints the line when the sweep's process ends: Hydra tells callbacks of the end only where no job has failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Ask to be called at the end."""
+        began = datetime.now(UTC).isoformat(timespec="milliseconds")
+        atexit.register(print_summary, Path(config.hydra.sweep.dir).absolute(), began)

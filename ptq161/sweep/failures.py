@@ -1,0 +1,105 @@
+"""What becomes of a sweep's failures: told as they happen, once more in a table at the end, and ``on_error``.
+
+Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra hands on only the first failure,
+and that after the last job. So each failing job adds a line to a file of the sweep's directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ptq161.files.atomic import writing
+from ptq161.files.strict_json import decode_json, encode_json
+from ptq161.sweep.overrides import own_overrides
+
+FAILURES = "failures.jsonl"
+STOPPED = "The sweep ends at its first failure (on_error=stop); what is finished is kept."
+STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
+"""Launchers that begin a job after another one has ended; the others hand all jobs to a queue at once."""
+
+
+class FailedRunError(CompactHydraException):
+    """A failed job, as Hydra sees it: printed without a traceback (the run's log has that), exit status 1.
+
+    Attributes:
+        sentence: why it failed.
+    """
+
+    def __init__(self, message: str, sentence: str | None = None) -> None:
+        """Take what Hydra prints after the last job, and the job's own sentence where that is another one."""
+        super().__init__(message)
+        self.sentence = sentence or message
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A job of a sweep that failed.
+
+    Attributes:
+        job: its number.
+        overrides: what was typed for it.
+        sentence: why.
+        run_dir: its directory.
+    """
+
+    job: int
+    overrides: list[str]
+    sentence: str
+    run_dir: str
+
+    def error(self) -> FailedRunError:
+        """Return what Hydra is told."""
+        return FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.", self.sentence)
+
+
+def record_failure(sweep_dir: str, failure: Failure) -> None:
+    """Add a failure to the sweep's file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(sweep_dir, FAILURES)
+    # One short write at the file's end is not mixed with that of another process.
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(encode_json(dataclasses.asdict(failure)) + "\n")
+
+
+def read_failures(sweep_dir: Path | str) -> list[Failure]:
+    """Return a sweep's failures in the order of its jobs; lines that are damaged are left out."""
+    try:
+        lines = Path(sweep_dir, FAILURES).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    failures = {}
+    for line in lines:
+        try:
+            failure = Failure(**decode_json(line))
+        except (ValueError, TypeError):
+            continue
+        failures[failure.job] = failure
+    return [failures[job] for job in sorted(failures)]
+
+
+def print_failure(failure: Failure) -> None:
+    """Tell one failure on stderr."""
+    print(f"Job {failure.job} ({' '.join(failure.overrides)}) failed: {failure.sentence}", file=sys.stderr, flush=True)
+
+
+def print_failures(sweep_dir: str, sweep: DictConfig) -> None:
+    """Print the table of a sweep's failures on stderr, or nothing where there are none."""
+    if not (failures := read_failures(sweep_dir)):
+        return
+    table = Table(title=f"{len(failures)} failed: {sweep_dir}", title_justify="left")
+    for name in ("job", "overrides", "reason"):
+        table.add_column(name, overflow="fold")
+    for failure in failures:
+        label = " ".join(own_overrides(failure.overrides, sweep))
+        table.add_row(str(failure.job), label, failure.sentence, end_section=True)
+    Console(stderr=True, markup=False, highlight=False).print(table)

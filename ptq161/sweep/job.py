@@ -1,0 +1,69 @@
+"""Between Hydra and the pipeline: one job, its errors, and the check of every job before the first one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from ptq161.errors import UserError
+from ptq161.run.preflight import checked_config, name_local_model
+from ptq161.sweep.failures import FailedRunError, Failure, print_failure, record_failure
+
+MAX_NAME = 128
+"""Characters of a name that every tracker takes."""
+
+
+def run_job(cfg: DictConfig) -> None:
+    """Run one Hydra job.
+
+    Raises:
+        FailedRunError: the run failed for a reason that the user can put right.
+    """
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    overrides = list(hydra_config.overrides.task)
+    try:
+        name_local_model(cfg, overrides)
+        config = checked_config(cfg, overrides)
+        from ptq161.run.pipeline import RunContext, run  # takes seconds, which a wrong configuration need not wait for
+
+        run(
+            config,
+            RunContext(
+                run_dir=hydra_config.runtime.output_dir,
+                resolved=_resolved(cfg),
+                overrides=overrides,
+                job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
+                group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
+            ),
+        )
+    except Exception as error:
+        if sweeping:  # Hydra tells only the first failure, and that after the last job
+            sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            failure = Failure(hydra_config.job.num, overrides, sentence, hydra_config.runtime.output_dir)
+            print_failure(failure)
+            record_failure(hydra_config.sweep.dir, failure)
+            raise failure.error() from error
+        if isinstance(error, UserError):
+            raise FailedRunError(str(error)) from error
+        raise
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _job_name(overrides: list[str], number: int | None) -> str:
+    name = ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
+    return name[:MAX_NAME]
+
+
+def _sweep_name(folder: str) -> str:
+    """Name a sweep by the end of its directory, as a whole path may be too long."""
+    return "/".join(Path(folder).parts[-2:])[-MAX_NAME:]

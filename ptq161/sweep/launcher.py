@@ -1,0 +1,299 @@
+"""``hydra/launcher=local``: a sweep on one machine, one subprocess per job, as many at a time as there are slots.
+
+The processes are forked from one that has imported everything and done nothing else (the standard library's fork
+server), so that a job begins without the seconds that the imports take. It never asks for a GPU, as CUDA cannot be used
+after a fork.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from hydra.core.utils import JobReturn, JobStatus, configure_log, env_override, filter_overrides, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from ptq161.checks import check_at_least
+from ptq161.errors import UserError
+from ptq161.run.config import build
+from ptq161.sweep.failures import STOPPED, FailedRunError, Failure, print_failure, record_failure
+from ptq161.sweep.overrides import own_overrides
+from ptq161.sweep.worker import CONSOLE, Job, TaskReference, work
+from ptq161.tracking.interrupts import Interrupts
+
+log = logging.getLogger(__name__)
+
+PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
+THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+GRACE_SECONDS = 30.0
+"""For which an interrupted job may close its record."""
+# Apple's libraries are not safe after a fork: there, each process imports everything anew.
+CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of ``conf/hydra/launcher/local.yaml``.
+
+    Attributes:
+        slots: jobs at a time; None is one for each ``gpus_per_job`` GPUs, and one without a GPU.
+        gpus_per_job: GPUs that a job sees.
+        threads: threads of a job; None is cores // slots.
+        retries: how often a job that was killed by a signal is begun again.
+    """
+
+    slots: int | None = None
+    gpus_per_job: int = 1
+    threads: int | None = None
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        """Reject counts that are too small."""
+        check_at_least("hydra.launcher.slots", self.slots, 1)
+        check_at_least("hydra.launcher.gpus_per_job", self.gpus_per_job, 0)
+        check_at_least("hydra.launcher.threads", self.threads, 1)
+        check_at_least("hydra.launcher.retries", self.retries, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """A share of the machine, which one job has at a time.
+
+    Attributes:
+        gpus: ``CUDA_VISIBLE_DEVICES`` of its jobs; None leaves it as it is.
+    """
+
+    gpus: str | None
+
+
+def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
+    """Divide the machine.
+
+    Args:
+        settings: of the launcher.
+        gpus: the names of all GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them.
+
+    Raises:
+        UserError: a job is to have more GPUs than there are.
+    """
+    per_job = settings.gpus_per_job
+    if not gpus:
+        return [Slot(None)] * (settings.slots or 1)
+    if per_job > len(gpus):
+        raise UserError(f"hydra.launcher.gpus_per_job={per_job}: this machine has {len(gpus)} GPUs; use at most those.")
+    if per_job == 0:
+        return [Slot("")] * (settings.slots or 1)
+    groups = [",".join(gpus[i : i + per_job]) for i in range(0, len(gpus) - per_job + 1, per_job)]
+    return [Slot(groups[i % len(groups)]) for i in range(settings.slots or len(groups))]
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process may use."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named[:count] if len(named) >= count and named != [""] else [str(i) for i in range(count)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What Hydra hands to a launcher, checked.
+
+    Attributes:
+        settings: of the launcher.
+        slots: the shares of the machine.
+        hydra_context: holds the config loader.
+        task: what every job runs.
+        config: the sweep's composed configuration.
+    """
+
+    settings: Settings
+    slots: list[Slot]
+    hydra_context: HydraContext
+    task: TaskReference
+    config: DictConfig
+
+    @classmethod
+    def open(
+        cls, settings: Mapping[str, Any], hydra_context: HydraContext, task: TaskFunction, config: DictConfig
+    ) -> Sweep:
+        """Check the launcher's settings.
+
+        Raises:
+            FailedRunError: one is wrong.
+        """
+        try:
+            checked = build(Settings, settings, "hydra.launcher")
+            slots = plan_slots(checked, visible_gpus())
+        except UserError as error:
+            raise FailedRunError(str(error)) from error
+        return cls(checked, slots, hydra_context, TaskReference.to(task), config)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a job."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.settings.threads or max(1, cores // len(self.slots))
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        """Run jobs, and tell how each ended.
+
+        Args:
+            job_overrides: of each job.
+            first: number of the first one.
+
+        Returns:
+            what Hydra's own launcher would: one ``JobReturn`` for each job, in their order.
+
+        Raises:
+            SystemExit: a job failed, and ``on_error`` is ``stop``.
+            Interrupted: SIGINT or SIGTERM; the jobs have been ended.
+        """
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        count = len(job_overrides)
+        log.info("Launching %d jobs, %d at a time with %d threads each", count, len(self.slots), self.threads)
+        # Composing takes a moment, which the first jobs need not wait for.
+        jobs = (self._compose(first + i, overrides) for i, overrides in enumerate(job_overrides))
+        returns: dict[int, JobReturn] = {}
+        with (
+            Interrupts().installed(),
+            # Threads are counted when a library is imported, which happens once, in the fork server.
+            env_override(dict.fromkeys(THREAD_COUNTS, str(self.threads))),
+            contextlib.closing(run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
+        ):
+            for job, result, seconds in ended:
+                returns[job.number] = result
+                self._tell(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
+        return [returns[number] for number in sorted(returns)]
+
+    def _compose(self, number: int, overrides: Sequence[str]) -> Job:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        folder = os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
+        return Job(number, list(filter_overrides(overrides)), config, folder)
+
+    def _tell(self, job: Job, result: JobReturn, where: str) -> None:
+        # What is the same for all jobs need not be told again and again.
+        label = " ".join(own_overrides(job.overrides, self.config))
+        log.info("\t#%d : %s %s (%s)", job.number, label, result.status.name.lower(), where)
+        if result.status == JobStatus.COMPLETED:
+            return
+        error = result._return_value
+        print_failure(Failure(job.number, job.overrides, getattr(error, "sentence", str(error)), job.run_dir))
+        if self.config.on_error == "stop":
+            raise SystemExit(STOPPED)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Worker:
+    job: Job
+    slot: Slot
+    process: BaseProcess
+    results: Connection
+    began: float
+
+
+def run_jobs(
+    jobs: Iterable[Job], slots: Sequence[Slot], task: TaskReference, retries: int
+) -> Generator[tuple[Job, JobReturn, float], None, None]:
+    """Run jobs in processes of their own, one per slot at a time.
+
+    A process that a signal killed is begun again, at most ``retries`` times. Closing the iterator, or an exception
+    while it waits, ends all that run: each closes its record as ``interrupted``.
+
+    Yields:
+        each job as it ends, with what it returned and the seconds that it took.
+    """
+    CONTEXT.set_forkserver_preload(list(PRELOADED))
+    coming, again, free = iter(jobs), list[Job](), collections.deque(slots)
+    workers: list[_Worker] = []
+    try:
+        while True:
+            while free and (job := again.pop() if again else next(coming, None)):
+                workers.append(_start(job, free.popleft(), task))
+            if not workers:
+                return
+            # A result arrives, or its pipe ends with the process that holds it.
+            ready = wait([worker.results for worker in workers])
+            for worker in [worker for worker in workers if worker.results in ready]:
+                result = _receive(worker)
+                workers.remove(worker)
+                free.append(worker.slot)
+                if result is None and _was_killed(worker) and worker.job.attempt <= retries:
+                    log.info("\t#%d : %s; it is begun again", worker.job.number, _how_it_ended(worker))
+                    again.append(dataclasses.replace(worker.job, attempt=worker.job.attempt + 1))
+                else:
+                    yield worker.job, result or _without_result(worker), time.monotonic() - worker.began
+    finally:
+        _interrupt(workers)
+
+
+def _start(job: Job, slot: Slot, task: TaskReference) -> _Worker:
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=work, args=(job, task, slot.gpus, sender), name=f"job-{job.number}")
+    process.start()
+    sender.close()
+    return _Worker(job, slot, process, receiver, time.monotonic())
+
+
+def _receive(worker: _Worker) -> JobReturn | None:
+    """Return what a job has sent, None where its process ended before; the process is gone in any case."""
+    try:
+        result: JobReturn | None = worker.results.recv()
+    except (EOFError, OSError):
+        result = None
+    worker.results.close()
+    _join([worker.process])
+    return result
+
+
+def _interrupt(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.terminate()
+    _join([worker.process for worker in workers])
+
+
+def _join(processes: Sequence[BaseProcess]) -> None:
+    """Wait for processes that are about to end, and kill those that do not."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _was_killed(worker: _Worker) -> bool:
+    return worker.process.exitcode is not None and worker.process.exitcode < 0
+
+
+def _how_it_ended(worker: _Worker) -> str:
+    code = worker.process.exitcode
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"its process ended with status {code} before it had a result"
+
+
+def _without_result(worker: _Worker) -> JobReturn:
+    job = worker.job
+    attempts = f" in attempt {job.attempt}" if job.attempt > 1 else ""
+    sentence = f"{_how_it_ended(worker)}{attempts}; {os.path.join(job.run_dir, CONSOLE)} holds its output."
+    failure = Failure(job.number, job.overrides, sentence, job.run_dir)
+    record_failure(job.config.hydra.sweep.dir, failure)
+    result = JobReturn(overrides=job.overrides, cfg=job.config, task_name=job.config.hydra.job.name)
+    result.status, result.return_value = JobStatus.FAILED, failure.error()
+    return result

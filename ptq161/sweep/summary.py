@@ -1,0 +1,44 @@
+"""What a sweep did, in one line at its end: how many runs were computed, found finished, failed or cut off."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ptq161.files.strict_json import decode_json
+
+OUTCOMES = ("computed", "found finished", "failed", "cut off")
+
+
+def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
+    """Count the runs of a sweep by what became of them, one of ``OUTCOMES``.
+
+    Args:
+        sweep_dir: with a directory for each run, however deep.
+        since: leaves out what began before this time (UTC, ISO 8601), another sweep in the same directory.
+    """
+    outcomes: Counter[str] = Counter()
+    for path in sweep_dir.rglob("manifest.json"):
+        try:
+            manifest = decode_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            outcomes["cut off"] += 1
+            continue
+        if str(manifest.get("start")) >= since:
+            outcomes[_outcome(manifest)] += 1
+    return outcomes
+
+
+def _outcome(manifest: dict[str, Any]) -> str:
+    if manifest.get("exit_state") == "finished":
+        return "found finished" if manifest.get("reused_from") else "computed"
+    return "failed" if manifest.get("exit_state") == "failed" else "cut off"
+
+
+def print_summary(sweep_dir: Path, since: str) -> None:
+    """Print the line; ``since`` as in :func:`count_outcomes`."""
+    outcomes = count_outcomes(sweep_dir, since)
+    told = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
+    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}")
+    print(f"Report: python -m ptq161.report {sweep_dir} --out FOLDER", flush=True)

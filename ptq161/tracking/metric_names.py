@@ -1,0 +1,11 @@
+"""What a metric's name says."""
+
+from __future__ import annotations
+
+SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "linear_bytes", "other_bytes")
+"""Results that say how much is stored, and not how well the model does."""
+
+
+def is_perplexity(metric: str) -> bool:
+    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
+    return metric.startswith("ppl/") or metric.endswith("/perplexity")

@@ -1,0 +1,1 @@
+"""Follow a sweep, or a run, in the terminal."""
