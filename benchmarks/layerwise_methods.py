@@ -6,7 +6,7 @@
 First table: SmolLM2-135M through ``ptq161.quantize``, statistics and the propagation of the chain included, in total
 and per block; the processor time of all threads beside it, which other work on the machine disturbs less. Thirty
 blocks with every method take a few minutes on two cores; ``--n-blocks 4`` is enough for the seconds per block.
-Second table: one linear ``[width, width]`` from its hessian on; of GPTQ, PB-LLM and BiLLM without the factorisation,
+Second table: one linear ``[width, width]`` from its hessian on; of GPTQ, PB-LLM and BiLLM without the factorization,
 which linears that share an input share. In brackets the exponent of growth over the width before: 2 is proportional
 to the number of weights, 3 to a product with the hessian.
 """
@@ -125,7 +125,7 @@ def time_widths(widths: list[int]) -> None:
 
 
 def exponents(widths: list[int], seconds: list[float]) -> list[float]:
-    """Return e between neighbours where seconds grow like width to the power of e."""
+    """Return e between neighbors where seconds grow like width to the power of e."""
     points = itertools.pairwise(zip(widths, seconds, strict=True))
     return [math.log(after / before) / math.log(wide / narrow) for (narrow, before), (wide, after) in points]
 

@@ -123,7 +123,7 @@ class PlainLinear(nn.Module):
 
 
 def plain_seconds_per_step(model: LlamaForCausalLM, tokens: Tensor, steps: int) -> float:
-    """Return the seconds of one optimisation step of the plain implementation on the model's first block."""
+    """Return the seconds of one optimization step of the plain implementation on the model's first block."""
     model.set_attn_implementation("eager")
     block, outputs = model.model.layers[0], {}
 

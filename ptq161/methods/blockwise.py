@@ -1,4 +1,4 @@
-"""Block-wise optimisation: train what stands in for a window's linears against given outputs."""
+"""Block-wise optimization: train what stands in for a window's linears against given outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptq161.errors import UserError
 from ptq161.methods.base import Window
 
 
-def optimise(
+def optimize(
     window: Window,
     optimizer: torch.optim.Optimizer,
     targets: Sequence[Tensor],

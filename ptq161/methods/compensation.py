@@ -37,7 +37,7 @@ class InverseFactor:
         upper: ``[in, in]`` float32, ``upper.T @ upper = inverse(hessian + damping * mean(diagonal) * identity)``.
         dead: ``[in]`` bool, the columns whose input was always zero: their hessian diagonal counts as one, their
             weights as zero.
-        damping: the share of the mean diagonal with which the factorisation succeeded.
+        damping: the share of the mean diagonal with which the factorization succeeded.
         order: ``[in]``, which original column stands at each place; None is the original order.
     """
 
@@ -49,10 +49,10 @@ class InverseFactor:
 
 @dataclasses.dataclass(frozen=True)
 class CompensatedMethod(LayerwiseMethod):
-    """A layer-wise method inside the compensation; linears of one input share one factorisation.
+    """A layer-wise method inside the compensation; linears of one input share one factorization.
 
     Attributes:
-        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
         column_block: columns per block of the compensation.
     """
 
@@ -65,8 +65,8 @@ class CompensatedMethod(LayerwiseMethod):
         check_damping(self.damping)
         check_column_block(self.column_block)
 
-    def factorise(self, hessian: Tensor) -> InverseFactor:
-        """Factorise the ``[in, in]`` hessian that linears share."""
+    def factorize(self, hessian: Tensor) -> InverseFactor:
+        """Factorize the ``[in, in]`` hessian that linears share."""
         return inverse_factor(hessian, self.damping)
 
     @abstractmethod
@@ -76,10 +76,10 @@ class CompensatedMethod(LayerwiseMethod):
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
     ) -> dict[str, PackedWeight]:
-        """Factorise once, tell of a damping that had to be raised, then quantize each linear."""
+        """Factorize once, tell of a damping that had to be raised, then quantize each linear."""
         assert statistics is not None, "a method with needs_statistics gets them from the driver"
         with naming(", ".join(weights)):
-            factor = self.factorise(statistics.hessian)
+            factor = self.factorize(statistics.hessian)
         if factor.damping != self.damping:
             window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=next(iter(weights)))
         packed: dict[str, PackedWeight] = {}
@@ -90,7 +90,7 @@ class CompensatedMethod(LayerwiseMethod):
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = False) -> InverseFactor:
-    """Factorise a hessian, raising the damping tenfold each time that it fails.
+    """Factorize a hessian, raising the damping tenfold each time that it fails.
 
     Args:
         hessian: ``[in, in]``, left as it is.
@@ -273,7 +273,7 @@ def _dampings(first: float) -> list[float]:
 
 
 def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
-    """Return the upper factor of the damped hessian's inverse; None where a factorisation fails."""
+    """Return the upper factor of the damped hessian's inverse; None where a factorization fails."""
     damped = hessian.clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
     # The authors' own sequence: a shorter one exists, but rounds differently on ill-conditioned hessians.

@@ -21,7 +21,7 @@ class GPTQ(CompensatedMethod):
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; None is one scale per output channel.
-        symmetric: centre the grid on zero and store no zero points.
+        symmetric: center the grid on zero and store no zero points.
         act_order: take the columns in the order of falling hessian diagonal.
     """
 
@@ -39,8 +39,8 @@ class GPTQ(CompensatedMethod):
         """Bits of a code; scales and zero points are not counted."""
         return float(self.bits)
 
-    def factorise(self, hessian: Tensor) -> InverseFactor:
-        """Factorise the hessian with its columns in the order of quantization."""
+    def factorize(self, hessian: Tensor) -> InverseFactor:
+        """Factorize the hessian with its columns in the order of quantization."""
         return inverse_factor(hessian, self.damping, act_order=self.act_order)
 
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> UniformWeight:
@@ -75,9 +75,9 @@ def quantize_weight(
         hessian: ``[in, in]``, 2/n X^T X before damping.
         bits: 2, 3, 4 or 8.
         group_size: columns (in the order of quantization) that share a scale; None is one scale per output channel.
-        symmetric: centre the grid on zero.
+        symmetric: center the grid on zero.
         act_order: take the columns in the order of falling hessian diagonal.
-        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
         column_block: columns per block; with ``group_size`` it decides how far the weights are compensated that give
             a group its range.
         scale_dtype: dtype of stored scales and zero points.

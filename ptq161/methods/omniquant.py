@@ -5,7 +5,7 @@ Follows OpenGVLab/OmniQuant as its scripts for weight-only quantization of LLaMA
 1. the clipped grid: ``UniformAffineQuantizer.per_token_dynamic_calibration`` and ``fake_quant`` in
    ``quantize/quantizer.py``: both ends of a channel's range are scaled by the sigmoid of a learned factor that starts
    at 4; rounding passes gradients straight through, the rounded zero point none;
-2. the objective and its optimiser: ``omniquant`` in ``quantize/omniquant.py``: mean squared error against the
+2. the objective and its optimizer: ``omniquant`` in ``quantize/omniquant.py``: mean squared error against the
    full-precision block on the full-precision chain, with ``--aug_loss`` also against it on the quantized chain.
 
 Differences: a range includes zero here, which matters only where all weights of a channel or group have one sign; the
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common
-from ptq161.methods.blockwise import optimise, standing_in
+from ptq161.methods.blockwise import optimize, standing_in
 from ptq161.methods.compensation import naming
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
@@ -44,7 +44,7 @@ class OmniQuant:
         lr: learning rate of the clipping factors.
         aug_loss: compare with the full-precision block on the quantized chain's input as well.
         batch_size: calibration sequences per step.
-        block_size: consecutive decoder blocks optimised together.
+        block_size: consecutive decoder blocks optimized together.
         compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); the clipping factors, the rounding
             and the loss are float32 always.
         scale_dtype: dtype in which scales and zero points are stored.
@@ -93,7 +93,7 @@ class OmniQuant:
             factors = [factor for layer in layers.values() for factor in (layer.upper_factor, layer.lower_factor)]
             optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
             with standing_in(window, layers):
-                optimise(
+                optimize(
                     window,
                     optimizer,
                     targets,

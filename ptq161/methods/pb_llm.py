@@ -78,7 +78,7 @@ def quantize_weight(
         high_bit: bits of the others: 2, 3, 4 or 8.
         saliency: ``magnitude`` or ``hessian``.
         column_block: columns per block of the compensation; the last one may be shorter.
-        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
         scale_dtype: dtype of stored scales, means and zero points.
 
     Raises:

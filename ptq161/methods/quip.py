@@ -102,7 +102,7 @@ def quantize_weight(
         seed: non-negative int64 from which the rotations are drawn.
         rotation: ``butterfly`` or ``hadamard``.
         rescale: rescale the input channels before the rotation.
-        damping: added to the rotated hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        damping: added to the rotated hessian's diagonal, as a share of its mean; raised where the factorization fails.
         scale_dtype: dtype of the stored scale and channel scales.
 
     Raises:
@@ -127,7 +127,7 @@ def quantize_weight(
 
 
 def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return the rescaling of input channels that minimises the bound of the paper's Section 4.1.
+    """Return the rescaling of input channels that minimizes the bound of the paper's Section 4.1.
 
     Args:
         weight: ``[out, in]``.

@@ -21,7 +21,7 @@ class RTN(LayerwiseMethod):
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; None is one scale per output channel.
-        symmetric: centre the grid on zero and store no zero points.
+        symmetric: center the grid on zero and store no zero points.
     """
 
     needs_statistics: ClassVar[bool] = False
@@ -65,7 +65,7 @@ def quantize_weight(
         weight: ``[out, in]``.
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; None is one scale per output channel. The last group may be shorter.
-        symmetric: centre the grid on zero.
+        symmetric: center the grid on zero.
         scale_dtype: dtype of stored scales and zero points.
 
     Raises:

@@ -150,7 +150,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
     hf_config = AutoConfig.for_model(**raw)
-    # Only parameters are left empty: a non-persistent buffer would come back uninitialised.
+    # Only parameters are left empty: a non-persistent buffer would come back uninitialized.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(hf_config)
     _install_packed(model, quantization["linears"], tensors)

@@ -113,7 +113,7 @@ def uniform_parameters(
     Args:
         weight: ``[..., n]``; one grid for each slice along the last axis.
         bits: one of ``UNIFORM_BITS``.
-        symmetric: centre the grid on zero. A row without a negative weight then has its range cut in half, as in
+        symmetric: center the grid on zero. A row without a negative weight then has its range cut in half, as in
             IST-DASLab/gptq, which mirrors the range only where it reaches below zero.
         scale_dtype: dtype in which the scale will be stored.
 

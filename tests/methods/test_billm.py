@@ -26,8 +26,8 @@ def binarized_error(values: Tensor, mask: Tensor, orders: int) -> float:
     for row, chosen in zip(values.double(), mask, strict=True):
         rest = row[chosen]
         for _ in range(orders if len(rest) else 0):
-            centred = rest - rest.mean()
-            rest = centred - centred.sign() * centred.abs().mean()
+            centered = rest - rest.mean()
+            rest = centered - centered.sign() * centered.abs().mean()
         error += float(rest.square().sum())
     return error
 

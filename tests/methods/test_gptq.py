@@ -117,7 +117,7 @@ def test_the_factor_inverts_the_damped_hessian() -> None:
     torch.testing.assert_close(factor.upper.T @ factor.upper @ damped, torch.eye(32), atol=1e-3, rtol=0)
 
 
-def test_damping_is_raised_where_the_factorisation_fails() -> None:
+def test_damping_is_raised_where_the_factorization_fails() -> None:
     hessian = torch.eye(8) - 0.15 * torch.ones(8, 8)  # its smallest eigenvalue is -0.2, its mean diagonal 0.85
     assert inverse_factor(hessian, 0.01).damping == 1.0
     assert inverse_factor(torch.eye(8), 0.01).damping == 0.01

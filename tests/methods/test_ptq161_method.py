@@ -67,7 +67,7 @@ def expected(shared_dir: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("scale_dtype", "loss_bar", "weight_bar"), [("float32", 1e-4, 2e-3), ("float16", 5e-3, 3e-2)])
-def test_the_released_optimisation(
+def test_the_released_optimization(
     scale_dtype: str, loss_bar: float, weight_bar: float, expected: dict[str, Tensor], shared_dir: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(shared_dir / "golden" / "tiny_llama").float()

@@ -182,7 +182,7 @@ def test_with_tensors_changes_what_is_named() -> None:
     [
         ({"format": "ternary"}, "weights of format 'ternary'; known are .*structured_binary"),
         ({"version": 2}, "version 2 of format 'structured_binary'; this version of ptq161 reads version 1"),
-        ({"colour": 1}, "colour is missing in a weight of format 'structured_binary', or not part of it"),
+        ({"color": 1}, "color is missing in a weight of format 'structured_binary', or not part of it"),
     ],
 )
 def test_foreign_settings_are_refused(change: dict[str, Any], message: str) -> None:

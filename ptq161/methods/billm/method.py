@@ -63,7 +63,7 @@ def quantize_weight(
         hessian: ``[in, in]``, 2/n X^T X before damping.
         saliency: ``magnitude`` or ``hessian``.
         column_block: columns that share scales; the last block may be shorter.
-        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorisation fails.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
         scale_dtype: dtype of stored scales and means.
 
     Raises:

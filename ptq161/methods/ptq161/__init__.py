@@ -1,4 +1,4 @@
-"""PTQ1.61 (Zhao et al., ACL 2025): one-dimensional mask, binarization, block-wise optimisation."""
+"""PTQ1.61 (Zhao et al., ACL 2025): one-dimensional mask, binarization, block-wise optimization."""
 
 from ptq161.methods.ptq161.binarization import (
     block_loss,

@@ -125,7 +125,7 @@ def dequantized_weight(
 
 
 def block_loss(y_quant: Tensor, y_full: Tensor, y_homologous: Tensor, cosine: bool = True) -> Tensor:
-    """Two-branch objective of the block-wise optimisation (Section 3.3).
+    """Two-branch objective of the block-wise optimization (Section 3.3).
 
     ``MSE(Yq, Yf) + MSE(Yq, Yh) - log|mean cos(Yq, Yf)| - log|mean cos(Yq, Yh)|``
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common
-from ptq161.methods.blockwise import optimise, standing_in
+from ptq161.methods.blockwise import optimize, standing_in
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
@@ -33,8 +33,8 @@ class PTQ161:
         scale_lr: learning rate of the row scales.
         angle_lr: learning rate of both angular factors.
         batch_size: calibration sequences per step.
-        block_size: consecutive decoder blocks optimised together.
-        compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); scales, losses and the optimiser
+        block_size: consecutive decoder blocks optimized together.
+        compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); scales, losses and the optimizer
             are float32 always.
         scale_dtype: dtype in which scales, means, angles and zero points are stored.
         salient_bits: bits of the salient channels.
@@ -42,8 +42,8 @@ class PTQ161:
         saliency: what makes a channel salient: the ``max`` (released) or ``mean`` (the paper's pseudocode) of |x| over
             the calibration tokens on the full-precision chain; ``hessian`` (OWQ), ``magnitude`` of the weights or
             ``random`` (:mod:`ptq161.methods.ptq161.saliency`).
-        learn_scale: optimise the row scales.
-        learn_angles: optimise the angular factors.
+        learn_scale: optimize the row scales.
+        learn_angles: optimize the angular factors.
         cosine_loss: include the cosine terms in the objective.
     """
 
@@ -95,7 +95,7 @@ class PTQ161:
         layers = self._binarize(window)
         groups = self._learned(layers)
         if self.epochs and groups:
-            self._optimise(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
+            self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
         for name, layer in layers.items():
             window.on_metric("salient_channels", int(layer.mask.sum()), linear=name)
         return {name: layer.pack() for name, layer in layers.items()}
@@ -126,7 +126,7 @@ class PTQ161:
         return masks
 
     def _learned(self, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
-        """Return the optimiser's parameter groups, and freeze what is not learned."""
+        """Return the optimizer's parameter groups, and freeze what is not learned."""
         scales = [layer.scale for layer in layers.values()]
         angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
         for parameter in scales:
@@ -136,12 +136,12 @@ class PTQ161:
         groups = [{"params": scales, "lr": self.scale_lr}] if self.learn_scale else []
         return groups + ([{"params": angles, "lr": self.angle_lr}] if self.learn_angles else [])
 
-    def _optimise(self, window: Window, layers: Mapping[str, BinaryLinear], optimizer: torch.optim.Optimizer) -> None:
+    def _optimize(self, window: Window, layers: Mapping[str, BinaryLinear], optimizer: torch.optim.Optimizer) -> None:
         """Learn against the full-precision window on both chains' inputs (Section 3.3)."""
         assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
         homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
         with standing_in(window, layers):
-            optimise(
+            optimize(
                 window,
                 optimizer,
                 (window.full_outputs, homologous),

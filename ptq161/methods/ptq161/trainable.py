@@ -18,7 +18,7 @@ from ptq161.packed.structured_binary import StructuredBinaryWeight
 
 
 class BinaryLinear(nn.Module):
-    """A linear during block-wise optimisation: everything that does not change is computed once.
+    """A linear during block-wise optimization: everything that does not change is computed once.
 
     Attributes:
         scale: parameter ``[out, 1]`` float32.
