@@ -72,23 +72,23 @@ def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: in
     for name, method in methods.items():
         model, tokenizer = load_model(config)
         tokens = calibration_tokens(tokenizer, CalibConfig("squad", n_samples, seq_len), seed=0)
-        heard: dict[str, list[float]] = defaultdict(list)
+        recorded: dict[str, list[float]] = defaultdict(list)
         weights = n_weights(model)
         began, began_cpu = time.perf_counter(), time.process_time()
-        ptq161.quantize(model, tokens, method, on_metric=listener(heard))
+        ptq161.quantize(model, tokens, method, on_metric=append_to(recorded))
         total, total_cpu = time.perf_counter() - began, time.process_time() - began_cpu
-        bits = 8 * sum(heard["nbytes"]) / weights
-        median = statistics.median(heard["seconds"])
+        bits = 8 * sum(recorded["nbytes"]) / weights
+        median = statistics.median(recorded["seconds"])
         print(f"{name:8} {total:8.1f} {total_cpu:8.1f} {median:15.2f} {bits:12.2f}", flush=True)
 
 
-def listener(heard: dict[str, list[float]]) -> OnMetric:
-    """Append each number to the list of its name."""
+def append_to(recorded: dict[str, list[float]]) -> OnMetric:
+    """Return an ``on_metric`` that appends each value to the list of its name."""
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
-        heard[name].append(value)
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
+        recorded[name].append(value)
 
-    return listen
+    return on_metric
 
 
 def n_weights(model: torch.nn.Module) -> int:

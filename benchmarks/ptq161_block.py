@@ -31,7 +31,7 @@ def main() -> None:
     """Print one line per implementation, then the factors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, choices=(576, 4096), default=576)
-    parser.add_argument("--blocks", type=int, default=2, help="blocks to quantize; memory is told after each")
+    parser.add_argument("--blocks", type=int, default=2, help="blocks to quantize; memory is printed after each")
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--epochs", type=int, default=4)
@@ -81,13 +81,13 @@ def seconds_per_block(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161) -
     """Quantize; return the mean seconds of a block, and print the peak memory after each."""
     seconds: list[float] = []
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
+    def print_memory(name: str, value: float, /, **where: int | str) -> None:
         if name == "seconds":
             seconds.append(value)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
             print(f"    block {where['block']}: {value:.1f} s, peak memory {peak:.2f} GB")
 
-    ptq161.quantize(model, tokens, method, on_metric=listen)
+    ptq161.quantize(model, tokens, method, on_metric=print_memory)
     return sum(seconds) / len(seconds)
 
 

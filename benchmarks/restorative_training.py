@@ -77,13 +77,13 @@ def our_speed(packed: PreTrainedModel, tokens: Tensor, restoration: Restoration)
     """Return the tokens per second of each step but the first."""
     speeds: list[float] = []
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
+    def keep_speed(name: str, value: float, /, **where: int | str) -> None:
         if name == "preprocess_tokens_per_second":
             speeds.append(value)
 
     student = make_student(packed, restoration, CPU)
     loss_of = objective(student, None, restoration)
-    train(student, loss_of, tokens, restoration, None, on_metric=listen, seed=0, round_=0, progress=False)
+    train(student, loss_of, tokens, restoration, None, on_metric=keep_speed, seed=0, round_=0, progress=False)
     return speeds[1:]
 
 

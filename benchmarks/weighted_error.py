@@ -121,8 +121,9 @@ def main() -> None:
             compute_dtype="bfloat16",
         ),
     }
-    chosen = methods if arguments.methods is None else {name: methods[name] for name in arguments.methods}
-    comparison = Comparison(batch_size=batch_size, compute_dtype="bfloat16", methods={"rtn": RTN(bits=bits), **chosen})
+    selected = methods if arguments.methods is None else {name: methods[name] for name in arguments.methods}
+    compared = {"rtn": RTN(bits=bits), **selected}
+    comparison = Comparison(batch_size=batch_size, compute_dtype="bfloat16", methods=compared)
     ptq161.quantize(model, tokens, comparison, progress=True)
     _print_table(comparison)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
 from ptq161.methods.base import Window
-from ptq161.methods.compensation import check_hessian, naming
+from ptq161.methods.compensation import check_hessian, prefix_errors
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight
@@ -74,7 +74,7 @@ class AWQ(LayerwiseMethod):
         hessian = statistics.hessian
         scales = torch.ones_like(statistics.absolute_mean)
         if self.auto_scale:
-            with naming(", ".join(weights)):
+            with prefix_errors(", ".join(weights)):
                 scales = search_scales(
                     torch.cat(list(weights.values())),
                     hessian,
@@ -87,7 +87,7 @@ class AWQ(LayerwiseMethod):
         for name, weight in weights.items():
             # The product of queries and keys amplifies what clipping loses in either: the authors leave both alone.
             clip = self.auto_clip and not name.rpartition(".")[2].startswith(("q_", "k_"))
-            with naming(name):
+            with prefix_errors(name):
                 packed[name] = quantize_scaled(
                     weight,
                     hessian,

@@ -24,14 +24,14 @@ from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
 
 
 class OnMetric(Protocol):
-    """Hears every number as it arises: ``on_metric("loss", 0.5, block=3, epoch=0)``."""
+    """A callback that receives every metric as it arises: ``on_metric("loss", 0.5, block=3, epoch=0)``."""
 
     def __call__(self, name: str, value: float, /, **where: int | str) -> None:
-        """Take one value; ``where`` says to what it belongs (block, epoch, linear)."""
+        """Receive one value; ``where`` says to what it belongs (block, epoch, linear)."""
 
 
 def ignore_metric(name: str, value: float, /, **where: int | str) -> None:
-    """Drop the value: the :class:`OnMetric` of a caller who does not listen."""
+    """Drop the value: the :class:`OnMetric` of a caller who wants no metrics."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Window:
         quant_inputs: ``[n_samples, seq_len, hidden]`` in host memory: the quantized chain's input of the window.
         full_outputs: the same of the full-precision chain's output; None unless the method asks for that chain.
         activations: activation scales by linear on the full-precision chain; empty unless the method asks for it.
-        salient_masks: salient channels by linear (``[in]`` bool, on ``device``) that the caller has chosen; None leaves
-            the choice to the method.
+        salient_masks: salient channels by linear (``[in]`` bool, on ``device``) that the caller gives; None lets the
+            method select them.
         run_block: ``run_block(i, hidden)`` runs block ``i`` of the window (0 is the first) on a batch of hidden
             states ``[b, seq_len, hidden]`` with the arguments that the model itself passed to it.
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
-        on_metric: hears every number.
+        on_metric: receives every metric.
         device: where the blocks are; inputs are moved there batch by batch.
     """
 
@@ -140,7 +140,7 @@ class Method(Protocol):
     """Whether the window has to bring the full-precision chain's outputs and activation scales."""
 
     takes_salient_masks: ClassVar[bool]
-    """Whether salient input channels are told apart, which the caller may choose (``Window.salient_masks``)."""
+    """Whether the method has salient input channels, which the caller may give (``Window.salient_masks``)."""
 
     @property
     def block_size(self) -> int:

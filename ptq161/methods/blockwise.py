@@ -1,4 +1,4 @@
-"""Block-wise optimization: train what stands in for a window's linears against given outputs."""
+"""Block-wise optimization: train replacements of a window's linears against given outputs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def optimize(
 ) -> None:
     """Run the window on the quantized chain's inputs, epoch by epoch, and step on the loss of each batch.
 
-    ``on_metric`` hears ``loss``, the mean over each epoch.
+    ``on_metric`` receives ``loss``, the mean over each epoch.
 
     Args:
-        window: with the stand-ins in place (:func:`standing_in`).
+        window: with the trainable replacements in place (:func:`replaced_linears`).
         optimizer: over their parameters.
         targets: each ``[n_samples, seq_len, hidden]`` in host memory.
         loss_of: ``loss_of(output, *targets)`` returns a scalar for a batch ``[b, seq_len, hidden]`` of each.
@@ -56,8 +56,8 @@ def optimize(
 
 
 @contextmanager
-def standing_in(window: Window, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Put ``modules`` in the place of the window's linears of the same names; nothing else is trainable inside."""
+def replaced_linears(window: Window, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace the window's linears by ``modules`` of the same names; nothing else is trainable inside the context."""
     trainable = [p for block in window.blocks for p in block.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

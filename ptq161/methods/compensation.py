@@ -76,15 +76,15 @@ class CompensatedMethod(LayerwiseMethod):
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
     ) -> dict[str, PackedWeight]:
-        """Factorize once, tell of a damping that had to be raised, then quantize each linear."""
+        """Factorize once, emit ``raised_damping`` where it had to be raised, then quantize each linear."""
         assert statistics is not None, "a method with needs_statistics gets them from the driver"
-        with naming(", ".join(weights)):
+        with prefix_errors(", ".join(weights)):
             factor = self.factorize(statistics.hessian)
         if factor.damping != self.damping:
             window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=next(iter(weights)))
         packed: dict[str, PackedWeight] = {}
         for name, weight in weights.items():
-            with naming(name):
+            with prefix_errors(name):
                 packed[name] = self.quantize_linear(weight, factor)
         return packed
 
@@ -189,8 +189,8 @@ def weighted_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def naming(linears: str) -> Iterator[None]:
-    """Put the names of linears (block.path) in front of a user error that arises inside."""
+def prefix_errors(linears: str) -> Iterator[None]:
+    """Put the names of linears (``block.path``) in front of a :class:`UserError` that is raised inside."""
     try:
         yield
     except UserError as error:

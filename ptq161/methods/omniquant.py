@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common
-from ptq161.methods.blockwise import optimize, standing_in
-from ptq161.methods.compensation import naming
+from ptq161.methods.blockwise import optimize, replaced_linears
+from ptq161.methods.compensation import prefix_errors
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
 from ptq161.packed.weight import PackedWeight
@@ -84,7 +84,7 @@ class OmniQuant:
         Raises:
             UserError: a loss is not finite, or a weight is not.
         """
-        layers = {name: self._stand_in(name, linear) for name, linear in window.linears.items()}
+        layers = {name: self._clipped(name, linear) for name, linear in window.linears.items()}
         if self.epochs:
             assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
             targets = [window.full_outputs]
@@ -92,7 +92,7 @@ class OmniQuant:
                 targets.append(window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype))
             factors = [factor for layer in layers.values() for factor in (layer.upper_factor, layer.lower_factor)]
             optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
-            with standing_in(window, layers):
+            with replaced_linears(window, layers):
                 optimize(
                     window,
                     optimizer,
@@ -104,8 +104,8 @@ class OmniQuant:
                 )
         return {name: layer.pack() for name, layer in layers.items()}
 
-    def _stand_in(self, name: str, linear: nn.Linear) -> ClippedLinear:
-        with naming(name):
+    def _clipped(self, name: str, linear: nn.Linear) -> ClippedLinear:
+        with prefix_errors(name):
             return ClippedLinear(
                 linear,
                 self.bits,

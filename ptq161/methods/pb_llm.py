@@ -1,7 +1,7 @@
 """PB-LLM: salient weights at 8 bits, the rest binarized, inside GPTQ's compensation (arXiv 2310.00034).
 
 Follows ``LowHighGPT.fasterquant`` of hahnyuan/PB-LLM (``gptq_pb/gptq.py``) with its ``xnor`` binarization and one
-group per row. Its accidents are reproduced and named where they happen.
+group per row. Its quirks are reproduced and named where they happen.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def quantize_with_factor(
     """Quantize a weight, given the factor that linears of one input share (see :func:`quantize_weight`)."""
     _check(low_frac, high_bit, saliency)
     weight = weight.float()
-    # Accident: the salient weights' grid spans the whole row, and dead columns still count.
+    # Quirk: the salient weights' grid spans the whole row, and dead columns still count.
     grid = uniform_parameters(weight, high_bit, scale_dtype=scale_dtype)
     weight = weight.masked_fill(factor.dead, 0.0)
     salient = salient_weights(weight, factor, low_frac, saliency)
@@ -142,7 +142,7 @@ def salient_weights(weight: Tensor, factor: InverseFactor, low_frac: float, sali
             (the paper has the inverse's own diagonal there).
     """
     score = weight.abs() if saliency == "magnitude" else weight**2 / factor.upper.diagonal() ** 2
-    # Accident: a score equal to the threshold is not salient, so one weight more than the share is binarized.
+    # Quirk: a score equal to the threshold is not salient, so one weight more than the share is binarized.
     place = int(score.numel() * low_frac)
     return score > sorted_values(score.flatten())[place]
 
@@ -151,7 +151,7 @@ def binary_parameters(weight: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]
     """Return the mean and the scale ``[out, 1]`` between whose sums binarized weights choose, as they are stored.
 
     Args:
-        weight: ``[out, in]`` with the salient weights set to zero. Accident: those zeros count, both in the mean and,
+        weight: ``[out, in]`` with the salient weights set to zero. Quirk: those zeros count, both in the mean and,
             with their distance from it, in the scale.
         scale_dtype: dtype of stored means and scales.
     """

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.methods.base import Window
-from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor, naming
+from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor, prefix_errors
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
@@ -68,7 +68,7 @@ class QuIP(LayerwiseMethod):
         packed: dict[str, PackedWeight] = {}
         for name, weight in weights.items():
             seed = int(torch.randint(2**62, (1,), generator=window.generator(f"quip/{name}")))
-            with naming(name):
+            with prefix_errors(name):
                 packed[name] = quantize_weight(
                     weight,
                     statistics.hessian,

@@ -23,8 +23,8 @@ from tests.methods.layers import assert_golden, golden, layer, packed_linears
 def binarized_error(values: Tensor, mask: Tensor, orders: int) -> float:
     """Squared error of the masked values after row-wise binarization, element by element, in float64."""
     error = 0.0
-    for row, chosen in zip(values.double(), mask, strict=True):
-        rest = row[chosen]
+    for row, selected in zip(values.double(), mask, strict=True):
+        rest = row[selected]
         for _ in range(orders if len(rest) else 0):
             centered = rest - rest.mean()
             rest = centered - centered.sign() * centered.abs().mean()
@@ -93,7 +93,7 @@ def test_salient_columns_take_four_values_a_row_and_others_four_in_two_groups() 
 
 
 def test_no_loss_is_passed_on_within_a_block() -> None:
-    """The accident of the released code: with one block for all columns, the hessian decides the masks at most."""
+    """The quirk of the released code: with one block for all columns, the hessian decides the masks at most."""
     weight, hessian = layer(2)
     alone = quantize_weight(weight, torch.diag(hessian.diagonal()), "magnitude").dequantize()
     assert torch.equal(quantize_weight(weight, hessian, "magnitude").dequantize(), alone)

@@ -78,7 +78,7 @@ def test_groups_and_orders(group_size: int | None, symmetric: bool, act_order: b
 
 
 def test_groups_take_their_range_before_the_compensation_within_a_block() -> None:
-    """The accident of the released code: the second group of a block does not see what the first one passed on."""
+    """The quirk of the released code: the second group of a block does not see what the first one passed on."""
     weight, hessian = layer(4, in_features=64)
     packed = quantize_weight(weight, hessian, 4, group_size=32, column_block=64)
     expected = rtn.quantize_weight(weight, 4, group_size=32)

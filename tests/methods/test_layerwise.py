@@ -20,7 +20,7 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_
 
 
 @dataclasses.dataclass(frozen=True)
-class Listener(LayerwiseMethod):
+class Recorder(LayerwiseMethod):
     """Keeps the statistics and rounds to 8 bits."""
 
     batch_size: int = 3
@@ -54,11 +54,11 @@ def test_every_linear_of_the_first_block_gets_the_statistics_of_its_own_input(
         model(tokens)
     for hook in hooks:
         hook.remove()
-    listener = Listener()
-    ptq161.quantize(model, tokens, listener)
-    assert {name for name in listener.seen if name.startswith("0.")} == {f"0.{name}" for name in inputs}
+    recorder = Recorder()
+    ptq161.quantize(model, tokens, recorder)
+    assert {name for name in recorder.seen if name.startswith("0.")} == {f"0.{name}" for name in inputs}
     for name, x in inputs.items():
-        seen = listener.seen[f"0.{name}"]
+        seen = recorder.seen[f"0.{name}"]
         expected = 2 / 5 * x.T @ x
         assert (seen.hessian - expected).abs().max() < 1e-5 * expected.abs().max()
         assert torch.equal(seen.hessian, seen.hessian.T)
@@ -73,4 +73,4 @@ def test_an_input_that_is_not_finite_is_named(tiny_model: Callable[..., PreTrain
     broken = model.model.layers[1].post_attention_layernorm
     broken.register_forward_hook(lambda module, args, output: output * bad)
     with pytest.raises(UserError, match=r"1\.mlp\.gate_proj.*NaN or infinite"):
-        ptq161.quantize(model, torch.randint(0, 256, (4, 32)), Listener())
+        ptq161.quantize(model, torch.randint(0, 256, (4, 32)), Recorder())

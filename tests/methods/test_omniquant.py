@@ -23,11 +23,11 @@ def quantized(
     """Quantize a tiny model; return its packed linears, and the loss by block and epoch."""
     losses: dict[tuple[int, int], float] = {}
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
+    def keep_loss(name: str, value: float, /, **where: int | str) -> None:
         if name == "loss":
             losses[int(where["block"]), int(where["epoch"])] = value
 
-    ptq161.quantize(model, TOKENS, method, on_metric=listen)
+    ptq161.quantize(model, TOKENS, method, on_metric=keep_loss)
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}, losses
 
 

@@ -23,7 +23,7 @@ def test_golden_vectors(shared_dir: Path, saliency: str, low_frac: float) -> Non
 
 
 def test_one_weight_more_than_the_share_is_binarized() -> None:
-    """The accident of the released comparison with the threshold."""
+    """The quirk of the released comparison with the threshold."""
     weight, hessian = layer(0)
     packed = quantize_weight(weight, hessian, 0.9, 8, "magnitude")
     assert packed.n_salient == weight.numel() - int(0.9 * weight.numel()) - 1
@@ -39,7 +39,7 @@ def test_the_hessian_saliency_prefers_columns_with_large_inputs() -> None:
 
 
 def test_zeros_of_salient_weights_count_in_mean_and_scale() -> None:
-    """The accident of the released binarization."""
+    """The quirk of the released binarization."""
     mean, scale = binary_parameters(torch.tensor([[2.0, 2.0, 0.0, 0.0]]), "float32")
     assert (float(mean), float(scale)) == (1.0, 1.0)
 

@@ -26,8 +26,8 @@ TOKENS = torch.randint(3, 256, (5, 24), generator=torch.Generator().manual_seed(
 BASE = PTQ161(epochs=2, scale_lr=5e-3, angle_lr=1e-2, batch_size=2)
 
 
-class Heard:
-    """Keeps every number."""
+class Metrics:
+    """An ``on_metric`` that keeps every value."""
 
     def __init__(self) -> None:
         self.values: list[tuple[str, float, dict[str, Any]]] = []
@@ -41,12 +41,12 @@ class Heard:
 
 def run(
     model: PreTrainedModel, method: PTQ161, tokens: Tensor = TOKENS
-) -> tuple[dict[str, StructuredBinaryWeight], Heard]:
-    heard = Heard()
-    ptq161.quantize(model, tokens, method, on_metric=heard)
+) -> tuple[dict[str, StructuredBinaryWeight], Metrics]:
+    metrics = Metrics()
+    ptq161.quantize(model, tokens, method, on_metric=metrics)
     packed = {name: module.packed for name, module in quantized_linears(model)}
     assert all(type(weight) is StructuredBinaryWeight for weight in packed.values())
-    return packed, heard
+    return packed, metrics
 
 
 def change(**settings: Any) -> PTQ161:
@@ -71,8 +71,8 @@ def test_the_released_optimization(
     scale_dtype: str, loss_bar: float, weight_bar: float, expected: dict[str, Tensor], shared_dir: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(shared_dir / "golden" / "tiny_llama").float()
-    packed, heard = run(model, PTQ161(epochs=4, scale_dtype=scale_dtype), expected["tokens"])
-    losses = heard.losses()
+    packed, metrics = run(model, PTQ161(epochs=4, scale_dtype=scale_dtype), expected["tokens"])
+    losses = metrics.losses()
     assert len(losses) == expected["loss"].numel()
     for (block, epoch), loss in losses.items():
         assert loss == pytest.approx(float(expected["loss"][block, epoch]), rel=loss_bar)
@@ -107,8 +107,8 @@ def test_without_epochs_the_initial_scales_are_packed(tiny_model: TinyModel) -> 
     for handle in handles:
         handle.remove()
     weights = {name: module.weight.detach().clone() for name, module in quantized_linears(model)}
-    packed, heard = run(model, change(epochs=0))
-    assert not heard.losses()
+    packed, metrics = run(model, change(epochs=0))
+    assert not metrics.losses()
     for name, weight in weights.items():
         mask = salient_mask(inputs[name].abs().amax(0), 0.2)
         ones = torch.ones(weight.shape[0], 1), torch.ones(1, weight.shape[1])
@@ -135,43 +135,43 @@ def test_the_reported_loss_is_the_mean_over_the_batches(
         **{"scale_lr": 0.0, "angle_lr": 0.0, "scale_dtype": "float32"},
         **{"cosine_loss": cosine, "block_size": block_size, "batch_size": batch_size},
     )
-    _, heard = run(model, method)
+    _, metrics = run(model, method)
     quant = block_outputs(model, block_size - 1)
     batches = [slice(start, start + batch_size) for start in range(0, len(TOKENS), batch_size)]
     expected = [float(block_loss(quant[b], full[b], full[b], cosine)) for b in batches]
-    assert heard.losses()[0, 0] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+    assert metrics.losses()[0, 0] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
 def test_the_second_block_sees_the_quantized_chain(tiny_model: TinyModel) -> None:
     """Yq from the quantized chain, Yf from the full one, Yh: the full block on the quantized chain."""
     model, original = tiny_model("llama", n_blocks=3), tiny_model("llama", n_blocks=3)
     settings = {"scale_lr": 0.0, "angle_lr": 0.0, "scale_dtype": "float32", "batch_size": 5}
-    _, heard = run(model, change(epochs=1, **settings))
+    _, metrics = run(model, change(epochs=1, **settings))
     full, quant = block_outputs(original, 1), block_outputs(model, 1)
     original.model.layers[0] = model.model.layers[0]
     homologous = block_outputs(original, 1)
-    assert heard.losses()[1, 0] == pytest.approx(float(block_loss(quant, full, homologous)), rel=1e-4)
+    assert metrics.losses()[1, 0] == pytest.approx(float(block_loss(quant, full, homologous)), rel=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3_text"])
 def test_the_loss_goes_down(architecture: str, tiny_model: TinyModel) -> None:
-    _, heard = run(tiny_model(architecture), change(epochs=6, batch_size=5))
-    losses = heard.losses()
+    _, metrics = run(tiny_model(architecture), change(epochs=6, batch_size=5))
+    losses = metrics.losses()
     for block in (0, 1):
         assert losses[block, 5] < losses[block, 0]
 
 
 def test_windows_of_two_blocks(tiny_model: TinyModel) -> None:
-    packed, heard = run(tiny_model("llama", n_blocks=3), change(block_size=2))
+    packed, metrics = run(tiny_model("llama", n_blocks=3), change(block_size=2))
     assert len(packed) == 21
-    assert list(heard.losses()) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert list(metrics.losses()) == [(0, 0), (0, 1), (2, 0), (2, 1)]
     alone, _ = run(tiny_model("llama", n_blocks=3), BASE)
     assert not same(packed["0.mlp.up_proj"], alone["0.mlp.up_proj"])
 
 
 def test_the_last_batch_may_be_smaller(tiny_model: TinyModel) -> None:
-    packed, heard = run(tiny_model("mistral"), change(batch_size=3))
-    assert len(heard.losses()) == 4
+    packed, metrics = run(tiny_model("mistral"), change(batch_size=3))
+    assert len(metrics.losses()) == 4
     assert not same(packed["0.mlp.up_proj"], run(tiny_model("mistral"), BASE)[0]["0.mlp.up_proj"])
 
 
@@ -212,8 +212,8 @@ def test_scales_that_are_not_learned_move_with_the_angles_alone(
 
 
 def test_learning_nothing_is_no_epoch(tiny_model: TinyModel) -> None:
-    packed, heard = run(tiny_model("llama"), change(learn_scale=False, learn_angles=False))
-    assert not heard.losses()
+    packed, metrics = run(tiny_model("llama"), change(learn_scale=False, learn_angles=False))
+    assert not metrics.losses()
     untrained, _ = run(tiny_model("llama"), change(epochs=0))
     assert all(same(weight, untrained[name]) for name, weight in packed.items())
 
@@ -273,10 +273,10 @@ def test_random_channels_follow_from_the_seed(tiny_model: TinyModel) -> None:
 
 
 def test_linears_that_share_an_input_share_a_mask(tiny_model: TinyModel) -> None:
-    packed, heard = run(tiny_model("llama"), change(epochs=0))
+    packed, metrics = run(tiny_model("llama"), change(epochs=0))
     for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
         assert len({tuple(packed[f"1.{path}"].mask.tolist()) for path in group}) == 1
-    salient = {where["linear"]: value for name, value, where in heard.values if name == "salient_channels"}
+    salient = {where["linear"]: value for name, value, where in metrics.values if name == "salient_channels"}
     assert salient == {name: int(weight.salient_channels().sum()) for name, weight in packed.items()}
     assert salient["0.mlp.up_proj"] == int(0.2 * 64) + 1
 
@@ -307,9 +307,9 @@ def test_scale_dtype_is_how_scales_are_stored(tiny_model: TinyModel) -> None:
 
 def test_bfloat16_products_come_close_to_float32(tiny_model: TinyModel) -> None:
     settings = {"compute_dtype": "float32"}, {"compute_dtype": "bfloat16"}, {"epochs": 0}
-    (exact, heard), (close, rough), (untrained, _) = (run(tiny_model("llama"), change(**s)) for s in settings)
-    assert rough.losses()[0, 1] == pytest.approx(heard.losses()[0, 1], rel=0.02)
-    assert rough.losses() != heard.losses()
+    (exact, metrics), (close, rough), (untrained, _) = (run(tiny_model("llama"), change(**s)) for s in settings)
+    assert rough.losses()[0, 1] == pytest.approx(metrics.losses()[0, 1], rel=0.02)
+    assert rough.losses() != metrics.losses()
     learned, near, before = (packed["0.mlp.up_proj"].dequantize() for packed in (exact, close, untrained))
     assert float((near - learned).norm() / (before - learned).norm()) < 0.5
 

@@ -40,7 +40,7 @@ def test_the_mean_error_falls_with_bits_and_with_smaller_groups() -> None:
 
 
 def test_a_symmetric_row_without_negative_weights_gets_half_the_range() -> None:
-    """The accident of the released quantizer: such a range is not mirrored."""
+    """The quirk of the released quantizer: such a range is not mirrored."""
     weight = torch.linspace(0, 1.5, 16).reshape(1, -1)
     packed = quantize_weight(weight, 4, symmetric=True, scale_dtype="float32")
     assert packed.zero_points is None

@@ -1,4 +1,4 @@
-"""Salient channels that the caller chooses: read back from a packed model, used again, and refused where wrong."""
+"""Salient channels that the caller gives: read back from a packed model, used again, and refused where wrong."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """BiLLM: salient columns binarized twice, the rest split in two and binarized once (arXiv 2402.04291).
 
-Follows ``BRAGPTQ.fasterquant`` of Aaronhuang-778/BiLLM (``bigptq.py``) with its ``braq`` binarization. Its accidents
+Follows ``BRAGPTQ.fasterquant`` of Aaronhuang-778/BiLLM (``bigptq.py``) with its ``braq`` binarization. Its quirks
 are reproduced and named where they happen.
 """
 
@@ -84,7 +84,7 @@ def quantize_with_factor(
     pivots = factor.upper.diagonal()
 
     def quantize_block(block: Tensor, start: int) -> Tensor:
-        # Accidents: the magnitude score keeps its sign in the search, and the hessian score (w / d)^2 has d from the
+        # Quirks: the magnitude score keeps its sign in the search, and the hessian score (w / d)^2 has d from the
         # inverse's Cholesky factor, where the paper has the inverse's own diagonal.
         score = block if saliency == "magnitude" else block**2 / pivots[start : start + block.shape[1]] ** 2
         salient = salient_columns(score)
@@ -94,7 +94,7 @@ def quantize_with_factor(
         grids.append(grid)
         return binary_values(block_planes, grid)
 
-    # Accident: the released loop over the columns of a block computes their losses but never passes them on within it.
+    # Quirk: the released loop over the columns of a block computes their losses but never passes them on within it.
     compensate_blocks(weight, factor, quantize_block, column_block)
     whole = BinaryPlanes(*(torch.cat(plane, dim=-1) for plane in zip(*planes, strict=True)))
     grid = BinaryGrid(*(torch.cat(parameter, dim=-1) for parameter in zip(*grids, strict=True)))

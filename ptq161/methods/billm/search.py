@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 768
 def salient_columns(score: Tensor) -> Tensor:
     """Search the number of salient columns that gives the least error: ``[columns]`` bool.
 
-    Accidents of the released code: the candidates end at 49 although 50 columns are ranked; the other columns are
+    Quirks of the released code: the candidates end at 49 although 50 columns are ranked; the other columns are
     binarized with a residual too, which later they are not; and what is binarized is the score, not the weight.
 
     Args:
@@ -60,7 +60,7 @@ def best_split(score: Tensor, salient: Tensor) -> float:
         salient: ``[columns]`` bool.
 
     Returns:
-        one of 81 quantiles (0.10 to 0.90) of ``|score|``. Accident of the released code: the quantiles are taken over
+        one of 81 quantiles (0.10 to 0.90) of ``|score|``. Quirk of the released code: the quantiles are taken over
         the whole block with the salient columns counted as zeros.
     """
     candidates = _quantiles(score.abs() * ~salient)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common
-from ptq161.methods.blockwise import optimize, standing_in
+from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
@@ -140,7 +140,7 @@ class PTQ161:
         """Learn against the full-precision window on both chains' inputs (Section 3.3)."""
         assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
         homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
-        with standing_in(window, layers):
+        with replaced_linears(window, layers):
             optimize(
                 window,
                 optimizer,

@@ -92,7 +92,7 @@ def salient_mask(saliency: Tensor, mask_ratio: float) -> Tensor:
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")
     if not bool(torch.isfinite(saliency).all()):
-        raise UserError("the activations are NaN or infinite, so no salient channels can be chosen; check the model.")
+        raise UserError("the activations are NaN or infinite, so no salient channels can be selected; check the model.")
     if mask_ratio == 0:
         return torch.zeros_like(saliency, dtype=torch.bool)
     saliency = saliency.flatten()
