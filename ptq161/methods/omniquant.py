@@ -123,9 +123,19 @@ def reconstruction_loss(output: Tensor, *targets: Tensor) -> Tensor:
 class ClippedLinear(nn.Module):
     """A linear whose weight is rounded to a grid with learned ends.
 
+    Args:
+        linear: the full-precision linear, whose weight and bias are taken over.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel.
+        scale_dtype: dtype in which scales and zero points are stored.
+        compute_dtype: dtype in which the rounded weight is multiplied.
+
     Attributes:
         upper_factor: parameter ``[out, groups, 1]`` float32; its sigmoid scales the largest weight.
         lower_factor: the same for the smallest weight.
+
+    Raises:
+        UserError: a weight is not finite.
     """
 
     def __init__(
@@ -137,17 +147,15 @@ class ClippedLinear(nn.Module):
         scale_dtype: str = "float16",
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Take over the weight and bias of ``linear``; the rounded weight is multiplied in ``compute_dtype``.
-
-        Raises:
-            UserError: a weight is not finite.
-        """
         super().__init__()
         weight = linear.weight.detach().float()
         if not bool(torch.isfinite(weight).all()):
             raise UserError("a weight is NaN or infinite; check the model's weights.")
-        self.in_features, self.bits, self.group_size = linear.in_features, bits, group_size
-        self.scale_dtype, self.compute_dtype = scale_dtype, compute_dtype
+        self.in_features = linear.in_features
+        self.bits = bits
+        self.group_size = group_size
+        self.scale_dtype = scale_dtype
+        self.compute_dtype = compute_dtype
         self.bias = linear.bias
         self.groups = grouped(weight, group_size)
         self.low = self.groups.amin(-1, keepdim=True).clamp(max=0)

@@ -18,12 +18,16 @@ class PackedLinear(nn.Module):
     The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Each forward
     pass dequantizes them, unless it runs inside :func:`dense_cache`. Changing the module's dtype leaves the packed
     tensors as they are.
+
+    Args:
+        packed: the weight.
+        bias: ``[out]``, in any float dtype; None for no bias.
     """
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
-        """Wrap ``packed``; ``bias`` is ``[out]`` or None."""
         super().__init__()
-        self.out_features, self.in_features = packed.out_features, packed.in_features
+        self.out_features = packed.out_features
+        self.in_features = packed.in_features
         self._template = packed
         for name, tensor in packed.state_dict().items():
             self.register_buffer(name, tensor)

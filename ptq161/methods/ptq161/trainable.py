@@ -20,6 +20,14 @@ from ptq161.packed.structured_binary import StructuredBinaryWeight
 class BinaryLinear(nn.Module):
     """A linear during block-wise optimization: everything that does not change is computed once.
 
+    Args:
+        linear: the full-precision linear.
+        mask: ``[in]`` bool, salient channels.
+        salient_bits: bits of the salient channels.
+        salient_range: see :func:`~ptq161.methods.ptq161.binarization.quantize_salient`.
+        scale_dtype: dtype in which scales, means, angles and zero points are stored.
+        compute_dtype: dtype of the matrix products.
+
     Attributes:
         scale: parameter ``[out, 1]`` float32.
         row_angle: parameter ``[out, 1]`` float32, starts at one.
@@ -38,12 +46,13 @@ class BinaryLinear(nn.Module):
         scale_dtype: str,
         compute_dtype: torch.dtype,
     ) -> None:
-        """Binarize ``linear`` around ``mask`` ([in] bool); products are taken in ``compute_dtype``."""
         super().__init__()
         self.weight = linear.weight.detach().float()
         self.bias: Tensor | None = linear.bias
         self.mask = mask
-        self.salient_bits, self.salient_range, self.scale_dtype = salient_bits, salient_range, scale_dtype
+        self.salient_bits = salient_bits
+        self.salient_range = salient_range
+        self.scale_dtype = scale_dtype
         self.compute_dtype = compute_dtype
         self.mean, scale = initial_scales(self.weight, mask)
         out_features, in_features = self.weight.shape
