@@ -98,7 +98,9 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, output, *probabilities = ctx.saved_tensors
         grad = grad.to(query.dtype)
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query = torch.empty_like(query)
+        grad_key = torch.zeros_like(key)
+        grad_value = torch.zeros_like(value)
         expected = (grad * output).sum(-1, keepdim=True)
         for start, p in zip(range(0, query.shape[1], CHUNK), probabilities, strict=True):
             end = min(start + CHUNK, query.shape[1])

@@ -132,8 +132,12 @@ def test_the_reported_loss_is_the_mean_over_the_batches(
     full = block_outputs(model, block_size - 1)
     method = change(
         epochs=1,
-        **{"scale_lr": 0.0, "angle_lr": 0.0, "scale_dtype": "float32"},
-        **{"cosine_loss": cosine, "block_size": block_size, "batch_size": batch_size},
+        scale_lr=0.0,
+        angle_lr=0.0,
+        scale_dtype="float32",
+        cosine_loss=cosine,
+        block_size=block_size,
+        batch_size=batch_size,
     )
     _, metrics = run(model, method)
     quant = block_outputs(model, block_size - 1)

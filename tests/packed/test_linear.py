@@ -157,8 +157,12 @@ def test_a_move_to_another_device_moves_every_tensor() -> None:
     assert {tensor.device.type for tensor in linear.packed.state_dict().values()} == {"meta"}
     without_salient = PackedLinear(
         pack_weight(
-            *(torch.randn(OUT, IN), torch.zeros(IN, dtype=torch.bool)),
-            *(torch.zeros(OUT, 1), torch.ones(OUT, 1), torch.ones(OUT, 1), torch.ones(1, IN)),
+            torch.randn(OUT, IN),
+            mask=torch.zeros(IN, dtype=torch.bool),
+            mean=torch.zeros(OUT, 1),
+            scale=torch.ones(OUT, 1),
+            row_angle=torch.ones(OUT, 1),
+            column_angle=torch.ones(1, IN),
             scale_dtype="float32",
         )
     ).to("meta")
