@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-CHUNK = 128
+_CHUNK = 128
 
 
 class FastCausalAttention(TorchFunctionMode):
@@ -83,10 +83,10 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = torch.empty_like(query)
-        future = torch.ones(CHUNK, CHUNK, dtype=torch.bool).triu(1)
+        future = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool).triu(1)
         probabilities = []
-        for start in range(0, query.shape[1], CHUNK):
-            end = min(start + CHUNK, query.shape[1])
+        for start in range(0, query.shape[1], _CHUNK):
+            end = min(start + _CHUNK, query.shape[1])
             scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
             scores[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
             probabilities.append(scores.softmax(-1))
@@ -102,8 +102,8 @@ class _CausalAttention(torch.autograd.Function):
         grad_key = torch.zeros_like(key)
         grad_value = torch.zeros_like(value)
         expected = (grad * output).sum(-1, keepdim=True)
-        for start, p in zip(range(0, query.shape[1], CHUNK), probabilities, strict=True):
-            end = min(start + CHUNK, query.shape[1])
+        for start, p in zip(range(0, query.shape[1], _CHUNK), probabilities, strict=True):
+            end = min(start + _CHUNK, query.shape[1])
             here, past = slice(start, end), slice(0, end)
             grad_value[:, past].baddbmm_(p.transpose(1, 2), grad[:, here])
             grad_scores = (grad[:, here] @ value[:, past].transpose(1, 2)).sub_(expected[:, here]).mul_(p)

@@ -36,8 +36,8 @@ from ptq161.packed.awq import AWQWeight
 from ptq161.packed.uniform import check_uniform, grouped, uniform_nearest, uniform_parameters
 from ptq161.packed.weight import PackedWeight, stored_scale
 
-GRID = 20
-MAX_SHRINK = 0.5
+_GRID = 20
+_MAX_SHRINK = 0.5
 _LEAST_SCALE = 1e-4
 
 
@@ -88,7 +88,7 @@ class AWQ(LayerwiseMethod):
             # The product of queries and keys amplifies what clipping loses in either: the authors leave both alone.
             clip = self.auto_clip and not name.rpartition(".")[2].startswith(("q_", "k_"))
             with prefix_errors(name):
-                packed[name] = quantize_scaled(
+                packed[name] = _quantize_scaled(
                     weight,
                     hessian,
                     scales,
@@ -125,7 +125,7 @@ def quantize_weight(
         UserError: a setting is out of range, or weight or hessian is not finite.
     """
     scales = search_scales(weight, hessian, absolute_mean, bits, group_size=group_size, scale_dtype=scale_dtype)
-    return quantize_scaled(weight, hessian, scales, bits, group_size=group_size, clip=clip, scale_dtype=scale_dtype)
+    return _quantize_scaled(weight, hessian, scales, bits, group_size=group_size, clip=clip, scale_dtype=scale_dtype)
 
 
 def search_scales(
@@ -158,8 +158,8 @@ def search_scales(
     check_hessian(hessian, weight.shape[1])
     weight = weight.float()
     best_error, best = float("inf"), None
-    for step in range(GRID):
-        scales = absolute_mean.float().pow(step / GRID).clamp(min=_LEAST_SCALE)
+    for step in range(_GRID):
+        scales = absolute_mean.float().pow(step / _GRID).clamp(min=_LEAST_SCALE)
         scales = stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
         rounded = _rounded(grouped(weight * scales, group_size), bits, scale_dtype).flatten(1)
         difference = rounded[:, : weight.shape[1]] / scales - weight
@@ -190,8 +190,8 @@ def search_clip(
     blocks = _diagonal_blocks(hessian, groups.shape[2])
     largest = groups.abs().amax(-1, keepdim=True)
     best, best_error = largest, torch.full_like(largest, float("inf"))
-    for step in range(int(MAX_SHRINK * GRID)):
-        limit = largest * (1 - step / GRID)
+    for step in range(int(_MAX_SHRINK * _GRID)):
+        limit = largest * (1 - step / _GRID)
         difference = _rounded(groups.clamp(-limit, limit), bits, scale_dtype) - groups
         errors = [_row_errors(difference[:, i], block) for i, block in enumerate(blocks)]
         error = torch.stack(errors, dim=1).unsqueeze(-1)
@@ -200,7 +200,7 @@ def search_clip(
     return best.squeeze(-1)
 
 
-def quantize_scaled(
+def _quantize_scaled(
     weight: Tensor,
     hessian: Tensor,
     scales: Tensor,

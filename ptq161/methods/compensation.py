@@ -21,12 +21,9 @@ from ptq161.methods.base import Window
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.weight import PackedWeight
 
-LARGEST_DAMPING = 1.0
+_LARGEST_DAMPING = 1.0
 # Columns between which compensation runs column by column; further ones follow in one product.
-STRIP = 16
-
-QuantizeColumn = Callable[[Tensor, int, Tensor], Tensor]
-QuantizeBlock = Callable[[Tensor, int], Tensor]
+_STRIP = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +60,7 @@ class CompensatedMethod(LayerwiseMethod):
         """Reject values out of range."""
         super().__post_init__()
         check_damping(self.damping)
-        check_column_block(self.column_block)
+        _check_column_block(self.column_block)
 
     def factorize(self, hessian: Tensor) -> InverseFactor:
         """Factorize the ``[in, in]`` hessian that linears share."""
@@ -98,8 +95,8 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
         act_order: take the columns in the order of falling diagonal.
 
     Raises:
-        UserError: the hessian is not square, not finite, or not positive definite with a damping of
-            ``LARGEST_DAMPING``; or ``damping`` is negative.
+        UserError: the hessian is not square, not finite, or not positive definite with a damping of 1; or ``damping``
+            is out of range.
     """
     check_damping(damping)
     check_hessian(hessian)
@@ -116,13 +113,16 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
         if upper is not None:
             return InverseFactor(upper, dead, share, order)
     raise UserError(
-        f"the hessian is not positive definite, even with method.damping={LARGEST_DAMPING:g}; "
+        f"the hessian is not positive definite, even with method.damping={_LARGEST_DAMPING:g}; "
         "it has to be 2/n X^T X of the calibration inputs X."
     )
 
 
 def compensate_columns(
-    weight: Tensor, factor: InverseFactor, quantize_column: QuantizeColumn, column_block: int = 128
+    weight: Tensor,
+    factor: InverseFactor,
+    quantize_column: Callable[[Tensor, int, Tensor], Tensor],
+    column_block: int = 128,
 ) -> Tensor:
     """Quantize column by column, each loss made good in all columns to the right.
 
@@ -144,8 +144,8 @@ def compensate_columns(
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
         values, losses = torch.empty_like(block), torch.empty_like(block)
         pivots = upper.diagonal().tolist()
-        for first in range(0, len(pivots), STRIP):
-            last = min(first + STRIP, len(pivots))
+        for first in range(0, len(pivots), _STRIP):
+            last = min(first + _STRIP, len(pivots))
             for i in range(first, last):
                 values[i] = quantize_column(block[i], start + i, lagged.T)
                 losses[i] = (block[i] - values[i]) / pivots[i]
@@ -157,7 +157,10 @@ def compensate_columns(
 
 
 def compensate_blocks(
-    weight: Tensor, factor: InverseFactor, quantize_block: QuantizeBlock, column_block: int = 128
+    weight: Tensor,
+    factor: InverseFactor,
+    quantize_block: Callable[[Tensor, int], Tensor],
+    column_block: int = 128,
 ) -> Tensor:
     """Quantize whole blocks, each loss made good in the blocks to the right but not within the block.
 
@@ -223,13 +226,13 @@ def check_damping(damping: float) -> None:
     """Check the share of the mean diagonal that is added to the hessian.
 
     Raises:
-        UserError: it is not in [0, ``LARGEST_DAMPING``].
+        UserError: it is not in [0, 1].
     """
-    if not 0 <= damping <= LARGEST_DAMPING:
-        raise UserError(f"method.damping={damping}: use a value in [0, {LARGEST_DAMPING:g}], such as 0.01.")
+    if not 0 <= damping <= _LARGEST_DAMPING:
+        raise UserError(f"method.damping={damping}: use a value in [0, {_LARGEST_DAMPING:g}], such as 0.01.")
 
 
-def check_column_block(column_block: int) -> None:
+def _check_column_block(column_block: int) -> None:
     """Check the number of columns per block.
 
     Raises:
@@ -245,7 +248,7 @@ def _compensate(
     quantize: Callable[[Tensor, int, Tensor, Tensor], tuple[Tensor, Tensor]],
     column_block: int,
 ) -> Tensor:
-    check_column_block(column_block)
+    _check_column_block(column_block)
     in_features = weight.shape[1]
     if factor.upper.shape[0] != in_features:
         raise UserError(
@@ -267,8 +270,8 @@ def _compensate(
 def _dampings(first: float) -> list[float]:
     """Return the shares to try: the first, then tenfold, up to the largest."""
     shares = [first]
-    while shares[-1] < LARGEST_DAMPING:
-        shares.append(min(max(10 * shares[-1], 1e-3), LARGEST_DAMPING))
+    while shares[-1] < _LARGEST_DAMPING:
+        shares.append(min(max(10 * shares[-1], 1e-3), _LARGEST_DAMPING))
     return shares
 
 

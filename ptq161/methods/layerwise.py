@@ -100,7 +100,7 @@ class LayerwiseMethod(ABC):
 
 
 # A hessian is symmetric: with four strips of rows, each from its diagonal on, 5/8 of the products are left.
-HESSIAN_STRIPS = 4
+_HESSIAN_STRIPS = 4
 
 
 def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, InputStatistics]:
@@ -172,6 +172,6 @@ def _accumulate_into(name: str, entry: InputStatistics, *, stop: bool) -> Callab
 def _add_upper_products(hessian: Tensor, x: Tensor) -> None:
     """Add the upper triangle of ``X^T X`` for ``x [tokens, in]``, and little below it."""
     channels = x.T.contiguous()
-    width = -(-channels.shape[0] // HESSIAN_STRIPS)
+    width = -(-channels.shape[0] // _HESSIAN_STRIPS)
     for start in range(0, channels.shape[0], width):
         hessian[start : start + width, start:] += linear(channels[start : start + width], channels[start:])

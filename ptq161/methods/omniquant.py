@@ -30,7 +30,7 @@ from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
 from ptq161.packed.weight import PackedWeight
 
-INITIAL_FACTOR = 4.0
+_INITIAL_FACTOR = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,8 @@ class ClippedLinear(nn.Module):
         self.groups = grouped(weight, group_size)
         self.low = self.groups.amin(-1, keepdim=True).clamp(max=0)
         self.high = self.groups.amax(-1, keepdim=True).clamp(min=0)
-        self.upper_factor = nn.Parameter(torch.full_like(self.high, INITIAL_FACTOR))
-        self.lower_factor = nn.Parameter(torch.full_like(self.low, INITIAL_FACTOR))
+        self.upper_factor = nn.Parameter(torch.full_like(self.high, _INITIAL_FACTOR))
+        self.lower_factor = nn.Parameter(torch.full_like(self.low, _INITIAL_FACTOR))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""

@@ -19,7 +19,7 @@ from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
 from ptq161.packed.uniform import uniform_codes, uniform_nearest, uniform_parameters
 from ptq161.packed.weight import stored_scale
 
-SALIENCIES = ("magnitude", "hessian")
+_SALIENCIES = ("magnitude", "hessian")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,4 +164,4 @@ def _check(low_frac: float, high_bit: int, saliency: str) -> None:
     if not 0 <= low_frac < 1:
         raise UserError(f"method.low_frac={low_frac}: use a value in [0, 1), the share of binarized weights.")
     check_high_bit(high_bit)
-    check_choice("method.saliency", saliency, SALIENCIES)
+    check_choice("method.saliency", saliency, _SALIENCIES)

@@ -28,8 +28,8 @@ from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight, stored_scale
 
-GRID_DEVIATIONS = 2.4
-RIDGE = 1e-2
+_GRID_DEVIATIONS = 2.4
+_RIDGE = 1e-2
 _LEAST = 1e-8
 
 
@@ -119,7 +119,7 @@ def quantize_weight(
         hessian = hessian / input_scales / input_scales.unsqueeze(1)
     out_side, in_side = draw_rotations(rotation, seed, *weight.shape)
     rotated = rotate_weight(weight, out_side, in_side)
-    scale = stored_scale(GRID_DEVIATIONS * rotated.square().mean().sqrt(), scale_dtype).float()
+    scale = stored_scale(_GRID_DEVIATIONS * rotated.square().mean().sqrt(), scale_dtype).float()
     codes = ldlq(_grid_position(rotated, scale, bits), rotate_hessian(hessian, in_side), bits, damping)
     return QuIPWeight.pack(
         codes, scale, bits, rotation=rotation, seed=seed, input_scales=input_scales, scale_dtype=scale_dtype
@@ -151,7 +151,7 @@ def rotate_hessian(hessian: Tensor, in_side: Rotation) -> Tensor:
     """Return ``V H V^T`` of the hessian ``H [in, in]`` at a mean diagonal of one, with a ridge of 0.01."""
     n = hessian.shape[0]
     hessian = hessian * (n / (hessian.trace() + _LEAST))
-    hessian.diagonal().add_(RIDGE)
+    hessian.diagonal().add_(_RIDGE)
     return in_side.apply(in_side.apply(hessian).T.contiguous())
 
 

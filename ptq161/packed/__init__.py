@@ -1,6 +1,7 @@
-"""Packed weights: storage formats, bit packing, the packed linear layer, checkpoints.
+"""Packed weights: one storage format per module, the bits in bytes, the packed linear layer, masks and checkpoints.
 
-Importing this package registers every storage format, so that any checkpoint loads in a fresh process.
+Importing this package registers every storage format, so that any checkpoint loads in a fresh process. It imports
+``models``, ``kernels``, ``files`` and the ground floor; ``methods``, the driver and every room above may import it.
 """
 
 from ptq161.packed import awq, billm, pb_llm, quip, structured_binary, uniform

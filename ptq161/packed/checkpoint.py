@@ -26,7 +26,9 @@ from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import packed_weight_from
 
 WEIGHTS_FILE = "packed.safetensors"
-SCHEMA_VERSION = 1
+"""Name of the file of tensors in a checkpoint folder."""
+
+_SCHEMA_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,7 @@ def save(
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     config["quantization_config"] = {
         "quant_method": PACKED_FORMAT,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _SCHEMA_VERSION,
         "nominal_bits_per_weight": nominal_bits,
         "linears": {name: layer.packed.settings() for name, layer in layers.items()},
     }
@@ -143,8 +145,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = raw.pop("quantization_config")
     layout = quantization.get("schema_version")
-    if layout != SCHEMA_VERSION:
-        raise UserError(f"{folder} has checkpoint layout {layout}; this version reads {SCHEMA_VERSION}.")
+    if layout != _SCHEMA_VERSION:
+        raise UserError(f"{folder} has checkpoint layout {layout}; this version reads {_SCHEMA_VERSION}.")
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:

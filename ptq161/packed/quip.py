@@ -200,13 +200,13 @@ class QuIPWeight(PackedWeight):
     def dequantize(self) -> Tensor:
         """Return ``U^T grid(codes) V / input_scales``: ``[out, in]`` float32."""
         codes = unpack_codes(self.codes, self.in_features, self.bits)
-        weight = symmetric_values(codes, self.scale.float(), self.bits)
+        weight = _symmetric_values(codes, self.scale.float(), self.bits)
         out_side, in_side = draw_rotations(self.rotation, int(self.seed), self.out_features, self.in_features)
         weight = out_side.invert(in_side.invert(weight).T).T.contiguous()
         return weight if self.input_scales is None else weight / self.input_scales.float()
 
 
-def symmetric_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _symmetric_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the grid's value of each code: ``scale * (2 * code / (2**bits - 1) - 1)`` in float32."""
     largest: int = 2**bits - 1
     return scale * (codes.float() * (2 / largest) - 1)

@@ -18,9 +18,9 @@ from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compen
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes, binary_values
 from ptq161.packed.weight import stored_scale
 
-SALIENCIES = ("magnitude", "hessian")
+_SALIENCIES = ("magnitude", "hessian")
 # What the paper prints for LLaMA-2-7B: signs and second signs, without masks, scales and means.
-PAPER_BITS = 1.08
+_PAPER_BITS = 1.08
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class BiLLM(CompensatedMethod):
     def __post_init__(self) -> None:
         """Reject values out of range."""
         super().__post_init__()
-        check_choice("method.saliency", self.saliency, SALIENCIES)
+        check_choice("method.saliency", self.saliency, _SALIENCIES)
 
     def nominal_bits(self) -> float:
         """Bits that the paper prints; what is stored is about 2.9."""
-        return PAPER_BITS
+        return _PAPER_BITS
 
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> BiLLMWeight:
         """Quantize one weight."""
@@ -78,7 +78,7 @@ def quantize_with_factor(
     weight: Tensor, factor: InverseFactor, saliency: str, column_block: int = 128, *, scale_dtype: str = "float16"
 ) -> BiLLMWeight:
     """Quantize a weight, given the factor that linears of one input share (see :func:`quantize_weight`)."""
-    check_choice("method.saliency", saliency, SALIENCIES)
+    check_choice("method.saliency", saliency, _SALIENCIES)
     planes: list[BinaryPlanes] = []
     grids: list[BinaryGrid] = []
     pivots = factor.upper.diagonal()

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ptq161.kernels.sorting import sorted_values
 
-MOST_SALIENT = 50
+_MOST_SALIENT = 50
 # Rows whose columns fit into a core's cache, as the search over columns reads them some 400 times, and no fewer than
 # make an operation worth its call.
-ROWS_AT_ONCE = 768
+_ROWS_AT_ONCE = 768
 
 
 def salient_columns(score: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def salient_columns(score: Tensor) -> Tensor:
     salient = torch.zeros(columns, dtype=torch.bool, device=score.device)
     if columns == 1:  # The released search has no candidate here; residual binarization stores one column exactly.
         return ~salient
-    most = min(MOST_SALIENT, columns)
+    most = min(_MOST_SALIENT, columns)
     totals = score.abs().sum(0)
     ranked = torch.topk(totals, most).indices
     rest = torch.ones_like(salient).index_fill(0, ranked, False).nonzero().flatten()
@@ -46,7 +46,7 @@ def salient_columns(score: Tensor) -> Tensor:
 
     # Tiles on as many threads as torch has: within one, an operation is too small to be worth a second thread.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        tiles = list(pool.map(gains, ordered.chunk(-(-ordered.shape[1] // ROWS_AT_ONCE), dim=1)))
+        tiles = list(pool.map(gains, ordered.chunk(-(-ordered.shape[1] // _ROWS_AT_ONCE), dim=1)))
     best = int(torch.stack(tiles).sum(0).argmax()) + 1
     # Ranked again as the released code does: among equal totals topk may choose others than before.
     return salient.index_fill(0, torch.topk(totals, best).indices, True)

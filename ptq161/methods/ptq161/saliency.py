@@ -17,7 +17,7 @@ from ptq161.methods.ptq161.binarization import dequantized_weight, initial_scale
 
 SALIENCIES = ("max", "mean", "hessian", "magnitude", "random")
 # The released code clamps activation scales from below, so that dead channels tie.
-LEAST_ACTIVATION = 1e-5
+_LEAST_ACTIVATION = 1e-5
 
 
 def channel_saliency(
@@ -41,9 +41,9 @@ def channel_saliency(
     check_choice("method.saliency", kind, SALIENCIES)
     match kind:
         case "max":
-            return activation.maximum.clamp(min=LEAST_ACTIVATION)
+            return activation.maximum.clamp(min=_LEAST_ACTIVATION)
         case "mean":
-            return activation.mean.clamp(min=LEAST_ACTIVATION)
+            return activation.mean.clamp(min=_LEAST_ACTIVATION)
         case "hessian":
             return owq_sensitivity(weight, activation.mean_square)
         case "magnitude":
