@@ -109,11 +109,11 @@ def time_widths(widths: list[int]) -> None:
         calls: dict[str, Callable[[], object]] = {
             "factor": partial(inverse_factor, hessian),
             "rtn": partial(rtn.quantize_weight, weight, 2),
-            "gptq": partial(gptq.quantize_with_factor, weight, factor, 2),
+            "gptq": partial(gptq.GPTQ(bits=2).quantize_linear, weight, factor),
             "awq": partial(awq.quantize_weight, weight, hessian, inputs.abs().mean(0), 2),
             "quip": partial(quip.quantize_weight, weight, hessian, 2, rescale=False),
-            "pb_llm": partial(pb_llm.quantize_with_factor, weight, factor, 0.9, 8, "hessian"),
-            "billm": partial(billm.quantize_with_factor, weight, factor, "hessian"),
+            "pb_llm": partial(pb_llm.PBLLM(saliency="hessian").quantize_linear, weight, factor),
+            "billm": partial(billm.BiLLM(saliency="hessian").quantize_linear, weight, factor),
         }
         for name, call in calls.items():
             rows.setdefault(name, []).append(fastest(call))

@@ -30,7 +30,7 @@ from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
 from ptq161.methods.base import Window
 from ptq161.methods.compensation import check_hessian, prefix_errors
-from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
+from ptq161.methods.layerwise import InputStatistics, UniformMethod
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.uniform import check_uniform, grouped, uniform_nearest, uniform_parameters
@@ -42,29 +42,19 @@ _LEAST_SCALE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class AWQ(LayerwiseMethod):
+class AWQ(UniformMethod):
     """AWQ. The defaults are those of the released examples.
 
+    The grid's settings are those of :class:`~ptq161.methods.layerwise.UniformMethod`.
+
     Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale; None is one scale per output channel.
         auto_scale: search the channel scales; without it they are one.
         auto_clip: search the clipping.
     """
 
-    bits: int = 4
     group_size: int | None = 128
     auto_scale: bool = True
     auto_clip: bool = True
-
-    def __post_init__(self) -> None:
-        """Reject bits and group sizes that the format cannot hold."""
-        super().__post_init__()
-        check_uniform(self.bits, self.group_size)
-
-    def nominal_bits(self) -> float:
-        """Bits of a code; scales, zero points and channel scales are not counted."""
-        return float(self.bits)
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window

@@ -68,7 +68,7 @@ class CompensatedMethod(LayerwiseMethod):
 
     @abstractmethod
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> PackedWeight:
-        """Quantize one weight ``[out, in]``."""
+        """Quantize one weight ``[out, in]`` with the factor of its inputs' hessian."""
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window

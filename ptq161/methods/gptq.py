@@ -1,6 +1,7 @@
 """GPTQ: round to nearest column by column, with the error made good in the columns to come (arXiv 2210.17323).
 
-Follows ``GPTQ.fasterquant`` of IST-DASLab/gptq.
+Follows ``GPTQ.fasterquant`` of IST-DASLab/gptq. Algorithm 1 of the paper is :mod:`ptq161.methods.compensation`; here is
+the quantizer that it calls for each column, and the grids that belong to it.
 """
 
 from __future__ import annotations
@@ -11,49 +12,72 @@ import torch
 from torch import Tensor
 
 from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
-from ptq161.packed.uniform import UniformWeight, check_uniform, uniform_codes, uniform_nearest, uniform_parameters
+from ptq161.methods.layerwise import UniformMethod
+from ptq161.packed.uniform import UniformWeight, uniform_codes, uniform_nearest, uniform_parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTQ(CompensatedMethod):
+class GPTQ(UniformMethod, CompensatedMethod):
     """GPTQ.
 
+    The grid's settings are those of :class:`~ptq161.methods.layerwise.UniformMethod`, those of the compensation are
+    those of :class:`~ptq161.methods.compensation.CompensatedMethod`.
+
     Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale; None is one scale per output channel.
         symmetric: center the grid on zero and store no zero points.
         act_order: take the columns in the order of falling hessian diagonal.
     """
 
-    bits: int = 4
-    group_size: int | None = None
     symmetric: bool = False
     act_order: bool = False
-
-    def __post_init__(self) -> None:
-        """Reject values out of range."""
-        super().__post_init__()
-        check_uniform(self.bits, self.group_size)
-
-    def nominal_bits(self) -> float:
-        """Bits of a code; scales and zero points are not counted."""
-        return float(self.bits)
 
     def factorize(self, hessian: Tensor) -> InverseFactor:
         """Factorize the hessian with its columns in the order of quantization."""
         return inverse_factor(hessian, self.damping, act_order=self.act_order)
 
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> UniformWeight:
-        """Quantize one weight."""
-        return quantize_with_factor(
-            weight,
-            factor,
+        """Quantize one weight ``[out, in]`` with the factor of its inputs' hessian (:meth:`factorize`).
+
+        Raises:
+            UserError: the shapes do not match, or a weight is not finite.
+        """
+        weight = weight.float()
+        in_features = weight.shape[1]
+        width = self.group_size or in_features
+        ordered = weight if factor.order is None else weight[:, factor.order]
+        grids: list[tuple[Tensor, Tensor]] = []
+        if self.group_size is None:
+            # Without groups, the authors take the range before they set the weights of dead columns to zero.
+            grids.append(self._grid(ordered))
+
+        def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
+            if j // width == len(grids):
+                # The authors' range of a group: its weights before the compensation within the running block.
+                grids.append(self._grid(lagged[:, j : j + width]))
+            scale, zero_point = grids[-1]
+            return uniform_nearest(column, scale[:, 0], zero_point[:, 0], self.bits)
+
+        values = compensate_columns(ordered, factor, quantize_column, self.column_block)
+        scales, zero_points = (torch.cat(parameters, dim=1) for parameters in zip(*grids, strict=True))
+        group_index = torch.arange(in_features, device=weight.device) // width
+        # A value on the grid is nearest to its own code.
+        codes = uniform_codes(values, scales[:, group_index], zero_points[:, group_index], self.bits)
+        if factor.order is not None:
+            original = torch.argsort(factor.order)
+            codes, group_index = codes[:, original], group_index[original]
+        return UniformWeight.pack(
+            codes,
+            scales,
+            zero_points,
             self.bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
-            column_block=self.column_block,
             scale_dtype=self.scale_dtype,
+            group_index=group_index if self.group_size and factor.order is not None else None,
         )
+
+    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return uniform_parameters(weight, self.bits, self.symmetric, scale_dtype=self.scale_dtype)
 
 
 def quantize_weight(
@@ -86,59 +110,13 @@ def quantize_weight(
         UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
             definite.
     """
-    factor = inverse_factor(hessian, damping, act_order=act_order)
-    return quantize_with_factor(
-        weight,
-        factor,
-        bits,
+    method = GPTQ(
+        bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        act_order=act_order,
+        damping=damping,
         column_block=column_block,
         scale_dtype=scale_dtype,
     )
-
-
-def quantize_with_factor(
-    weight: Tensor,
-    factor: InverseFactor,
-    bits: int,
-    *,
-    group_size: int | None = None,
-    symmetric: bool = False,
-    column_block: int = 128,
-    scale_dtype: str = "float16",
-) -> UniformWeight:
-    """Quantize a weight with GPTQ, given the factor that linears of one input share (see :func:`quantize_weight`)."""
-    check_uniform(bits, group_size)
-    weight = weight.float()
-    in_features = weight.shape[1]
-    width = group_size or in_features
-    ordered = weight if factor.order is None else weight[:, factor.order]
-    # Without groups, the authors take the range before they set the weights of dead columns to zero.
-    grids = [] if group_size else [uniform_parameters(ordered, bits, symmetric, scale_dtype=scale_dtype)]
-
-    def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
-        if j // width == len(grids):
-            # The authors' range of a group: its weights before the compensation within the running block.
-            grids.append(uniform_parameters(lagged[:, j : j + width], bits, symmetric, scale_dtype=scale_dtype))
-        scale, zero_point = grids[-1]
-        return uniform_nearest(column, scale[:, 0], zero_point[:, 0], bits)
-
-    values = compensate_columns(ordered, factor, quantize_column, column_block)
-    scales, zero_points = (torch.cat(parameters, dim=1) for parameters in zip(*grids, strict=True))
-    group_index = torch.arange(in_features, device=weight.device) // width
-    # A value on the grid is nearest to its own code.
-    codes = uniform_codes(values, scales[:, group_index], zero_points[:, group_index], bits)
-    if factor.order is not None:
-        original = torch.argsort(factor.order)
-        codes, group_index = codes[:, original], group_index[original]
-    return UniformWeight.pack(
-        codes,
-        scales,
-        zero_points,
-        bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        scale_dtype=scale_dtype,
-        group_index=group_index if group_size and factor.order is not None else None,
-    )
+    return method.quantize_linear(weight, method.factorize(hessian))

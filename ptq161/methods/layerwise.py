@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
 from ptq161.methods.base import Window, check_common
+from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight
 
 
@@ -97,6 +98,28 @@ class LayerwiseMethod(ABC):
             weights = {name: window.linears[name].weight.detach().float() for name in group}
             packed.update(self.quantize_group(weights, collected.pop(group[0], None), window))
         return packed
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformMethod(LayerwiseMethod):
+    """A layer-wise method that rounds weights to uniform grids.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; None is one scale per output channel.
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Reject bits and group sizes that the format cannot hold."""
+        super().__post_init__()
+        check_uniform(self.bits, self.group_size)
+
+    def nominal_bits(self) -> float:
+        """Bits of a code; scales and zero points (of groups, of channels) are not counted."""
+        return float(self.bits)
 
 
 # A hessian is symmetric: with four strips of rows, each from its diagonal on, 5/8 of the products are left.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.kernels.sorting import sorted_values
-from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
+from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns
 from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
 from ptq161.packed.uniform import uniform_codes, uniform_nearest, uniform_parameters
 from ptq161.packed.weight import stored_scale
@@ -39,21 +39,48 @@ class PBLLM(CompensatedMethod):
     def __post_init__(self) -> None:
         """Reject values out of range."""
         super().__post_init__()
-        _check(self.low_frac, self.high_bit, self.saliency)
+        if not 0 <= self.low_frac < 1:
+            raise UserError(f"method.low_frac={self.low_frac}: use a value in [0, 1), the share of binarized weights.")
+        check_high_bit(self.high_bit)
+        check_choice("method.saliency", self.saliency, _SALIENCIES)
 
     def nominal_bits(self) -> float:
         """Bits of signs and codes as the paper counts them, without the mask: 1.7 by default."""
         return self.low_frac + (1 - self.low_frac) * self.high_bit
 
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> PBLLMWeight:
-        """Quantize one weight."""
-        return quantize_with_factor(
-            weight,
-            factor,
-            self.low_frac,
-            self.high_bit,
-            self.saliency,
-            self.column_block,
+        """Quantize one weight ``[out, in]`` with the factor of its inputs' hessian (:meth:`factorize`).
+
+        Raises:
+            UserError: the shapes do not match, or a weight is not finite.
+        """
+        weight = weight.float()
+        # Quirk: the salient weights' grid spans the whole row, and dead columns still count.
+        grid = uniform_parameters(weight, self.high_bit, scale_dtype=self.scale_dtype)
+        weight = weight.masked_fill(factor.dead, 0.0)
+        salient = salient_weights(weight, factor, self.low_frac, self.saliency)
+        mean, scale = binary_parameters(weight.masked_fill(salient, 0.0), self.scale_dtype)
+        row_mean, row_scale = mean.squeeze(1), scale.squeeze(1)
+        high_scale, high_zero_point = (parameter.squeeze(1) for parameter in grid)
+        salient_columns = salient.T.contiguous()
+
+        def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
+            # The authors' sign of an exact zero is 0, which one bit cannot hold; it is that of the float here.
+            binary = torch.copysign(row_scale, column - row_mean).add_(row_mean)
+            nearest = uniform_nearest(column, high_scale, high_zero_point, self.high_bit)
+            return torch.where(salient_columns[j], nearest, binary)
+
+        values = compensate_columns(weight, factor, quantize_column, self.column_block)
+        high, _ = binary_levels(mean, scale)
+        return PBLLMWeight.pack(
+            salient,
+            values == high,
+            uniform_codes(values, *grid, self.high_bit),
+            means=mean,
+            scales=scale,
+            high_scales=grid[0],
+            high_zero_points=grid[1],
+            high_bit=self.high_bit,
             scale_dtype=self.scale_dtype,
         )
 
@@ -85,50 +112,15 @@ def quantize_weight(
         UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
             definite.
     """
-    factor = inverse_factor(hessian, damping)
-    return quantize_with_factor(weight, factor, low_frac, high_bit, saliency, column_block, scale_dtype=scale_dtype)
-
-
-def quantize_with_factor(
-    weight: Tensor,
-    factor: InverseFactor,
-    low_frac: float,
-    high_bit: int,
-    saliency: str,
-    column_block: int = 128,
-    *,
-    scale_dtype: str = "float16",
-) -> PBLLMWeight:
-    """Quantize a weight, given the factor that linears of one input share (see :func:`quantize_weight`)."""
-    _check(low_frac, high_bit, saliency)
-    weight = weight.float()
-    # Quirk: the salient weights' grid spans the whole row, and dead columns still count.
-    grid = uniform_parameters(weight, high_bit, scale_dtype=scale_dtype)
-    weight = weight.masked_fill(factor.dead, 0.0)
-    salient = salient_weights(weight, factor, low_frac, saliency)
-    mean, scale = binary_parameters(weight.masked_fill(salient, 0.0), scale_dtype)
-    high_scale, high_zero_point = (parameter.squeeze(1) for parameter in grid)
-    row_mean, row_scale, salient_columns = mean.squeeze(1), scale.squeeze(1), salient.T.contiguous()
-
-    def quantize_column(column: Tensor, j: int, lagged: Tensor) -> Tensor:
-        # The authors' sign of an exact zero is 0, which one bit cannot hold; it is that of the float here.
-        binary = torch.copysign(row_scale, column - row_mean).add_(row_mean)
-        nearest = uniform_nearest(column, high_scale, high_zero_point, high_bit)
-        return torch.where(salient_columns[j], nearest, binary)
-
-    values = compensate_columns(weight, factor, quantize_column, column_block)
-    high, _ = binary_levels(mean, scale)
-    return PBLLMWeight.pack(
-        salient,
-        values == high,
-        uniform_codes(values, *grid, high_bit),
-        means=mean,
-        scales=scale,
-        high_scales=grid[0],
-        high_zero_points=grid[1],
+    method = PBLLM(
+        low_frac=low_frac,
         high_bit=high_bit,
+        saliency=saliency,
+        column_block=column_block,
+        damping=damping,
         scale_dtype=scale_dtype,
     )
+    return method.quantize_linear(weight, method.factorize(hessian))
 
 
 def salient_weights(weight: Tensor, factor: InverseFactor, low_frac: float, saliency: str) -> Tensor:
@@ -158,10 +150,3 @@ def binary_parameters(weight: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]
     mean = stored_scale(weight.mean(1, keepdim=True), scale_dtype).float()
     scale = stored_scale((weight - mean).abs().mean(1, keepdim=True), scale_dtype).float()
     return mean, scale
-
-
-def _check(low_frac: float, high_bit: int, saliency: str) -> None:
-    if not 0 <= low_frac < 1:
-        raise UserError(f"method.low_frac={low_frac}: use a value in [0, 1), the share of binarized weights.")
-    check_high_bit(high_bit)
-    check_choice("method.saliency", saliency, _SALIENCIES)

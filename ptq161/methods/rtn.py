@@ -9,40 +9,29 @@ from typing import ClassVar
 from torch import Tensor
 
 from ptq161.methods.base import Window
-from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
+from ptq161.methods.layerwise import InputStatistics, UniformMethod
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_parameters
 from ptq161.packed.weight import PackedWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class RTN(LayerwiseMethod):
+class RTN(UniformMethod):
     """Round to nearest, without any data.
 
+    The grid's settings are those of :class:`~ptq161.methods.layerwise.UniformMethod`.
+
     Attributes:
-        bits: 2, 3, 4 or 8.
-        group_size: columns that share a scale; None is one scale per output channel.
         symmetric: center the grid on zero and store no zero points.
     """
 
     needs_statistics: ClassVar[bool] = False
 
-    bits: int = 4
-    group_size: int | None = None
     symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        """Reject bits and group sizes that the format cannot hold."""
-        super().__post_init__()
-        check_uniform(self.bits, self.group_size)
-
-    def nominal_bits(self) -> float:
-        """Bits of a code; scales and zero points are not counted."""
-        return float(self.bits)
 
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
     ) -> dict[str, PackedWeight]:
-        """Quantize each linear on its own; the statistics are not looked at."""
+        """Quantize each linear on its own; statistics and window are not used."""
         return {
             name: quantize_weight(
                 weight, self.bits, group_size=self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype

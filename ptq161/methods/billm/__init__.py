@@ -4,7 +4,7 @@
 here alone.
 """
 
-from ptq161.methods.billm.method import BiLLM, binarize, quantize_weight, quantize_with_factor
+from ptq161.methods.billm.method import BiLLM, binarize, quantize_weight
 from ptq161.methods.billm.search import best_split, salient_columns
 
-__all__ = ["BiLLM", "best_split", "binarize", "quantize_weight", "quantize_with_factor", "salient_columns"]
+__all__ = ["BiLLM", "best_split", "binarize", "quantize_weight", "salient_columns"]

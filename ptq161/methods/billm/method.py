@@ -14,7 +14,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.kernels.where import fast_where
 from ptq161.methods.billm.search import best_split, salient_columns
-from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_blocks, inverse_factor
+from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_blocks
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes, binary_values
 from ptq161.packed.weight import stored_scale
 
@@ -43,8 +43,31 @@ class BiLLM(CompensatedMethod):
         return _PAPER_BITS
 
     def quantize_linear(self, weight: Tensor, factor: InverseFactor) -> BiLLMWeight:
-        """Quantize one weight."""
-        return quantize_with_factor(weight, factor, self.saliency, self.column_block, scale_dtype=self.scale_dtype)
+        """Quantize one weight ``[out, in]`` with the factor of its inputs' hessian (:meth:`factorize`).
+
+        Raises:
+            UserError: the shapes do not match, or a weight is not finite.
+        """
+        planes: list[BinaryPlanes] = []
+        grids: list[BinaryGrid] = []
+        pivots = factor.upper.diagonal()
+
+        def quantize_block(block: Tensor, start: int) -> Tensor:
+            # Quirks: the magnitude score keeps its sign in the search, and the hessian score (w / d)^2 has d from the
+            # inverse's Cholesky factor, where the paper has the inverse's own diagonal.
+            score = block if self.saliency == "magnitude" else block**2 / pivots[start : start + block.shape[1]] ** 2
+            salient = salient_columns(score)
+            sparse = (score.abs() >= best_split(score, salient)) & ~salient
+            block_planes, grid = binarize(block, salient, sparse, self.scale_dtype)
+            planes.append(block_planes)
+            grids.append(grid)
+            return binary_values(block_planes, grid)
+
+        # Quirk: the released loop over the columns of a block computes their losses but never passes them on within it.
+        compensate_blocks(weight, factor, quantize_block, self.column_block)
+        whole = BinaryPlanes(*(torch.cat(plane, dim=-1) for plane in zip(*planes, strict=True)))
+        grid = BinaryGrid(*(torch.cat(parameter, dim=-1) for parameter in zip(*grids, strict=True)))
+        return BiLLMWeight.pack(whole, grid, self.column_block, scale_dtype=self.scale_dtype)
 
 
 def quantize_weight(
@@ -70,35 +93,8 @@ def quantize_weight(
         UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
             definite.
     """
-    factor = inverse_factor(hessian, damping)
-    return quantize_with_factor(weight, factor, saliency, column_block, scale_dtype=scale_dtype)
-
-
-def quantize_with_factor(
-    weight: Tensor, factor: InverseFactor, saliency: str, column_block: int = 128, *, scale_dtype: str = "float16"
-) -> BiLLMWeight:
-    """Quantize a weight, given the factor that linears of one input share (see :func:`quantize_weight`)."""
-    check_choice("method.saliency", saliency, _SALIENCIES)
-    planes: list[BinaryPlanes] = []
-    grids: list[BinaryGrid] = []
-    pivots = factor.upper.diagonal()
-
-    def quantize_block(block: Tensor, start: int) -> Tensor:
-        # Quirks: the magnitude score keeps its sign in the search, and the hessian score (w / d)^2 has d from the
-        # inverse's Cholesky factor, where the paper has the inverse's own diagonal.
-        score = block if saliency == "magnitude" else block**2 / pivots[start : start + block.shape[1]] ** 2
-        salient = salient_columns(score)
-        sparse = (score.abs() >= best_split(score, salient)) & ~salient
-        block_planes, grid = binarize(block, salient, sparse, scale_dtype)
-        planes.append(block_planes)
-        grids.append(grid)
-        return binary_values(block_planes, grid)
-
-    # Quirk: the released loop over the columns of a block computes their losses but never passes them on within it.
-    compensate_blocks(weight, factor, quantize_block, column_block)
-    whole = BinaryPlanes(*(torch.cat(plane, dim=-1) for plane in zip(*planes, strict=True)))
-    grid = BinaryGrid(*(torch.cat(parameter, dim=-1) for parameter in zip(*grids, strict=True)))
-    return BiLLMWeight.pack(whole, grid, column_block, scale_dtype=scale_dtype)
+    method = BiLLM(saliency=saliency, column_block=column_block, damping=damping, scale_dtype=scale_dtype)
+    return method.quantize_linear(weight, method.factorize(hessian))
 
 
 def binarize(block: Tensor, salient: Tensor, sparse: Tensor, scale_dtype: str) -> tuple[BinaryPlanes, BinaryGrid]:
