@@ -21,7 +21,7 @@ change ``D``, so no inputs are kept. Differences:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -147,16 +147,18 @@ def search_scales(
     check_uniform(bits, group_size)
     check_hessian(hessian, weight.shape[1])
     weight = weight.float()
-    best_error, best = float("inf"), None
-    for step in range(_GRID):
-        scales = absolute_mean.float().pow(step / _GRID).clamp(min=_LEAST_SCALE)
-        scales = stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
+
+    def scales_of(exponent: float) -> Tensor:
+        scales = absolute_mean.float().pow(exponent).clamp(min=_LEAST_SCALE)
+        return stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
+
+    def error_of(scales: Tensor) -> Tensor:
         rounded = _rounded(grouped(weight * scales, group_size), bits, scale_dtype).flatten(1)
         difference = rounded[:, : weight.shape[1]] / scales - weight
-        error = float(_row_errors(difference, hessian).sum())
-        if error < best_error:
-            best_error, best = error, scales
-    if best is None:
+        return _row_errors(difference, hessian).sum()
+
+    best, error = _best([scales_of(step / _GRID) for step in range(_GRID)], error_of)
+    if not bool(torch.isfinite(error)):
         raise UserError("the output error is NaN or infinite for any channel scale; check the activations.")
     return best
 
@@ -179,14 +181,13 @@ def search_clip(
     groups = grouped(weight.float(), group_size)
     blocks = _diagonal_blocks(hessian, groups.shape[2])
     largest = groups.abs().amax(-1, keepdim=True)
-    best, best_error = largest, torch.full_like(largest, float("inf"))
-    for step in range(int(_MAX_SHRINK * _GRID)):
-        limit = largest * (1 - step / _GRID)
+
+    def error_of(limit: Tensor) -> Tensor:
         difference = _rounded(groups.clamp(-limit, limit), bits, scale_dtype) - groups
         errors = [_row_errors(difference[:, i], block) for i, block in enumerate(blocks)]
-        error = torch.stack(errors, dim=1).unsqueeze(-1)
-        best = torch.where(error < best_error, limit, best)
-        best_error = torch.minimum(error, best_error)
+        return torch.stack(errors, dim=1).unsqueeze(-1)
+
+    best, _ = _best([largest * (1 - step / _GRID) for step in range(int(_MAX_SHRINK * _GRID))], error_of)
     return best.squeeze(-1)
 
 
@@ -196,25 +197,11 @@ def _quantize_scaled(
     scales: Tensor,
     bits: int,
     *,
-    group_size: int | None = None,
-    clip: bool = True,
-    scale_dtype: str = "float16",
+    group_size: int | None,
+    clip: bool,
+    scale_dtype: str,
 ) -> AWQWeight:
-    """Scale, clip and round a weight.
-
-    Args:
-        weight: ``[out, in]``.
-        hessian: ``[in, in]`` of the unscaled input.
-        scales: ``[in]``, positive, as ``scale_dtype`` can hold them.
-        bits: see :func:`quantize_weight`.
-        group_size: see :func:`quantize_weight`.
-        clip: search the clipping.
-        scale_dtype: see :func:`quantize_weight`.
-
-    Raises:
-        UserError: a setting is out of range, or a weight is not finite.
-    """
-    check_uniform(bits, group_size)
+    """Scale a weight by ``scales [in]``, clip it and round it; ``hessian`` is that of the unscaled input."""
     scaled = weight.float() * scales
     if clip:
         scaled_hessian = hessian / scales / scales.unsqueeze(1)
@@ -223,6 +210,21 @@ def _quantize_scaled(
         scaled = grouped(scaled, group_size).clamp(-limit, limit).flatten(1)[:, : weight.shape[1]]
     packed = round_to_nearest(scaled, bits, group_size=group_size, scale_dtype=scale_dtype)
     return AWQWeight.from_uniform(packed, scales, scale_dtype)
+
+
+def _best(candidates: Sequence[Tensor], error_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the candidate of least error, the first of equal ones, and that error.
+
+    An error with several entries decides entry by entry.
+    """
+    best = candidates[0]
+    least = error_of(best)
+    for candidate in candidates[1:]:
+        error = error_of(candidate)
+        better = (error < least) | least.isnan()
+        best = torch.where(better, candidate, best)
+        least = torch.where(better, error, least)
+    return best, least
 
 
 def _rounded(groups: Tensor, bits: int, scale_dtype: str) -> Tensor:
