@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
-from ptq161.methods.base import Window
-from ptq161.methods.compensation import check_hessian, prefix_errors
+from ptq161.methods.base import Window, prefix_errors
+from ptq161.methods.compensation import check_hessian
 from ptq161.methods.layerwise import InputStatistics, UniformMethod
 from ptq161.methods.rtn import quantize_weight as round_to_nearest
 from ptq161.packed.awq import AWQWeight

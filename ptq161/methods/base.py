@@ -175,3 +175,12 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
         raise UserError(f"method.batch_size={batch_size}: use at least 1.")
     check_choice("method.compute_dtype", compute_dtype, COMPUTE_DTYPES)
     check_choice("method.scale_dtype", scale_dtype, SCALE_DTYPES)
+
+
+@contextmanager
+def prefix_errors(linears: str) -> Iterator[None]:
+    """Put the names of linears (``block.path``) in front of a :class:`UserError` that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{linears}: {error}") from error

@@ -7,17 +7,16 @@ The hessian is 2/n X^T X over n calibration sequences, before damping.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Window
+from ptq161.methods.base import Window, prefix_errors
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.weight import PackedWeight
 
@@ -189,15 +188,6 @@ def weighted_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Return ``trace(D H D^T)`` of the difference ``D [out, in]``: 2/n times the squared error of the outputs."""
     difference = (weight - quantized).double()
     return float(((difference @ hessian.double()) * difference).sum())
-
-
-@contextlib.contextmanager
-def prefix_errors(linears: str) -> Iterator[None]:
-    """Put the names of linears (``block.path``) in front of a :class:`UserError` that is raised inside."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{linears}: {error}") from error
 
 
 def check_hessian(hessian: Tensor, in_features: int | None = None) -> None:

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_common
+from ptq161.methods.base import Window, check_common, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
-from ptq161.methods.compensation import prefix_errors
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
 from ptq161.packed.weight import PackedWeight

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ptq161.checks import check_choice
-from ptq161.methods.base import Window
-from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor, prefix_errors
+from ptq161.methods.base import Window, prefix_errors
+from ptq161.methods.compensation import check_damping, check_hessian, compensate_columns, inverse_factor
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
