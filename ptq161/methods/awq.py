@@ -149,14 +149,18 @@ def search_scales(
     weight = weight.float()
 
     def scales_of(exponent: float) -> Tensor:
+        # Eq. 5: s = s_X ** alpha, with s_X the mean |x| of each channel.
         scales = absolute_mean.float().pow(exponent).clamp(min=_LEAST_SCALE)
+        # As released: the geometric middle of the scales is one.
         return stored_scale(scales / (scales.max() * scales.min()).sqrt(), scale_dtype).float()
 
     def error_of(scales: Tensor) -> Tensor:
+        # Eq. 4: |Q(W diag(s)) (diag(s)^-1 X) - W X|^2, through the hessian instead of X.
         rounded = _rounded(grouped(weight * scales, group_size), bits, scale_dtype).flatten(1)
         difference = rounded[:, : weight.shape[1]] / scales - weight
         return _row_errors(difference, hessian).sum()
 
+    # The minimum over alpha in [0, 1): a grid of 20 steps, as released.
     best, error = _best([scales_of(step / _GRID) for step in range(_GRID)], error_of)
     if not bool(torch.isfinite(error)):
         raise UserError("the output error is NaN or infinite for any channel scale; check the activations.")
@@ -187,6 +191,7 @@ def search_clip(
         errors = [_row_errors(difference[:, i], block) for i, block in enumerate(blocks)]
         return torch.stack(errors, dim=1).unsqueeze(-1)
 
+    # auto_clip_layer: ten limits from the whole range down to just above half of it.
     best, _ = _best([largest * (1 - step / _GRID) for step in range(int(_MAX_SHRINK * _GRID))], error_of)
     return best.squeeze(-1)
 
@@ -202,6 +207,7 @@ def _quantize_scaled(
     scale_dtype: str,
 ) -> AWQWeight:
     """Scale a weight by ``scales [in]``, clip it and round it; ``hessian`` is that of the unscaled input."""
+    # Eq. 2: the weight takes diag(s), its input diag(s)^-1, which turns H into diag(s)^-1 H diag(s)^-1.
     scaled = weight.float() * scales
     if clip:
         scaled_hessian = hessian / scales / scales.unsqueeze(1)

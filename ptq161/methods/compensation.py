@@ -3,6 +3,22 @@
 Shared by GPTQ, PB-LLM, BiLLM and QuIP's LDLQ. Columns are quantized in order; what a column loses is made good in
 the columns to its right. Within a block of columns that happens column by column, beyond it once per block.
 The hessian is 2/n X^T X over n calibration sequences, before damping.
+
+Algorithm 1 and where its lines are, with W the weight, B the columns per block and U the factor, which the paper calls
+H^-1 from line 3 on. The numbers stand beside the code::
+
+    1   Q = 0                                              values, a block at a time
+    2   E = 0                                              losses, a block at a time
+    3   U = Cholesky(inverse(H))^T                         inverse_factor, _inverse_cholesky
+    4   for i = 0, B, 2B, ...:                             _compensate
+    5       for j = i, ..., i + B - 1:                     compensate_columns
+    6           Q[:, j] = quant(W[:, j])
+    7           E[:, j - i] = (W[:, j] - Q[:, j]) / U[j, j]
+    8           W[:, j : i + B] -= E[:, j - i] U[j, j : i + B]
+    9       W[:, i + B :] -= E U[i : i + B, i + B :]       _compensate
+
+Lines 6 to 8 are the update of one column (Eq. 2 and 3), whose inverse hessians line 3 computes all at once; line 9 is
+the lazy update of a whole block. BiLLM leaves line 8 out (compensate_blocks).
 """
 
 from __future__ import annotations
@@ -21,7 +37,7 @@ from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.weight import PackedWeight
 
 _LARGEST_DAMPING = 1.0
-# Columns between which compensation runs column by column; further ones follow in one product.
+# Columns between which line 8 runs column by column; the rest of the block follows in one product.
 _STRIP = 16
 
 
@@ -101,12 +117,14 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
     check_hessian(hessian)
     hessian = hessian.to(torch.float32, copy=True)
     diagonal = hessian.diagonal()
+    # As released: an input that is always zero would make the hessian singular.
     dead = diagonal == 0
     diagonal[dead] = 1.0
     order = None
-    if act_order:
+    if act_order:  # an option of the released code; the paper quantizes in the given order (its Step 1)
         order = torch.argsort(diagonal, descending=True)
         hessian, dead = hessian[order][:, order], dead[order]
+    # Line 3. The authors add 1 % of the mean diagonal (Step 3) and fail where that is too little; here it rises.
     for share in _dampings(damping):
         upper = _inverse_cholesky(hessian, share)
         if upper is not None:
@@ -145,11 +163,11 @@ def compensate_columns(
         pivots = upper.diagonal().tolist()
         for first in range(0, len(pivots), _STRIP):
             last = min(first + _STRIP, len(pivots))
-            for i in range(first, last):
-                values[i] = quantize_column(block[i], start + i, lagged.T)
-                losses[i] = (block[i] - values[i]) / pivots[i]
-                block[i + 1 : last].addr_(upper[i, i + 1 : last], losses[i], alpha=-1)
-            block[last:].addmm_(upper[first:last, last:].T, losses[first:last], alpha=-1)
+            for i in range(first, last):  # line 5
+                values[i] = quantize_column(block[i], start + i, lagged.T)  # line 6
+                losses[i] = (block[i] - values[i]) / pivots[i]  # line 7
+                block[i + 1 : last].addr_(upper[i, i + 1 : last], losses[i], alpha=-1)  # line 8, within the strip
+            block[last:].addmm_(upper[first:last, last:].T, losses[first:last], alpha=-1)  # line 8, right of the strip
         return values, losses
 
     return _compensate(weight, factor, quantize, column_block)
@@ -178,6 +196,7 @@ def compensate_blocks(
     """
 
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
+        # Lines 6 and 7 for all columns of the block together; there is no line 8.
         values = quantize_block(block.T.contiguous(), start).T
         return values, (block - values) / upper.diagonal().unsqueeze(1)
 
@@ -248,12 +267,12 @@ def _compensate(
         raise UserError("a weight is NaN or infinite; check the model's checkpoint.")
     # Transposed: a column of the weight lies in one piece of memory, which the loop over columns lives on.
     work = weight.float().masked_fill(factor.dead, 0.0).T.contiguous()
-    for start in range(0, in_features, column_block):
+    for start in range(0, in_features, column_block):  # line 4
         stop = min(start + column_block, in_features)
         block = work[start:stop].clone()
         values, losses = quantize(block, start, factor.upper[start:stop, start:stop], work)
         work[start:stop] = values
-        work[stop:].addmm_(factor.upper[start:stop, stop:].T, losses, alpha=-1)
+        work[stop:].addmm_(factor.upper[start:stop, stop:].T, losses, alpha=-1)  # line 9
     return work.T.contiguous()
 
 
@@ -269,7 +288,8 @@ def _inverse_cholesky(hessian: Tensor, damping: float) -> Tensor | None:
     """Return the upper factor of the damped hessian's inverse; None where a factorization fails."""
     damped = hessian.clone()
     damped.diagonal().add_(damping * damped.diagonal().mean())
-    # The authors' own sequence: a shorter one exists, but rounds differently on ill-conditioned hessians.
+    # The authors' own sequence (Cholesky, inverse, Cholesky): a shorter one exists, but rounds differently on
+    # ill-conditioned hessians.
     lower, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         return None

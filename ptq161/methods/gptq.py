@@ -45,6 +45,7 @@ class GPTQ(UniformMethod, CompensatedMethod):
         in_features = weight.shape[1]
         width = self.group_size or in_features
         ordered = weight if factor.order is None else weight[:, factor.order]
+        # The grid that quant(.) of Algorithm 1's line 6 rounds to: per row, or per row and group.
         grids: list[tuple[Tensor, Tensor]] = []
         if self.group_size is None:
             # Without groups, the authors take the range before they set the weights of dead columns to zero.
@@ -57,6 +58,7 @@ class GPTQ(UniformMethod, CompensatedMethod):
             scale, zero_point = grids[-1]
             return uniform_nearest(column, scale[:, 0], zero_point[:, 0], self.bits)
 
+        # Algorithm 1; its lines are numbered in the module of compensate_columns.
         values = compensate_columns(ordered, factor, quantize_column, self.column_block)
         scales, zero_points = (torch.cat(parameters, dim=1) for parameters in zip(*grids, strict=True))
         group_index = torch.arange(in_features, device=weight.device) // width

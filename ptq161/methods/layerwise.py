@@ -27,7 +27,7 @@ class InputStatistics:
     """Statistics of the inputs ``x [tokens, in]`` that a group of linears shares (float32).
 
     Attributes:
-        hessian: ``[in, in]``, 2/n X^T X over the n calibration sequences, before damping (GPTQ, Eq. 1).
+        hessian: ``[in, in]``, 2/n X^T X over the n calibration sequences, before damping: the hessian of GPTQ's Eq. 1.
         absolute_mean: ``[in]``, mean of |x| over all tokens.
         absolute_max: ``[in]``, largest |x| over all tokens.
         n_sequences: calibration sequences seen.
@@ -154,6 +154,7 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
     n_sequences = window.quant_inputs.shape[0]
     for entry in statistics.values():
         entry.n_sequences = n_sequences
+        # The factor 2/n is that of GPTQ's add_batch; a batch counts by its sequences, not by its tokens.
         entry.hessian = (entry.hessian.triu() + entry.hessian.triu(1).T) * (2 / n_sequences)
         entry.absolute_mean /= entry.n_tokens
     return statistics

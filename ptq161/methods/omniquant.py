@@ -2,10 +2,10 @@
 
 Follows OpenGVLab/OmniQuant as its scripts for weight-only quantization of LLaMA run it (``--lwc``, without ``--let``):
 
-1. the clipped grid: ``UniformAffineQuantizer.per_token_dynamic_calibration`` and ``fake_quant`` in
+1. the clipped grid (Eq. 2): ``UniformAffineQuantizer.per_token_dynamic_calibration`` and ``fake_quant`` in
    ``quantize/quantizer.py``: both ends of a channel's range are scaled by the sigmoid of a learned factor that starts
    at 4; rounding passes gradients straight through, the rounded zero point none;
-2. the objective and its optimizer: ``omniquant`` in ``quantize/omniquant.py``: mean squared error against the
+2. the objective (Eq. 1) and its optimizer: ``omniquant`` in ``quantize/omniquant.py``: mean squared error against the
    full-precision block on the full-precision chain, with ``--aug_loss`` also against it on the quantized chain.
 
 Differences: a range includes zero here, which matters only where all weights of a channel or group have one sign; the
@@ -83,9 +83,11 @@ class OmniQuant:
         Raises:
             UserError: a loss is not finite, or a weight is not.
         """
+        # 1. Every linear gets a grid whose ends can move.
         layers = {name: self._clipped(name, linear) for name, linear in window.linears.items()}
         if self.epochs:
             assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
+            # 2. Both targets are fixed, so they are computed once.
             targets = [window.full_outputs]
             if self.aug_loss:
                 targets.append(window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype))
@@ -168,6 +170,7 @@ class ClippedLinear(nn.Module):
 
     def rounded_weight(self) -> Tensor:
         """Return the weight on the present grid: ``[out, in]`` in the compute dtype."""
+        # Eq. 2: h = (gamma max(W) - beta min(W)) / (2^N - 1), z = -round(beta min(W) / h).
         low, high = self._range()
         scale, zero_point = self._grid()
         exact_scale = (high - low) / (2**self.bits - 1)
@@ -189,6 +192,7 @@ class ClippedLinear(nn.Module):
         )
 
     def _range(self) -> tuple[Tensor, Tensor]:
+        # beta min(W) and gamma max(W), both strengths in (0, 1) as sigmoids of what is learned.
         return self.lower_factor.sigmoid() * self.low, self.upper_factor.sigmoid() * self.high
 
     def _grid(self) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,14 @@
 """PB-LLM: salient weights at 8 bits, the rest binarized, inside GPTQ's compensation (arXiv 2310.00034).
 
 Follows ``LowHighGPT.fasterquant`` of hahnyuan/PB-LLM (``gptq_pb/gptq.py``) with its ``xnor`` binarization and one
-group per row. Its quirks are reproduced and named where they happen.
+group per row. Its steps, numbered as in the code below:
+
+1. the grid of the salient weights, from the whole row;
+2. the salient weights, by magnitude or hessian;
+3. mean and scale of the binarized weights, from the others;
+4. GPTQ's compensation (Algorithm 1 of arXiv 2210.17323), in which each weight is rounded in its own way.
+
+Quirks of the released code are reproduced and named where they happen.
 """
 
 from __future__ import annotations
@@ -55,10 +62,12 @@ class PBLLM(CompensatedMethod):
             UserError: the shapes do not match, or a weight is not finite.
         """
         weight = weight.float()
-        # Quirk: the salient weights' grid spans the whole row, and dead columns still count.
+        # 1. Quirk: the salient weights' grid spans the whole row, and dead columns still count.
         grid = uniform_parameters(weight, self.high_bit, scale_dtype=self.scale_dtype)
         weight = weight.masked_fill(factor.dead, 0.0)
+        # 2. The highest scores of the whole linear, not of a row or block.
         salient = salient_weights(weight, factor, self.low_frac, self.saliency)
+        # 3. Before any compensation: a row has the same two values in all blocks.
         mean, scale = binary_parameters(weight.masked_fill(salient, 0.0), self.scale_dtype)
         row_mean, row_scale = mean.squeeze(1), scale.squeeze(1)
         high_scale, high_zero_point = (parameter.squeeze(1) for parameter in grid)
@@ -70,6 +79,7 @@ class PBLLM(CompensatedMethod):
             nearest = uniform_nearest(column, high_scale, high_zero_point, self.high_bit)
             return torch.where(salient_columns[j], nearest, binary)
 
+        # 4. Salient weights take part: they pass on their losses, and they are compensated.
         values = compensate_columns(weight, factor, quantize_column, self.column_block)
         high, _ = binary_levels(mean, scale)
         return PBLLMWeight.pack(

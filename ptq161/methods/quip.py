@@ -1,12 +1,15 @@
 """QuIP: rotate weight and hessian at random, then round with linear feedback (Chee et al. 2023, arXiv 2307.13304).
 
-Follows Cornell-RelaxML/QuIP with ``--quant ldlq --incoh_processing``:
+Follows Cornell-RelaxML/QuIP with ``--quant ldlq --incoh_processing``. The paper's Algorithm 3 is Algorithm 1, rounding,
+Algorithm 2; its steps, numbered as in the code below:
 
-1. rescaling, rotation and damping: ``QuantMethod.preproc`` in ``method.py``;
-2. one symmetric grid of 2.4 standard deviations per linear: ``quantize_weight_vecbal`` (``qfn='b'``) in
-   ``vector_balance.py``;
-3. LDLQ, from the last column to the first: ``round_ldl`` there. It is the error compensation of GPTQ over reversed
-   columns (the paper's Theorem 6), so that is what runs.
+1. incoherence pre-processing (Algorithm 1; ``QuantMethod.preproc`` in ``method.py``): a. rescaling of input channels,
+   b. rotation of weight and hessian, c. one symmetric grid of 2.4 standard deviations per linear
+   (``quantize_weight_vecbal`` with ``qfn='b'`` in ``vector_balance.py``);
+2. LDLQ, from the last column to the first (``round_ldl`` there). It is the error compensation of GPTQ over reversed
+   columns (Theorem 6), so that is what runs;
+3. incoherence post-processing (Algorithm 2), which undoes c, b and a: :meth:`QuIPWeight.dequantize
+   <ptq161.packed.quip.QuIPWeight.dequantize>`.
 
 Greedy passes after LDLQ (``--npasses``) are off in the released code by default and not part of this module. It also
 sets ``proj_extra=1`` (rotations without blocks), but reads ``pre_proj_extra``, which stays 0: blocked butterflies.
@@ -112,14 +115,18 @@ def quantize_weight(
     check_choice("method.rotation", rotation, tuple(ROTATIONS))
     check_hessian(hessian, weight.shape[1])
     weight, hessian = weight.float(), hessian.float()
+    # 1a. W D and D^-1 H D^-1 leave the product with the input as it is. D is stored, so it is rounded before its use.
     input_scales = None
     if rescale:
         input_scales = stored_scale(channel_scales(weight, hessian), scale_dtype).float()
         weight = weight * input_scales
         hessian = hessian / input_scales / input_scales.unsqueeze(1)
+    # 1b. U W V^T, with U and V from the seed alone.
     out_side, in_side = draw_rotations(rotation, seed, *weight.shape)
     rotated = rotate_weight(weight, out_side, in_side)
+    # 1c. One symmetric grid for the whole linear, whose rotated entries look alike; rho of Algorithm 1 is 2.4.
     scale = stored_scale(_GRID_DEVIATIONS * rotated.square().mean().sqrt(), scale_dtype).float()
+    # 2. Rounding, against V H V^T.
     codes = ldlq(_grid_position(rotated, scale, bits), rotate_hessian(hessian, in_side), bits, damping)
     return QuIPWeight.pack(
         codes, scale, bits, rotation=rotation, seed=seed, input_scales=input_scales, scale_dtype=scale_dtype
@@ -127,7 +134,7 @@ def quantize_weight(
 
 
 def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
-    """Return the rescaling of input channels that minimizes the bound of the paper's Section 4.1.
+    """Return the rescaling of input channels that minimizes the error bound (the paper's Section 4).
 
     Args:
         weight: ``[out, in]``.
@@ -137,6 +144,7 @@ def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
         ``[in]``: the fourth root of each channel's hessian diagonal (relative to the largest entry of the hessian)
         over the squared norm of its weights.
     """
+    # D = (diag(H) / diag(W^T W))^(1/4) makes the column norms of W D proportional to the roots of diag(D^-1 H D^-1).
     diagonal = (hessian.diagonal() / hessian.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=_LEAST)
     norm = weight.square().sum(0).clamp(min=_LEAST)
     return (diagonal / norm).pow(0.25).clamp(min=_LEAST)
@@ -149,6 +157,7 @@ def rotate_weight(weight: Tensor, out_side: Rotation, in_side: Rotation) -> Tens
 
 def rotate_hessian(hessian: Tensor, in_side: Rotation) -> Tensor:
     """Return ``V H V^T`` of the hessian ``H [in, in]`` at a mean diagonal of one, with a ridge of 0.01."""
+    # At a trace of n, the ridge is the same share of every linear's hessian.
     n = hessian.shape[0]
     hessian = hessian * (n / (hessian.trace() + _LEAST))
     hessian.diagonal().add_(_RIDGE)
@@ -171,6 +180,8 @@ def ldlq(position: Tensor, hessian: Tensor, bits: int, damping: float = 0.01) ->
         UserError: the hessian is not positive definite.
     """
     largest: int = 2**bits - 1
+    # Each column is rounded with linear feedback from those already rounded (Eq. 2), by H's unit triangular factor. The
+    # factor of the reversed H's inverse gives the same feedback in GPTQ's compensation (Theorem 6).
     factor = inverse_factor(hessian.flip(0, 1), damping)
 
     def nearest(column: Tensor, _: int, __: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def binary_values(planes: BinaryPlanes, grid: BinaryGrid) -> Tensor:
     """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32."""
     concentrated, sparse, first, second = grid.scales
     signs, second_signs = (plane.float().mul_(2).sub_(1) for plane in (planes.signs, planes.second_signs))
+    # Other columns: one sign around the mean of their group.
     once = signs * fast_where(planes.sparse, sparse, concentrated)
     once = once + fast_where(planes.sparse, grid.means[1], grid.means[0])
+    # Salient columns: two signs of two scales around one mean.
     twice = signs * first + second_signs * second + grid.means[2]
     return fast_where(planes.salient, twice, once)

@@ -36,6 +36,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes.clone()
+    # A row as one stream of bits, filled up to whole bytes, eight of which are weighed into one.
     n = codes.shape[-1]
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     planes: Tensor = (codes.unsqueeze(-1) >> shifts) & 1
@@ -65,10 +66,11 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
         raise ValueError(f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes a row, not {packed.shape[-1]}")
     if bits == 8:
         return packed.clone()
-    if bits in (1, 2, 4):
+    if bits in (1, 2, 4):  # no code crosses a byte
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         fields: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
         return fields.flatten(-2)[..., :n].contiguous()
+    # Codes of 3 bits cross bytes: through the stream of bits.
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream: Tensor = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., : n * bits]
     places = 2 ** torch.arange(bits, dtype=torch.uint8, device=packed.device)

@@ -93,6 +93,7 @@ class PBLLMWeight(PackedWeight):
     def dequantize(self) -> Tensor:
         """Return the weight: ``[out, in]`` float32."""
         salient = unpack_plane(self.salient, self.in_features)
+        # Signs and codes were stored in row-major order of their own weights, which masked_scatter_ puts back.
         signs = torch.zeros_like(salient)
         signs.masked_scatter_(~salient, unpack_plane(self.signs, salient.numel() - self.n_salient))
         codes = torch.zeros_like(salient, dtype=torch.uint8)

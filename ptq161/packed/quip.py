@@ -199,6 +199,7 @@ class QuIPWeight(PackedWeight):
 
     def dequantize(self) -> Tensor:
         """Return ``U^T grid(codes) V / input_scales``: ``[out, in]`` float32."""
+        # QuIP's Algorithm 2: from codes to the grid, then U^T and V, then D^-1.
         codes = unpack_codes(self.codes, self.in_features, self.bits)
         weight = _symmetric_values(codes, self.scale.float(), self.bits)
         out_side, in_side = draw_rotations(self.rotation, int(self.seed), self.out_features, self.in_features)

@@ -103,6 +103,7 @@ class StructuredBinaryWeight(PackedWeight):
         salient = self.salient_channels()
         n_salient = int(salient.sum())
         sign = unpack_plane(self.sign, self.in_features - n_salient)
+        # PTQ1.61, Eq. 2 and 5: the row angle is in scale and mean already.
         scale, mean = self.scale.float(), self.mean.float()
         binary = torch.where(sign, mean + scale, mean - scale) * self.column_angle.float()
         codes = unpack_codes(self.codes, n_salient, self.salient_bits)

@@ -1,7 +1,15 @@
 """BiLLM: salient columns binarized twice, the rest split in two and binarized once (arXiv 2402.04291).
 
-Follows ``BRAGPTQ.fasterquant`` of Aaronhuang-778/BiLLM (``bigptq.py``) with its ``braq`` binarization. Its quirks
-are reproduced and named where they happen.
+Follows ``BRAGPTQ.fasterquant`` of Aaronhuang-778/BiLLM (``bigptq.py``) with its ``braq`` binarization. The loop over
+column blocks is the paper's Algorithm 1, with the functions of Algorithm 2 for each block:
+
+1. ``salient``: which columns are salient (Section 3.2), :func:`~ptq161.methods.billm.search.salient_columns`;
+2. ``seg_search``: where the other weights are split (Section 3.3), :func:`~ptq161.methods.billm.search.best_split`;
+3. ``binary``: the concentrated and the sparse group, each by mean and scale;
+4. ``res_approximation``: the salient columns, binarized and their residual binarized again;
+5. the block's loss is passed on to the blocks to the right.
+
+Quirks of the released code are reproduced and named where they happen.
 """
 
 from __future__ import annotations
@@ -56,14 +64,15 @@ class BiLLM(CompensatedMethod):
             # Quirks: the magnitude score keeps its sign in the search, and the hessian score (w / d)^2 has d from the
             # inverse's Cholesky factor, where the paper has the inverse's own diagonal.
             score = block if self.saliency == "magnitude" else block**2 / pivots[start : start + block.shape[1]] ** 2
-            salient = salient_columns(score)
+            salient = salient_columns(score)  # 1
+            # 2. Large scores are the sparse group, the tails of the bell.
             sparse = (score.abs() >= best_split(score, salient)) & ~salient
-            block_planes, grid = binarize(block, salient, sparse, self.scale_dtype)
+            block_planes, grid = binarize(block, salient, sparse, self.scale_dtype)  # 3 and 4
             planes.append(block_planes)
             grids.append(grid)
             return binary_values(block_planes, grid)
 
-        # Quirk: the released loop over the columns of a block computes their losses but never passes them on within it.
+        # 5. Quirk: the released loop over a block's columns computes their losses, but passes none on within the block.
         compensate_blocks(weight, factor, quantize_block, self.column_block)
         whole = BinaryPlanes(*(torch.cat(plane, dim=-1) for plane in zip(*planes, strict=True)))
         grid = BinaryGrid(*(torch.cat(parameter, dim=-1) for parameter in zip(*grids, strict=True)))
@@ -111,11 +120,13 @@ def binarize(block: Tensor, salient: Tensor, sparse: Tensor, scale_dtype: str) -
     Returns:
         the planes and the grid ``[4 or 3, out, 1]``.
     """
-    rows = torch.zeros_like(sparse)
+    # 3. binary(.) of both groups; the sign of a weight is that of its distance from its own group's mean.
     concentrated_mean, concentrated_scale = _binarize_once(block, ~sparse & ~salient, scale_dtype)
     sparse_mean, sparse_scale = _binarize_once(block, sparse, scale_dtype)
     signs = block >= fast_where(sparse, sparse_mean, concentrated_mean)
 
+    # 4. res_approximation(.): alpha_o B_o + alpha_r B_r, here with a mean in each order.
+    second_signs = torch.zeros_like(sparse)
     columns = block[:, salient]
     every = torch.ones_like(columns, dtype=torch.bool)
     first_mean = _mean(columns, every)
@@ -126,12 +137,12 @@ def binarize(block: Tensor, salient: Tensor, sparse: Tensor, scale_dtype: str) -
     salient_mean = stored_scale(_mean(residual, every), scale_dtype).float()
     residual = residual - salient_mean
     second_scale = stored_scale(_mean(residual.abs(), every), scale_dtype).float()
-    rows[:, salient] = residual >= 0
+    second_signs[:, salient] = residual >= 0
     grid = BinaryGrid(
         scales=torch.stack([concentrated_scale, sparse_scale, first_scale, second_scale]),
         means=torch.stack([concentrated_mean, sparse_mean, salient_mean]),
     )
-    return BinaryPlanes(salient, sparse, signs, rows), grid
+    return BinaryPlanes(salient, sparse, signs, second_signs), grid
 
 
 def _binarize_once(block: Tensor, mask: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]:

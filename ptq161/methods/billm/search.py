@@ -1,4 +1,4 @@
-"""BiLLM's structural search: which columns of a block are salient, and where the other weights are split in two.
+"""BiLLM's structural search: a block's salient columns (Section 3.2), and the split of its others (Section 3.3).
 
 The released search (``utils/autosearch.py`` of Aaronhuang-778/BiLLM) binarizes the whole block anew for each of its
 49 + 81 candidates. Here the squared error of a candidate comes from sums: binarizing n values of mean m and mean
@@ -34,6 +34,7 @@ def salient_columns(score: Tensor) -> Tensor:
     salient = torch.zeros(columns, dtype=torch.bool, device=score.device)
     if columns == 1:  # The released search has no candidate here; residual binarization stores one column exactly.
         return ~salient
+    # salient(.) of Algorithm 2: columns by their total score, then the number of them that leaves the least error.
     most = min(_MOST_SALIENT, columns)
     totals = score.abs().sum(0)
     ranked = torch.topk(totals, most).indices
@@ -63,6 +64,7 @@ def best_split(score: Tensor, salient: Tensor) -> float:
         one of 81 quantiles (0.10 to 0.90) of ``|score|``. Quirk of the released code: the quantiles are taken over
         the whole block with the salient columns counted as zeros.
     """
+    # seg_search(.) of Algorithm 2: the break point p* between concentrated and sparse weights.
     candidates = _quantiles(score.abs() * ~salient)
     # The released loop keeps the first of equal candidates; so does argmax on the CPU.
     gains = _split_gains(score[:, ~salient].contiguous(), candidates).cpu()
@@ -93,6 +95,7 @@ def _split_gains(values: Tensor, candidates: Tensor) -> Tensor:
     start = torch.searchsorted(ordered, -edges, right=True)
     stop = torch.maximum(torch.searchsorted(ordered, edges), start)
 
+    # Concentrated group: the values below its mean are the beginning of its interval.
     inner_sum, inner_n = sums.gather(1, stop) - sums.gather(1, start), stop - start
     mean = inner_sum / inner_n.clamp(min=1)
     middle = torch.searchsorted(ordered, mean.float(), right=True)
@@ -100,6 +103,7 @@ def _split_gains(values: Tensor, candidates: Tensor) -> Tensor:
     below_sum, below_n = sums.gather(1, middle) - sums.gather(1, start), middle - start
     gain = _gain(inner_sum, inner_n, mean * below_n - below_sum)
 
+    # Sparse group: they are the lower tail up to the mean, and of the upper tail what lies below the mean, if any.
     outer_sum, outer_n = sums[:, -1:] - inner_sum, n - inner_n
     mean = outer_sum / outer_n.clamp(min=1)
     middle = torch.searchsorted(ordered, mean.float(), right=True)

@@ -29,6 +29,7 @@ def initial_scales(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         mean ``[out, 1]`` and scale ``[out, 1]`` (mean of |w|), float32.
     """
+    # Eq. 2 and 3, over the binary channels alone: salient ones become zeros, which count in neither.
     binary = weight.float() * ~mask
     count = (binary != 0).sum(dim=1, keepdim=True).clamp(min=1)
     return binary.sum(dim=1, keepdim=True) / count, binary.abs().sum(dim=1, keepdim=True) / count
@@ -89,10 +90,13 @@ def pack_weight(
     Raises:
         UserError: a scale does not fit ``scale_dtype``.
     """
+    # Section 3.2: what the mask names keeps salient_bits.
     codes, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
     return StructuredBinaryWeight.pack(
         mask=mask,
+        # Eq. 2: scale * sign(W - mean) + mean.
         sign=weight[:, ~mask].float() >= mean,
+        # Eq. 5 multiplies it by r1 and r2; r1 is the row's own, like scale and mean, and is stored in them.
         scale=scale * row_angle,
         mean=mean * row_angle,
         column_angle=column_angle.flatten()[~mask],
@@ -141,6 +145,6 @@ def block_loss(y_quant: Tensor, y_full: Tensor, y_homologous: Tensor, cosine: bo
     y_quant, loss = y_quant.float(), y_quant.new_zeros((), dtype=torch.float32)
     for target in (y_full.float(), y_homologous.float()):
         loss = loss + torch.nn.functional.mse_loss(y_quant, target)
-        if cosine:
+        if cosine:  # zero where every token's output has the right direction, whatever its length
             loss = loss - torch.nn.functional.cosine_similarity(y_quant, target, dim=-1).mean().abs().log()
     return loss

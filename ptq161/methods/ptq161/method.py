@@ -1,4 +1,14 @@
-"""PTQ1.61 on a window of decoder blocks: mask, binarize, then learn scales and angles against full precision."""
+"""PTQ1.61 on a window of decoder blocks: mask, binarize, then learn scales and angles against full precision.
+
+The steps of Zhao et al., ACL 2025 (arXiv 2502.13179), numbered as in the code below:
+
+1. the one-dimensional mask of salient input channels (Section 3.2), :func:`~ptq161.methods.ptq161.salient_mask`;
+2. salient channels to ``salient_bits``, the others to a sign with the row's mean and scale (Eq. 2 and 3),
+   :func:`~ptq161.methods.ptq161.quantize_salient`, :func:`~ptq161.methods.ptq161.initial_scales`;
+3. angular factors per row and column (Eq. 5), one at first;
+4. scales and angular factors learned block by block against full precision (Section 3.3),
+   :func:`~ptq161.methods.ptq161.block_loss`.
+"""
 
 from __future__ import annotations
 
@@ -92,16 +102,18 @@ class PTQ161:
         Raises:
             UserError: the loss is not finite.
         """
-        layers = self._binarize(window)
+        layers = self._binarize(window)  # 1 to 3
         groups = self._learned(layers)
-        if self.epochs and groups:
+        if self.epochs and groups:  # 4
             self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
         for name, layer in layers.items():
             window.on_metric("salient_channels", int(layer.mask.sum()), linear=name)
         return {name: layer.pack() for name, layer in layers.items()}
 
     def _binarize(self, window: Window) -> dict[str, BinaryLinear]:
+        # 1. Linears keep the mask they are given, as in a quantization of a restored model.
         masks = self._masks(window) if window.salient_masks is None else window.salient_masks
+        # 2 and 3.
         return {
             name: BinaryLinear(
                 linear,
@@ -116,6 +128,7 @@ class PTQ161:
 
     def _masks(self, window: Window) -> dict[str, Tensor]:
         """Choose each linear's salient channels; linears that share an input share their activation scale."""
+        # 1. From the full-precision chain, so that the mask does not depend on how earlier blocks were quantized.
         generator = window.generator("saliency")
         masks = {}
         for group in window.input_groups:
@@ -139,6 +152,7 @@ class PTQ161:
     def _optimize(self, window: Window, layers: Mapping[str, BinaryLinear], optimizer: torch.optim.Optimizer) -> None:
         """Learn against the full-precision window on both chains' inputs (Section 3.3)."""
         assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
+        # 4. Both targets are fixed: full precision on the full-precision chain, and on the quantized chain's input.
         homologous = window.run_all(window.quant_inputs, self.batch_size, self.compute_dtype)
         with replaced_linears(window, layers):
             optimize(

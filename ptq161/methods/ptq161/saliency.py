@@ -96,6 +96,7 @@ def salient_mask(saliency: Tensor, mask_ratio: float) -> Tensor:
     if mask_ratio == 0:
         return torch.zeros_like(saliency, dtype=torch.bool)
     saliency = saliency.flatten()
+    # Section 3.2: the channels of the largest scores; at the edge and with ties, those of the released comparison.
     descending, order = torch.sort(saliency, descending=True, stable=True)
     mask = saliency >= descending[int(mask_ratio * saliency.numel())]
     if bool(mask.all()):

@@ -100,9 +100,11 @@ class _BinaryProduct(torch.autograd.Function):
         x_shape, x_dtype = x.shape, x.dtype
         x = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
+            # Eq. 5 without its weight: r2 on the inputs, one product with the signs, then scale and r1 on the outputs.
             u = x * column_angle.masked_fill(layer.mask, 0.0).to(dtype)
             z = u @ layer.sign.T
             total = u.sum(1)
+            # All else is one product more: the salient channels at their own weights, and the mean with the sum of u.
             rest = torch.cat([x[:, layer.salient_index], total.unsqueeze(1)], dim=1)
             rest_weight = torch.cat([layer.salient_columns, (row_angle * layer.mean).to(dtype)], dim=1)
             bias = None if layer.bias is None else layer.bias.to(dtype)
@@ -120,6 +122,7 @@ class _BinaryProduct(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             grad_z = (g * z).sum(0, dtype=torch.float32).unsqueeze(1)
             grad_total = (g.T @ total).float().unsqueeze(1)
+            # W before r2, which the gradient at u goes through: r1 (scale sign + mean), salient channels as they are.
             effective = layer.sign * (row_angle * scale).to(z.dtype)
             effective.addcmul_((row_angle * layer.mean).to(z.dtype), layer.binary_channel)
             effective += layer.salient_weight
