@@ -50,6 +50,11 @@ class AWQ(UniformMethod):
     Attributes:
         auto_scale: search the channel scales; without it they are one.
         auto_clip: search the clipping.
+
+    Example:
+        >>> method = AWQ(bits=3)
+        >>> method.nominal_bits(), method.group_size
+        (3.0, 128)
     """
 
     group_size: int | None = 128
@@ -113,6 +118,19 @@ def quantize_weight(
 
     Raises:
         UserError: a setting is out of range, or weight or hessian is not finite.
+
+    Example:
+        >>> from ptq161.methods import rtn
+        >>> from ptq161.methods.compensation import weighted_error
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> weight = torch.randn(8, 32, generator=generator)
+        >>> inputs = torch.randn(64, 32, generator=generator)
+        >>> inputs[:, 0] *= 20  # one channel matters more than the others
+        >>> hessian = 2 * inputs.T @ inputs
+        >>> values = quantize_weight(weight, hessian, inputs.abs().mean(0), bits=3).dequantize()
+        >>> nearest = rtn.quantize_weight(weight, bits=3).dequantize()
+        >>> weighted_error(weight, values, hessian) < 0.5 * weighted_error(weight, nearest, hessian)
+        True
     """
     scales = search_scales(weight, hessian, absolute_mean, bits, group_size=group_size, scale_dtype=scale_dtype)
     return _quantize_scaled(weight, hessian, scales, bits, group_size=group_size, clip=clip, scale_dtype=scale_dtype)
@@ -143,6 +161,15 @@ def search_scales(
 
     Raises:
         UserError: weight or hessian is not finite.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -2.0, 0.7, 3.0], [0.9, 1.0, -0.3, -2.0]])
+        >>> search_scales(weight, torch.eye(4), torch.full((4,), 0.5), bits=4)  # equal channels need no scales
+        tensor([1., 1., 1., 1.])
+        >>> sizes = torch.tensor([1.0, 1.0, 8.0, 1.0])
+        >>> scales = search_scales(weight, torch.diag(sizes**2), sizes, bits=2)
+        >>> int(scales.argmax()), bool(scales[2] > scales[0])
+        (2, True)
     """
     check_uniform(bits, group_size)
     check_hessian(hessian, weight.shape[1])
@@ -181,6 +208,12 @@ def search_clip(
 
     Returns:
         ``[out, groups]`` float32.
+
+    Example:
+        >>> weight = torch.tensor([[-1.0, 0.0, 1.0, 2.0] * 8 + [2.5]])
+        >>> limit = search_clip(weight, torch.eye(33), bits=2)  # four codes: clipped, all but the last are exact
+        >>> limit.shape, round(float(limit), 4)
+        (torch.Size([1, 1]), 2.0)
     """
     groups = grouped(weight.float(), group_size)
     blocks = _diagonal_blocks(hessian, groups.shape[2])

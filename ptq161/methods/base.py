@@ -24,14 +24,25 @@ from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
 
 
 class OnMetric(Protocol):
-    """A callback that receives every metric as it arises: ``on_metric("loss", 0.5, block=3, epoch=0)``."""
+    """A callback that receives every metric as it arises: ``on_metric("loss", 0.5, block=3, epoch=0)``.
+
+    Example:
+        >>> def on_metric(name: str, value: float, /, **where: int | str) -> None:
+        ...     print(name, value, where)
+        >>> on_metric("loss", 0.5, block=3, epoch=0)
+        loss 0.5 {'block': 3, 'epoch': 0}
+    """
 
     def __call__(self, name: str, value: float, /, **where: int | str) -> None:
         """Receive one value; ``where`` says to what it belongs (block, epoch, linear)."""
 
 
 def ignore_metric(name: str, value: float, /, **where: int | str) -> None:
-    """Drop the value: the :class:`OnMetric` of a caller who wants no metrics."""
+    """Drop the value: the :class:`OnMetric` of a caller who wants no metrics.
+
+    Example:
+        >>> ignore_metric("loss", 0.5, block=3, epoch=0)
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,11 @@ class ActivationScale:
         maximum: ``[in]`` float32, largest |x|.
         mean: ``[in]`` float32, mean of |x|.
         mean_square: ``[in]`` float32, mean of x^2.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -2.0], [-3.0, 0.0]])  # two tokens, two channels
+        >>> ActivationScale(maximum=x.abs().amax(0), mean=x.abs().mean(0), mean_square=x.square().mean(0))
+        ActivationScale(maximum=tensor([3., 2.]), mean=tensor([2., 1.]), mean_square=tensor([5., 2.]))
     """
 
     maximum: Tensor
@@ -69,6 +85,27 @@ class Window:
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
         on_metric: receives every metric.
         device: where the blocks are; inputs are moved there batch by batch.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(4, 4, bias=False))
+        >>> window = Window(
+        ...     first_block=3,
+        ...     blocks=[block],
+        ...     input_groups=[["3.0"]],
+        ...     linears={"3.0": block[0]},
+        ...     quant_inputs=torch.zeros(5, 6, 4),
+        ...     full_outputs=None,
+        ...     activations={},
+        ...     salient_masks=None,
+        ...     run_block=lambda i, hidden: block(hidden),
+        ...     generator=lambda stage: torch.Generator(),
+        ...     on_metric=ignore_metric,
+        ...     device=torch.device("cpu"),
+        ... )
+        >>> list(window.batches(2))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+        >>> window.run_all(window.quant_inputs, batch_size=2, compute_dtype="float32").shape
+        torch.Size([5, 6, 4])
     """
 
     first_block: int
@@ -134,7 +171,14 @@ class Window:
 
 
 class Method(Protocol):
-    """A frozen dataclass of hyperparameters with one entry point."""
+    """A frozen dataclass of hyperparameters with one entry point.
+
+    Example:
+        >>> from ptq161.methods.rtn import RTN
+        >>> method: Method = RTN(bits=2)
+        >>> method.block_size, method.needs_full_chain, method.nominal_bits()
+        (1, False, 2.0)
+    """
 
     needs_full_chain: ClassVar[bool]
     """Whether the window has to bring the full-precision chain's outputs and activation scales."""
@@ -170,6 +214,13 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
 
     Raises:
         UserError: a value is out of range.
+
+    Example:
+        >>> check_common(batch_size=8, compute_dtype="bfloat16", scale_dtype="float16")
+        >>> check_common(batch_size=0, compute_dtype="bfloat16", scale_dtype="float16")
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.batch_size=0: use at least 1.
     """
     if batch_size < 1:
         raise UserError(f"method.batch_size={batch_size}: use at least 1.")
@@ -179,7 +230,15 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
 
 @contextmanager
 def prefix_errors(linears: str) -> Iterator[None]:
-    """Put the names of linears (``block.path``) in front of a :class:`UserError` that is raised inside."""
+    """Put the names of linears (``block.path``) in front of a :class:`UserError` that is raised inside.
+
+    Example:
+        >>> with prefix_errors("3.mlp.up_proj"):
+        ...     raise UserError("a weight is NaN.")
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: 3.mlp.up_proj: a weight is NaN.
+    """
     try:
         yield
     except UserError as error:

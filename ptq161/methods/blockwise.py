@@ -38,6 +38,31 @@ def optimize(
 
     Raises:
         UserError: a loss is not finite.
+
+    Example:
+        >>> block = nn.Sequential(nn.Linear(1, 1, bias=False))
+        >>> window = Window(
+        ...     first_block=0,
+        ...     blocks=[block],
+        ...     input_groups=[["0.0"]],
+        ...     linears={"0.0": block[0]},
+        ...     quant_inputs=torch.ones(1, 1, 1),
+        ...     full_outputs=None,
+        ...     activations={},
+        ...     salient_masks=None,
+        ...     run_block=lambda i, hidden: block(hidden),
+        ...     generator=lambda stage: torch.Generator(),
+        ...     on_metric=lambda name, value, **where: print(name, value, where),
+        ...     device=torch.device("cpu"),
+        ... )
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+        >>> settings = {"epochs": 2, "batch_size": 1, "compute_dtype": "float32"}
+        >>> with replaced_linears(window, {"0.0": layer}):
+        ...     optimize(window, optimizer, [torch.full((1, 1, 1), 2.0)], nn.functional.mse_loss, **settings)
+        loss 1.0 {'block': 0, 'epoch': 0}
+        loss 0.0 {'block': 0, 'epoch': 1}
     """
     for epoch in range(epochs):
         losses = []
@@ -57,7 +82,30 @@ def optimize(
 
 @contextmanager
 def replaced_linears(window: Window, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the window's linears by ``modules`` of the same names; nothing else is trainable inside the context."""
+    """Replace the window's linears by ``modules`` of the same names; nothing else is trainable inside the context.
+
+    Example:
+        >>> from ptq161.methods.base import ignore_metric
+        >>> block = nn.Sequential(nn.Linear(4, 4, bias=False))
+        >>> window = Window(
+        ...     first_block=0,
+        ...     blocks=[block],
+        ...     input_groups=[["0.0"]],
+        ...     linears={"0.0": block[0]},
+        ...     quant_inputs=torch.ones(1, 2, 4),
+        ...     full_outputs=None,
+        ...     activations={},
+        ...     salient_masks=None,
+        ...     run_block=lambda i, hidden: block(hidden),
+        ...     generator=lambda stage: torch.Generator(),
+        ...     on_metric=ignore_metric,
+        ...     device=torch.device("cpu"),
+        ... )
+        >>> with replaced_linears(window, {"0.0": nn.Identity()}):
+        ...     outputs = window.run(window.quant_inputs)
+        >>> torch.equal(outputs, window.quant_inputs), block[0] is window.linears["0.0"]
+        (True, True)
+    """
     trainable = [p for block in window.blocks for p in block.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)

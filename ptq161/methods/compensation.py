@@ -51,6 +51,11 @@ class InverseFactor:
             weights as zero.
         damping: the share of the mean diagonal with which the factorization succeeded.
         order: ``[in]``, which original column stands at each place; None is the original order.
+
+    Example:
+        >>> factor = inverse_factor(torch.diag(torch.tensor([4.0, 1.0, 0.0])))
+        >>> factor.upper.shape, factor.dead.tolist(), factor.damping
+        (torch.Size([3, 3]), [False, False, True], 0.01)
     """
 
     upper: Tensor
@@ -66,6 +71,13 @@ class CompensatedMethod(LayerwiseMethod):
     Attributes:
         damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
         column_block: columns per block of the compensation.
+
+    Example:
+        >>> from ptq161.methods.gptq import GPTQ
+        >>> method = GPTQ(bits=2, damping=0.05)
+        >>> factor = method.factorize(torch.eye(4))  # once for the linears of one input
+        >>> [method.quantize_linear(torch.ones(rows, 4), factor).dequantize().shape[0] for rows in (6, 2, 2)]
+        [6, 2, 2]
     """
 
     damping: float = 0.01
@@ -112,6 +124,12 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
     Raises:
         UserError: the hessian is not square, not finite, or not positive definite with a damping of 1; or ``damping``
             is out of range.
+
+    Example:
+        >>> inverse_factor(torch.diag(torch.tensor([4.0, 1.0])), damping=0.0).upper.diagonal()
+        tensor([0.5000, 1.0000])
+        >>> inverse_factor(torch.diag(torch.tensor([1.0, 4.0])), act_order=True).order
+        tensor([1, 0])
     """
     check_damping(damping)
     check_hessian(hessian)
@@ -156,6 +174,12 @@ def compensate_columns(
 
     Raises:
         UserError: ``column_block`` is below 1, the shapes do not match, or a weight is not finite.
+
+    Example:
+        >>> hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # two inputs that are nearly the same
+        >>> weight = torch.tensor([[0.4, 0.4]])  # 0.8 in all: rounding each to 0 loses it
+        >>> compensate_columns(weight, inverse_factor(hessian), lambda column, j, lagged: column.round())
+        tensor([[0., 1.]])
     """
 
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +217,12 @@ def compensate_blocks(
 
     Raises:
         UserError: ``column_block`` is below 1, the shapes do not match, or a weight is not finite.
+
+    Example:
+        >>> factor = inverse_factor(torch.tensor([[1.0, 0.9], [0.9, 1.0]]))
+        >>> weight = torch.tensor([[0.4, 0.4]])
+        >>> [compensate_blocks(weight, factor, lambda block, start: block.round(), n).tolist() for n in (1, 2)]
+        [[[0.0, 1.0]], [[0.0, 0.0]]]
     """
 
     def quantize(block: Tensor, start: int, upper: Tensor, lagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +234,13 @@ def compensate_blocks(
 
 
 def weighted_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Return ``trace(D H D^T)`` of the difference ``D [out, in]``: 2/n times the squared error of the outputs."""
+    """Return ``trace(D H D^T)`` of the difference ``D [out, in]``: 2/n times the squared error of the outputs.
+
+    Example:
+        >>> hessian = torch.diag(torch.tensor([4.0, 1.0]))
+        >>> weighted_error(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]]), hessian)  # 4 * 1 + 1 * 4
+        8.0
+    """
     difference = (weight - quantized).double()
     return float(((difference @ hessian.double()) * difference).sum())
 
@@ -218,6 +254,13 @@ def check_hessian(hessian: Tensor, in_features: int | None = None) -> None:
 
     Raises:
         UserError: it is not square, not finite, or belongs to another number of inputs.
+
+    Example:
+        >>> check_hessian(torch.eye(4), in_features=4)
+        >>> check_hessian(torch.ones(2, 3))
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: a hessian of shape [2, 3] is not [in_features, in_features].
     """
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise UserError(f"a hessian of shape {list(hessian.shape)} is not [in_features, in_features].")
@@ -236,6 +279,13 @@ def check_damping(damping: float) -> None:
 
     Raises:
         UserError: it is not in [0, 1].
+
+    Example:
+        >>> check_damping(0.01)
+        >>> check_damping(-1)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.damping=-1: use a value in [0, 1], such as 0.01.
     """
     if not 0 <= damping <= _LARGEST_DAMPING:
         raise UserError(f"method.damping={damping}: use a value in [0, {_LARGEST_DAMPING:g}], such as 0.01.")

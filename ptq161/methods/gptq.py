@@ -26,6 +26,10 @@ class GPTQ(UniformMethod, CompensatedMethod):
     Attributes:
         symmetric: center the grid on zero and store no zero points.
         act_order: take the columns in the order of falling hessian diagonal.
+
+    Example:
+        >>> GPTQ(bits=2, group_size=128, act_order=True).nominal_bits()
+        2.0
     """
 
     symmetric: bool = False
@@ -111,6 +115,18 @@ def quantize_weight(
     Raises:
         UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
             definite.
+
+    Example:
+        >>> from ptq161.methods import rtn
+        >>> from ptq161.methods.compensation import weighted_error
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> weight = torch.randn(8, 32, generator=generator)
+        >>> inputs = torch.randn(64, 32, generator=generator).cumsum(dim=1)  # neighbors are correlated
+        >>> hessian = 2 * inputs.T @ inputs
+        >>> values = quantize_weight(weight, hessian, bits=3).dequantize()
+        >>> nearest = rtn.quantize_weight(weight, bits=3).dequantize()
+        >>> weighted_error(weight, values, hessian) < 0.5 * weighted_error(weight, nearest, hessian)
+        True
     """
     method = GPTQ(
         bits=bits,

@@ -32,6 +32,12 @@ class InputStatistics:
         absolute_max: ``[in]``, largest |x| over all tokens.
         n_sequences: calibration sequences seen.
         n_tokens: tokens seen.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -2.0], [3.0, 0.0]])  # one sequence of two tokens
+        >>> statistics = InputStatistics(2 * x.T @ x, x.abs().mean(0), x.abs().amax(0), n_sequences=1, n_tokens=2)
+        >>> statistics.hessian.tolist(), statistics.absolute_mean.tolist()
+        ([[20.0, -4.0], [-4.0, 8.0]], [2.0, 1.0])
     """
 
     hessian: Tensor
@@ -53,6 +59,24 @@ class LayerwiseMethod(ABC):
         batch_size: calibration sequences per forward pass.
         compute_dtype: dtype of the forward passes' matrix products; statistics are float32 always.
         scale_dtype: dtype in which scales, means and zero points are stored.
+
+    Example:
+        >>> from ptq161.methods import rtn
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class EightBits(LayerwiseMethod):
+        ...     needs_statistics = False
+        ...
+        ...     def nominal_bits(self):
+        ...         return 8.0
+        ...
+        ...     def quantize_group(self, weights, statistics, window):
+        ...         return {name: rtn.quantize_weight(weight, 8) for name, weight in weights.items()}
+        >>> EightBits(batch_size=4).scale_dtype
+        'float16'
+        >>> EightBits(block_size=2)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: block_size=2: EightBits quantizes one block at a time; use block_size=1.
     """
 
     needs_full_chain: ClassVar[bool] = False
@@ -107,6 +131,15 @@ class UniformMethod(LayerwiseMethod):
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; None is one scale per output channel.
+
+    Example:
+        >>> from ptq161.methods.rtn import RTN
+        >>> RTN(bits=3, group_size=64).nominal_bits()
+        3.0
+        >>> RTN(bits=5)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.bits=5: use one of 2, 3, 4, 8.
     """
 
     bits: int = 4
@@ -136,6 +169,28 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
 
     Raises:
         UserError: an input is NaN or infinite; the sentence names block and linear.
+
+    Example:
+        >>> from ptq161.methods.base import ignore_metric
+        >>> from ptq161.methods.gptq import GPTQ
+        >>> block = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> window = Window(
+        ...     first_block=0,
+        ...     blocks=[block],
+        ...     input_groups=[["0.0"]],
+        ...     linears={"0.0": block[0]},
+        ...     quant_inputs=torch.tensor([[[1.0, -2.0], [3.0, 0.0]]]),
+        ...     full_outputs=None,
+        ...     activations={},
+        ...     salient_masks=None,
+        ...     run_block=lambda i, hidden: block(hidden),
+        ...     generator=lambda stage: torch.Generator(),
+        ...     on_metric=ignore_metric,
+        ...     device=torch.device("cpu"),
+        ... )
+        >>> statistics = collect_statistics(GPTQ(), window)["0.0"]
+        >>> statistics.hessian.tolist(), statistics.absolute_mean.tolist()
+        ([[20.0, -4.0], [-4.0, 8.0]], [2.0, 1.0])
     """
     statistics = {group[0]: _empty(window.linears[group[0]], window.device) for group in window.input_groups}
     last = window.input_groups[-1][0]

@@ -47,6 +47,11 @@ class OmniQuant:
         compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); the clipping factors, the rounding
             and the loss are float32 always.
         scale_dtype: dtype in which scales and zero points are stored.
+
+    Example:
+        >>> method = OmniQuant(bits=2, group_size=128, epochs=20)
+        >>> method.needs_full_chain, method.nominal_bits()
+        (True, 2.0)
     """
 
     needs_full_chain: ClassVar[bool] = True
@@ -117,7 +122,13 @@ class OmniQuant:
 
 
 def reconstruction_loss(output: Tensor, *targets: Tensor) -> Tensor:
-    """Return the sum of the mean squared errors of ``output`` against each target, all of one shape."""
+    """Return the sum of the mean squared errors of ``output`` against each target, all of one shape.
+
+    Example:
+        >>> output = torch.zeros(2, 3)
+        >>> reconstruction_loss(output, torch.ones(2, 3), torch.full((2, 3), 2.0))  # 1 + 4
+        tensor(5.)
+    """
     return torch.stack([F.mse_loss(output, target) for target in targets]).sum()
 
 
@@ -137,6 +148,13 @@ class ClippedLinear(nn.Module):
 
     Raises:
         UserError: a weight is not finite.
+
+    Example:
+        >>> layer = ClippedLinear(nn.Linear(8, 4), bits=2, group_size=4)
+        >>> layer.upper_factor.shape  # for each output channel and group
+        torch.Size([4, 2, 1])
+        >>> torch.allclose(layer.rounded_weight(), layer.pack().dequantize())
+        True
     """
 
     def __init__(

@@ -37,6 +37,10 @@ class PBLLM(CompensatedMethod):
         low_frac: share of the weights that are binarized.
         high_bit: bits of the others: 2, 3, 4 or 8.
         saliency: ``magnitude`` (the released default) or ``hessian``.
+
+    Example:
+        >>> round(PBLLM(low_frac=0.9, high_bit=8).nominal_bits(), 2)  # 0.9 + 0.1 * 8
+        1.7
     """
 
     low_frac: float = 0.9
@@ -121,6 +125,12 @@ def quantize_weight(
     Raises:
         UserError: a setting is out of range, or weight or hessian is not finite, or the hessian is not positive
             definite.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -1.0] * 9 + [0.0, 40.0]])
+        >>> packed = quantize_weight(weight, torch.eye(20), low_frac=0.9, high_bit=8, saliency="magnitude")
+        >>> packed.n_salient, round(float(packed.dequantize()[0, -1]), 1)
+        (1, 40.0)
     """
     method = PBLLM(
         low_frac=low_frac,
@@ -142,6 +152,12 @@ def salient_weights(weight: Tensor, factor: InverseFactor, low_frac: float, sali
         low_frac: share of the weights that are not salient.
         saliency: ``magnitude`` is |w|; ``hessian`` is (w / d)^2 with d the diagonal of the inverse's Cholesky factor
             (the paper has the inverse's own diagonal there).
+
+    Example:
+        >>> from ptq161.methods.compensation import inverse_factor
+        >>> weight = torch.tensor([[1.0, -4.0, 2.0, 3.0]])
+        >>> salient_weights(weight, inverse_factor(torch.eye(4)), low_frac=0.5, saliency="magnitude").tolist()
+        [[False, True, False, False]]
     """
     score = weight.abs() if saliency == "magnitude" else weight**2 / factor.upper.diagonal() ** 2
     # Quirk: a score equal to the threshold is not salient, so one weight more than the share is binarized.
@@ -156,6 +172,10 @@ def binary_parameters(weight: Tensor, scale_dtype: str) -> tuple[Tensor, Tensor]
         weight: ``[out, in]`` with the salient weights set to zero. Quirk: those zeros count, both in the mean and,
             with their distance from it, in the scale.
         scale_dtype: dtype of stored means and scales.
+
+    Example:
+        >>> binary_parameters(torch.tensor([[2.0, 2.0, 0.0, 0.0]]), scale_dtype="float16")
+        (tensor([[1.]]), tensor([[1.]]))
     """
     mean = stored_scale(weight.mean(1, keepdim=True), scale_dtype).float()
     scale = stored_scale((weight - mean).abs().mean(1, keepdim=True), scale_dtype).float()

@@ -45,6 +45,10 @@ class QuIP(LayerwiseMethod):
         rotation: ``butterfly`` (QuIP) or ``hadamard`` (as in QuIP#).
         rescale: rescale the input channels before the rotation.
         damping: added to the rotated hessian's diagonal, as a share of its mean.
+
+    Example:
+        >>> QuIP(bits=2, rotation="hadamard").nominal_bits()
+        2.0
     """
 
     bits: int = 2
@@ -110,6 +114,16 @@ def quantize_weight(
 
     Raises:
         UserError: a setting is out of range, or weight or hessian is not finite.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> weight = torch.randn(8, 32, generator=generator)
+        >>> weight[0, 0] = 20.0  # an outlier, which rotations spread
+        >>> packed = quantize_weight(weight, torch.eye(32), bits=4, rotation="hadamard", rescale=False)
+        >>> float((packed.dequantize() - weight).norm() / weight.norm()) < 0.2
+        True
+        >>> packed.input_scales is None, packed.bits_per_weight  # 4, and 10 bytes of scale and seed
+        (True, 4.3125)
     """
     check_uniform(bits, None)
     check_choice("method.rotation", rotation, tuple(ROTATIONS))
@@ -143,6 +157,11 @@ def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
     Returns:
         ``[in]``: the fourth root of each channel's hessian diagonal (relative to the largest entry of the hessian)
         over the squared norm of its weights.
+
+    Example:
+        >>> scales = channel_scales(torch.ones(2, 2), torch.diag(torch.tensor([1.0, 16.0])))
+        >>> round(float(scales[1] / scales[0]), 4)  # the fourth root of 16
+        2.0
     """
     # D = (diag(H) / diag(W^T W))^(1/4) makes the column norms of W D proportional to the roots of diag(D^-1 H D^-1).
     diagonal = (hessian.diagonal() / hessian.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=_LEAST)
@@ -151,12 +170,27 @@ def channel_scales(weight: Tensor, hessian: Tensor) -> Tensor:
 
 
 def rotate_weight(weight: Tensor, out_side: Rotation, in_side: Rotation) -> Tensor:
-    """Return ``U W V^T`` for ``W [out, in]``."""
+    """Return ``U W V^T`` for ``W [out, in]``.
+
+    Example:
+        >>> weight = torch.zeros(4, 8)
+        >>> weight[0, 0] = 1.0
+        >>> rotated = rotate_weight(weight, *draw_rotations("hadamard", seed=0, out_features=4, in_features=8))
+        >>> round(float(rotated.norm()), 4), round(float(rotated.abs().max()), 4)  # as long, spread over 32 entries
+        (1.0, 0.1768)
+    """
     return out_side.apply(in_side.apply(weight).T).T.contiguous()
 
 
 def rotate_hessian(hessian: Tensor, in_side: Rotation) -> Tensor:
-    """Return ``V H V^T`` of the hessian ``H [in, in]`` at a mean diagonal of one, with a ridge of 0.01."""
+    """Return ``V H V^T`` of the hessian ``H [in, in]`` at a mean diagonal of one, with a ridge of 0.01.
+
+    Example:
+        >>> _, in_side = draw_rotations("hadamard", seed=0, out_features=4, in_features=4)
+        >>> hessian = torch.diag(torch.tensor([4.0, 0.0, 0.0, 0.0]))
+        >>> [round(value, 2) for value in rotate_hessian(hessian, in_side).diagonal().tolist()]
+        [1.01, 1.01, 1.01, 1.01]
+    """
     # At a trace of n, the ridge is the same share of every linear's hessian.
     n = hessian.shape[0]
     hessian = hessian * (n / (hessian.trace() + _LEAST))
@@ -178,6 +212,14 @@ def ldlq(position: Tensor, hessian: Tensor, bits: int, damping: float = 0.01) ->
 
     Raises:
         UserError: the hessian is not positive definite.
+
+    Example:
+        >>> position = torch.tensor([[0.4, 0.4]])
+        >>> ldlq(position, torch.eye(2), bits=2).tolist()
+        [[0, 0]]
+        >>> hessian = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
+        >>> ldlq(position, hessian, bits=2).tolist()  # the last column's loss is fed back to the first
+        [[1, 0]]
     """
     largest: int = 2**bits - 1
     # Each column is rounded with linear feedback from those already rounded (Eq. 2), by H's unit triangular factor. The

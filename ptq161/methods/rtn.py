@@ -22,6 +22,10 @@ class RTN(UniformMethod):
 
     Attributes:
         symmetric: center the grid on zero and store no zero points.
+
+    Example:
+        >>> RTN(bits=2, group_size=128, symmetric=True).nominal_bits()
+        2.0
     """
 
     needs_statistics: ClassVar[bool] = False
@@ -59,6 +63,14 @@ def quantize_weight(
 
     Raises:
         UserError: a setting is out of range, or a weight is not finite.
+
+    Example:
+        >>> import torch
+        >>> packed = quantize_weight(torch.tensor([[-1.0, 0.4, 2.0, 0.0]]), bits=2)
+        >>> packed.dequantize().tolist()
+        [[-1.0, 0.0, 2.0, 0.0]]
+        >>> packed.bits_per_weight  # 2, and 16 each of scale and zero point over a row of only 4 weights
+        10.0
     """
     check_uniform(bits, group_size)
     weight = weight.float()

@@ -21,6 +21,13 @@ class AWQWeight(UniformWeight):
 
     Attributes:
         input_scales: ``[in]`` in ``scale_dtype``; column ``j`` was multiplied by ``input_scales[j]`` before rounding.
+
+    Example:
+        >>> import torch
+        >>> scales = torch.tensor([1.0, 4.0])
+        >>> scaled = UniformWeight.pack(torch.tensor([[1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> AWQWeight.from_uniform(scaled, scales).dequantize().tolist()
+        [[1.0, 0.5]]
     """
 
     format: ClassVar[str] = "awq"

@@ -21,6 +21,12 @@ class BinaryGrid(NamedTuple):
             second order.
         means: ``[3, out, ...]``: of the concentrated group, the sparse group and the salient columns. Only the sum of
             the means of both orders is needed to dequantize, so only that is stored.
+
+    Example:
+        >>> grid = BinaryGrid(scales=torch.ones(4, 2, 3), means=torch.zeros(3, 2, 3))  # 2 rows, 3 blocks of columns
+        >>> bits = 16 * (grid.scales.numel() + grid.means.numel())
+        >>> bits / (2 * 3 * 128)  # per weight, with 128 columns in a block
+        0.875
     """
 
     scales: Tensor
@@ -35,6 +41,17 @@ class BinaryPlanes(NamedTuple):
         sparse: ``[out, in]``, the group of large weights; read where not salient.
         signs: ``[out, in]``, set for plus.
         second_signs: ``[out, in]``, signs of the residual; read where salient.
+
+    Example:
+        >>> planes = BinaryPlanes(
+        ...     salient=torch.tensor([True, False, False]),
+        ...     sparse=torch.tensor([[False, False, True]]),
+        ...     signs=torch.tensor([[True, True, False]]),
+        ...     second_signs=torch.tensor([[False, False, False]]),
+        ... )
+        >>> grid = BinaryGrid(scales=torch.tensor([1.0, 3.0, 4.0, 0.5]).view(4, 1, 1), means=torch.zeros(3, 1, 1))
+        >>> binary_values(planes, grid).tolist()  # 4 - 0.5 in the salient column, 1 concentrated, -3 sparse
+        [[3.5, 1.0, -3.0]]
     """
 
     salient: Tensor
@@ -56,6 +73,17 @@ class BiLLMWeight(PackedWeight):
         sparse: ``[out, ceil((in - n_salient) / 8)]`` uint8, over the other columns.
         scales: ``[4, out, blocks]`` in ``scale_dtype``, see :class:`BinaryGrid`.
         means: ``[3, out, blocks]`` in ``scale_dtype``.
+
+    Example:
+        >>> columns = torch.arange(128)
+        >>> plane = torch.zeros(64, 128, dtype=torch.bool)
+        >>> planes = BinaryPlanes(salient=columns < 8, sparse=plane, signs=plane, second_signs=plane)
+        >>> grid = BinaryGrid(scales=torch.ones(4, 64, 1), means=torch.zeros(3, 64, 1))
+        >>> packed = BiLLMWeight.pack(planes, grid, column_block=128)
+        >>> packed.dequantize()[0, :3], packed.dequantize()[0, -3:]  # two signs, one sign
+        (tensor([-2., -2., -2.]), tensor([-1., -1., -1.]))
+        >>> round(packed.bits_per_weight, 2)  # two planes of one bit each, the mask of columns, seven parameters a row
+        2.89
     """
 
     format: ClassVar[str] = "billm"
@@ -106,7 +134,15 @@ class BiLLMWeight(PackedWeight):
 
 
 def binary_values(planes: BinaryPlanes, grid: BinaryGrid) -> Tensor:
-    """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32."""
+    """Return what planes of ``[out, columns]`` stand for, with grids ``[4 or 3, out, columns or 1]``: float32.
+
+    Example:
+        >>> plane = torch.ones(1, 2, dtype=torch.bool)
+        >>> planes = BinaryPlanes(salient=torch.tensor([True, False]), sparse=~plane, signs=plane, second_signs=plane)
+        >>> grid = BinaryGrid(scales=torch.tensor([1.0, 3.0, 4.0, 0.5]).view(4, 1, 1), means=torch.ones(3, 1, 1))
+        >>> binary_values(planes, grid).tolist()  # 4 + 0.5 + 1 and 1 + 1
+        [[5.5, 2.0]]
+    """
     concentrated, sparse, first, second = grid.scales
     signs, second_signs = (plane.float().mul_(2).sub_(1) for plane in (planes.signs, planes.second_signs))
     # Other columns: one sign around the mean of their group.

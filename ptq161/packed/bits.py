@@ -13,7 +13,12 @@ CODE_BITS = (1, 2, 3, 4, 8)
 
 
 def packed_width(n: int, bits: int) -> int:
-    """Bytes that a row of ``n`` codes of ``bits`` bits takes."""
+    """Bytes that a row of ``n`` codes of ``bits`` bits takes.
+
+    Example:
+        >>> packed_width(10, bits=3)  # 30 bits
+        4
+    """
     return (n * bits + 7) // 8
 
 
@@ -29,6 +34,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Raises:
         ValueError: a code does not fit in ``bits`` bits, or ``bits`` is not supported.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1, 0, 3, 2, 1]]), bits=2).tolist()  # 0b10_11_00_01 and 0b01
+        [[177, 1]]
     """
     _check_bits(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
@@ -60,6 +69,10 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
     Raises:
         ValueError: the row's width is not that of ``n`` codes, or ``bits`` is not supported.
+
+    Example:
+        >>> unpack_codes(torch.tensor([[177, 1]], dtype=torch.uint8), n=5, bits=2).tolist()
+        [[1, 0, 3, 2, 1]]
     """
     _check_bits(bits)
     if packed.shape[-1] != packed_width(n, bits):
@@ -79,12 +92,22 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
 
 def pack_plane(plane: Tensor) -> Tensor:
-    """Pack a bool plane ``[..., n]`` eight to a byte: ``[..., ceil(n / 8)]`` uint8."""
+    """Pack a bool plane ``[..., n]`` eight to a byte: ``[..., ceil(n / 8)]`` uint8.
+
+    Example:
+        >>> pack_plane(torch.tensor([[True, False, True]])).tolist()  # 0b101
+        [[5]]
+    """
     return pack_codes(plane, 1)
 
 
 def unpack_plane(packed: Tensor, n: int) -> Tensor:
-    """Undo :func:`pack_plane`: ``[..., n]`` bool."""
+    """Undo :func:`pack_plane`: ``[..., n]`` bool.
+
+    Example:
+        >>> unpack_plane(torch.tensor([[5]], dtype=torch.uint8), n=3).tolist()
+        [[True, False, True]]
+    """
     return unpack_codes(packed, n, 1).bool()
 
 

@@ -39,6 +39,10 @@ class PackedSize:
         linear_bytes: bytes of all packed weights.
         linear_weights: weights that they stand for.
         other_bytes: bytes of everything else (embeddings, norms, biases), tied tensors counted once.
+
+    Example:
+        >>> PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608).bits_per_weight
+        6.0
     """
 
     linear_bytes: int
@@ -52,12 +56,31 @@ class PackedSize:
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the model's packed linears by module path."""
+    """Return the model's packed linears by module path.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed), nn.Linear(1, 4))
+        >>> list(packed_linears(model))
+        ['0']
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
 def measure(model: PreTrainedModel) -> PackedSize:
-    """Count the bytes of a packed model."""
+    """Count the bytes of a packed model.
+
+    Example:
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> measure(model)  # 7 linears of 8 rows: 2 bytes of codes, 2 of the scale, 2 of the zero point
+        PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608)
+    """
     layers = packed_linears(model).values()
     linear_bytes = sum(layer.packed.nbytes for layer in layers)
     total = sum(t.numel() * t.element_size() for t in _stored_tensors(model).values())
@@ -66,7 +89,20 @@ def measure(model: PreTrainedModel) -> PackedSize:
 
 
 def sha256_of_packed(model: PreTrainedModel) -> str:
-    """Hash a packed model: its tensors, and how those of its packed linears are to be read."""
+    """Hash a packed model: its tensors, and how those of its packed linears are to be read.
+
+    Example:
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> before = sha256_of_packed(model)
+        >>> model.model.layers[0].mlp.up_proj.codes[0, 0] ^= 1  # one bit
+        >>> sha256_of_packed(model) == before
+        False
+    """
     settings = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
     return key_of({"tensors": sha256_of_tensors(model.state_dict()), "linears": settings})
 
@@ -75,6 +111,17 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast all that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
 
     Buffers that are not stored (rotary frequencies) keep their precision, which a loaded model gives them too.
+
+    Example:
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> cast_rest(model, torch.bfloat16)
+        >>> model.lm_head.weight.dtype, model.model.layers[0].mlp.up_proj.scales.dtype
+        (torch.bfloat16, torch.float16)
     """
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -107,6 +154,20 @@ def save(
 
     Raises:
         UserError: the model is not packed, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(model, None, folder)
+        ...     tensors = load_file(file)
+        >>> file.name, tensors["model.layers.0.mlp.up_proj.codes"].dtype
+        ('packed.safetensors', torch.uint8)
     """
     layers = packed_linears(model)
     if not layers:
@@ -138,6 +199,23 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Raises:
         UserError: the folder is not such a checkpoint, or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(model, tokenizer, folder)
+        ...     loaded, _ = load(folder)
+        >>> sha256_of_packed(loaded) == sha256_of_packed(model)
+        True
     """
     folder = Path(folder)
     if not is_packed_folder(folder):
@@ -165,7 +243,21 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def stored_nominal_bits(folder: str | Path) -> float | None:
-    """Return the nominal bits per weight with which a checkpoint was saved; None where it was saved without."""
+    """Return the nominal bits per weight with which a checkpoint was saved; None where it was saved without.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(model, None, folder, nominal_bits=RTN(bits=2).nominal_bits())
+        ...     stored_nominal_bits(folder)
+        2.0
+    """
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     bits: float | None = config["quantization_config"].get("nominal_bits_per_weight")
     return bits
@@ -185,6 +277,23 @@ def export(folder: str | Path, out: str | Path) -> Path:
 
     Raises:
         UserError: ``folder`` is not a packed checkpoint, or ``out`` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = save(model, tokenizer, folder)
+        ...     dense = AutoModelForCausalLM.from_pretrained(export(folder, Path(folder) / "dense"))
+        >>> torch.equal(dense.lm_head.weight, model.lm_head.weight), len(packed_linears(dense))
+        (True, 0)
     """
     model, tokenizer = load(folder)
     densify(model)
@@ -197,6 +306,19 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
 
     Raises:
         UserError: ``out`` cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_dense(model, tokenizer, folder)
+        ...     (Path(folder) / "model.safetensors").exists()
+        True
     """
     try:
         for file in Path(out).glob("*.safetensors"):
@@ -208,7 +330,20 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
 
 
 def densify(model: PreTrainedModel) -> None:
-    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place."""
+    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place.
+
+    Example:
+        >>> import ptq161
+        >>> from ptq161.methods.rtn import RTN
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> values = model.model.layers[0].mlp.up_proj.dequantize()
+        >>> densify(model)
+        >>> torch.equal(model.model.layers[0].mlp.up_proj.weight, values)
+        True
+    """
     dtype = next(model.get_input_embeddings().parameters()).dtype
     for name, layer in packed_linears(model).items():
         dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

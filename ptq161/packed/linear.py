@@ -22,6 +22,15 @@ class PackedLinear(nn.Module):
     Args:
         packed: the weight.
         bias: ``[out]``, in any float dtype; None for no bias.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> layer = PackedLinear(packed, bias=torch.tensor([0.5]))
+        >>> layer(torch.ones(4, 3)).flatten()
+        tensor([3.5000, 3.5000, 3.5000, 3.5000])
+        >>> sorted(layer.state_dict())
+        ['bias', 'codes', 'scales', 'zero_points']
     """
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
@@ -71,6 +80,15 @@ def dense_cache(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Dequantize every packed linear of ``model`` once for the duration of the context.
 
     Bytes that are changed inside the context have no effect until it ends.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed))
+        >>> with dense_cache(model, torch.float32):
+        ...     y = model(torch.ones(4, 3))
+        >>> torch.equal(y, model(torch.ones(4, 3)))
+        True
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     try:

@@ -23,6 +23,17 @@ def salient_masks(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Raises:
         UserError: a linear is not packed, or its format has no salient channels.
+
+    Example:
+        >>> import ptq161
+        >>> from ptq161.methods.ptq161 import PTQ161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), PTQ161(epochs=0))
+        >>> masks = salient_masks(model)
+        >>> masks["0.mlp.up_proj"].shape, int(masks["0.mlp.up_proj"].sum())  # int(0.2 * 8) and the one at the edge
+        (torch.Size([8]), 2)
     """
     masks = {}
     for name, module in quantized_linears(model):
@@ -42,6 +53,15 @@ def check_salient_masks(model: PreTrainedModel, masks: Mapping[str, Tensor]) -> 
 
     Raises:
         UserError: otherwise.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> check_salient_masks(model, {"0.mlp.up_proj": torch.zeros(8, dtype=torch.bool)})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: salient_masks: 0.mlp.down_proj has no mask; give one for ...
     """
     linears = dict(quantized_linears(model))
     if wrong := sorted(set(linears) ^ set(masks)):

@@ -31,6 +31,20 @@ class PBLLMWeight(PackedWeight):
         scales: ``[out, 1]`` in ``scale_dtype``.
         high_scales: ``[out, 1]`` in ``scale_dtype``, of the salient weights' grid.
         high_zero_points: ``[out, 1]`` in ``scale_dtype``, of the salient weights' grid.
+
+    Example:
+        >>> packed = PBLLMWeight.pack(
+        ...     salient=torch.tensor([[False, False, False, True]]),
+        ...     signs=torch.tensor([[True, False, True, False]]),
+        ...     codes=torch.tensor([[0, 0, 0, 3]]),
+        ...     means=torch.tensor([[1.0]]),
+        ...     scales=torch.tensor([[2.0]]),
+        ...     high_scales=torch.tensor([[5.0]]),
+        ...     high_zero_points=torch.tensor([[0.0]]),
+        ...     high_bit=8,
+        ... )
+        >>> packed.dequantize().tolist()
+        [[3.0, -1.0, 3.0, 15.0]]
     """
 
     format: ClassVar[str] = "pb_llm"
@@ -103,7 +117,12 @@ class PBLLMWeight(PackedWeight):
 
 
 def binary_levels(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two values of a binarized weight: ``mean + scale`` and ``mean - scale``."""
+    """Return the two values of a binarized weight: ``mean + scale`` and ``mean - scale``.
+
+    Example:
+        >>> binary_levels(torch.tensor([1.0]), torch.tensor([2.0]))
+        (tensor([3.]), tensor([-1.]))
+    """
     return mean + scale, mean - scale
 
 
@@ -112,6 +131,12 @@ def check_high_bit(high_bit: int) -> None:
 
     Raises:
         UserError: they are not supported.
+
+    Example:
+        >>> check_high_bit(1)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.high_bit=1: use one of 2, 3, 4, 8.
     """
     if high_bit not in UNIFORM_BITS:
         raise UserError(f"method.high_bit={high_bit}: use one of {', '.join(map(str, UNIFORM_BITS))}.")

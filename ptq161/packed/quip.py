@@ -21,7 +21,14 @@ from ptq161.packed.weight import PackedWeight, stored_scale
 
 
 class Rotation(ABC):
-    """An orthogonal matrix ``Q [n, n]`` as a product of fast factors."""
+    """An orthogonal matrix ``Q [n, n]`` as a product of fast factors.
+
+    Example:
+        >>> _, rotation = draw_rotations("butterfly", seed=0, out_features=4, in_features=6)
+        >>> x = torch.eye(6)
+        >>> torch.allclose(rotation.invert(rotation.apply(x)), x, atol=1e-5)
+        True
+    """
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
@@ -44,6 +51,14 @@ class Butterfly(Rotation):
         second: ``[p, q, q]`` float32.
         order_in: ``[n]`` int64, the permutation before the stages.
         order_out: ``[n]`` int64, the permutation after them.
+
+    Example:
+        >>> rotation = Butterfly.draw(576, torch.Generator().manual_seed(0))
+        >>> rotation.first.shape, rotation.second.shape  # 576 = 24 * 24
+        (torch.Size([24, 24, 24]), torch.Size([24, 24, 24]))
+        >>> matrix = rotation.apply(torch.eye(576))
+        >>> torch.allclose(matrix @ matrix.T, torch.eye(576), atol=1e-5)
+        True
     """
 
     first: Tensor
@@ -89,6 +104,11 @@ class RandomHadamard(Rotation):
     Attributes:
         signs: ``[n]`` float32, each 1 or -1.
         odd: ``[m, m]`` float32, orthogonal.
+
+    Example:
+        >>> rotation = RandomHadamard.draw(4, torch.Generator().manual_seed(0))
+        >>> rotation.apply(torch.tensor([8.0, 0.0, 0.0, 0.0])).abs()  # an outlier is spread evenly
+        tensor([4., 4., 4., 4.])
     """
 
     signs: Tensor
@@ -131,6 +151,12 @@ def draw_rotations(kind: str, seed: int, out_features: int, in_features: int) ->
         seed: any non-negative int64.
         out_features: dimensions of the first rotation.
         in_features: dimensions of the second one.
+
+    Example:
+        >>> out_side, in_side = draw_rotations("hadamard", seed=1, out_features=2, in_features=4)
+        >>> _, again = draw_rotations("hadamard", seed=1, out_features=2, in_features=4)
+        >>> torch.equal(in_side.apply(torch.eye(4)), again.apply(torch.eye(4)))
+        True
     """
     generator = torch.Generator().manual_seed(seed)
     rotation = ROTATIONS[kind]
@@ -149,6 +175,14 @@ class QuIPWeight(PackedWeight):
         seed: ``[1]`` int64, from which both rotations are drawn.
         input_scales: ``[in]`` in ``scale_dtype``; column ``j`` was multiplied by ``input_scales[j]`` before the
             rotation. None where it was not rescaled.
+
+    Example:
+        >>> codes = torch.tensor([[0, 3], [3, 0]])
+        >>> packed = QuIPWeight.pack(codes, torch.tensor(2.0), bits=2, rotation="hadamard", seed=7)
+        >>> packed.nbytes  # 2 bytes of codes, a scale in float16, a seed of 8 bytes; no rotation
+        12
+        >>> round(float(packed.dequantize().norm()), 3)  # that of four weights of 2 or -2: rotations keep it
+        4.0
     """
 
     format: ClassVar[str] = "quip"

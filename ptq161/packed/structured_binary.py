@@ -34,6 +34,22 @@ class StructuredBinaryWeight(PackedWeight):
         codes: ``[out, ceil(s * salient_bits / 8)]`` uint8.
         salient_scale: ``[out, 1]``, step of the salient codes; ``[out, 0]`` where there are none.
         salient_zero_point: the same shape, code of zero.
+
+    Example:
+        >>> packed = StructuredBinaryWeight.pack(
+        ...     mask=torch.tensor([True, False, False]),
+        ...     sign=torch.tensor([[True, False]]),
+        ...     scale=torch.tensor([[2.0]]),
+        ...     mean=torch.tensor([[1.0]]),
+        ...     column_angle=torch.tensor([1.0, 0.5]),
+        ...     codes=torch.tensor([[5]]),
+        ...     salient_scale=torch.tensor([[3.0]]),
+        ...     salient_zero_point=torch.tensor([[1.0]]),
+        ...     salient_bits=4,
+        ...     scale_dtype="float16",
+        ... )
+        >>> packed.dequantize().tolist()  # 3 (5 - 1), 1 (2 + 1), 0.5 (-2 + 1)
+        [[12.0, 3.0, -0.5]]
     """
 
     format: ClassVar[str] = "structured_binary"

@@ -33,6 +33,12 @@ class UniformWeight(PackedWeight):
         scales: ``[out, groups]`` in ``scale_dtype``.
         zero_points: ``[out, groups]`` in ``scale_dtype``; None when symmetric.
         group_index: ``[in]`` int32, the group of each column; None when groups are consecutive columns.
+
+    Example:
+        >>> codes = torch.tensor([[0, 1, 2, 3]])
+        >>> packed = UniformWeight.pack(codes, scales=torch.tensor([[0.5]]), zero_points=torch.tensor([[1]]), bits=2)
+        >>> packed.codes.shape, packed.dequantize().tolist()
+        (torch.Size([1, 1]), [[-0.5, 0.0, 0.5, 1.0]])
     """
 
     format: ClassVar[str] = "uniform"
@@ -123,6 +129,12 @@ def uniform_parameters(
 
     Raises:
         UserError: a scale leaves the range of ``scale_dtype``, or a weight is not finite.
+
+    Example:
+        >>> uniform_parameters(torch.tensor([[-1.0, 0.5, 2.0]]), bits=2)  # 0 has a code of its own: the zero point
+        (tensor([[1.]]), tensor([[1.]]))
+        >>> uniform_parameters(torch.tensor([[-1.0, 0.5, 1.5]]), bits=2, symmetric=True)
+        (tensor([[1.]]), tensor([[2.]]))
     """
     low = weight.float().amin(-1, keepdim=True).clamp(max=0)
     high = weight.float().amax(-1, keepdim=True).clamp(min=0)
@@ -132,7 +144,12 @@ def uniform_parameters(
 def uniform_grid(
     low: Tensor, high: Tensor, bits: int, symmetric: bool = False, *, scale_dtype: str = "float16"
 ) -> tuple[Tensor, Tensor]:
-    """Turn ranges ``low <= 0 <= high`` of one shape into scales and zero points (see :func:`uniform_parameters`)."""
+    """Turn ranges ``low <= 0 <= high`` of one shape into scales and zero points (see :func:`uniform_parameters`).
+
+    Example:
+        >>> uniform_grid(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), bits=2)
+        (tensor([[1.]]), tensor([[1.]]))
+    """
     check_uniform(bits, None)
     largest = 2**bits - 1
     if symmetric:
@@ -149,18 +166,35 @@ def uniform_grid(
 
 
 def uniform_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Round to the nearest code: uint8 of the shape that the three tensors broadcast to."""
+    """Round to the nearest code: uint8 of the shape that the three tensors broadcast to.
+
+    Example:
+        >>> scale, zero_point = torch.tensor(1.0), torch.tensor(1.0)
+        >>> uniform_codes(torch.tensor([-1.0, 0.4, 5.0]), scale, zero_point, bits=2)  # 5 is beyond the grid
+        tensor([0, 1, 3], dtype=torch.uint8)
+    """
     steps = torch.where(scale > 0, torch.round(weight / scale), 0.0)
     return (steps + zero_point).clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def uniform_values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Return ``scale * (codes - zero_point)`` in float32."""
+    """Return ``scale * (codes - zero_point)`` in float32.
+
+    Example:
+        >>> uniform_values(torch.tensor([0, 1, 3]), scale=torch.tensor(1.0), zero_point=torch.tensor(1.0))
+        tensor([-1.,  0.,  2.])
+    """
     return scale * (codes.float() - zero_point)
 
 
 def uniform_nearest(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return the nearest value of the grid: ``uniform_values(uniform_codes(...), ...)`` in fewer steps."""
+    """Return the nearest value of the grid: ``uniform_values(uniform_codes(...), ...)`` in fewer steps.
+
+    Example:
+        >>> scale, zero_point = torch.tensor(1.0), torch.tensor(1.0)
+        >>> uniform_nearest(torch.tensor([-1.0, 0.4, 5.0]), scale, zero_point, bits=2)
+        tensor([-1.,  0.,  2.])
+    """
     # A scale of zero has the one value zero, which any finite code stands for.
     codes = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_().add_(zero_point)
     return codes.clamp_(0, 2**bits - 1).sub_(zero_point).mul_(scale)
@@ -170,6 +204,10 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
     """View ``[out, in]`` as ``[out, groups, group_size]``.
 
     A shorter last group is filled up with zeros, which change no range: every range includes zero.
+
+    Example:
+        >>> grouped(torch.ones(2, 5), group_size=4)[0].tolist()
+        [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]]
     """
     if group_size is None:
         return weight.unsqueeze(1)
@@ -178,7 +216,12 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def per_column(parameter: Tensor, in_features: int, group_size: int | None) -> Tensor:
-    """Repeat ``[out, groups]`` for the columns of each group: ``[out, in]``, or ``[out, 1]`` for a single group."""
+    """Repeat ``[out, groups]`` for the columns of each group: ``[out, in]``, or ``[out, 1]`` for a single group.
+
+    Example:
+        >>> per_column(torch.tensor([[1.0, 2.0]]), in_features=5, group_size=3).tolist()
+        [[1.0, 1.0, 1.0, 2.0, 2.0]]
+    """
     if group_size is None:
         return parameter
     return parameter.repeat_interleave(group_size, dim=1)[:, :in_features]
@@ -189,6 +232,13 @@ def check_uniform(bits: int, group_size: int | None) -> None:
 
     Raises:
         UserError: one is out of range.
+
+    Example:
+        >>> check_uniform(bits=4, group_size=128)
+        >>> check_uniform(bits=5, group_size=None)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.bits=5: use one of 2, 3, 4, 8.
     """
     if bits not in UNIFORM_BITS:
         raise UserError(f"method.bits={bits}: use one of {', '.join(map(str, UNIFORM_BITS))}.")

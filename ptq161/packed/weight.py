@@ -26,6 +26,17 @@ class PackedWeight(ABC):
 
     Subclasses set ``format`` (the name in checkpoints) and ``version`` (raised when the layout of the stored
     tensors changes), and are registered by being defined.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> codes = torch.arange(16).view(2, 8) % 4
+        >>> packed = UniformWeight.pack(codes, torch.ones(2, 1), torch.zeros(2, 1), bits=2)
+        >>> packed.nbytes  # 2 rows of 2 bytes of codes and a scale and a zero point in float16
+        12
+        >>> packed.bits_per_weight
+        6.0
+        >>> torch.equal(packed.dequantize(), codes.float())
+        True
     """
 
     format: ClassVar[str]
@@ -83,6 +94,15 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
 
     Raises:
         UserError: the format is unknown, was written by another version of the layout, or lacks a tensor.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 3]]), torch.ones(1, 1), torch.ones(1, 1), bits=2)
+        >>> settings, tensors = packed.settings(), packed.state_dict()
+        >>> settings["format"], sorted(tensors)
+        ('uniform', ['codes', 'scales', 'zero_points'])
+        >>> packed_weight_from(settings, tensors).dequantize().tolist()
+        [[-1.0, 2.0]]
     """
     cls = _FORMATS.get(str(settings["format"]))
     if cls is None:
@@ -108,6 +128,14 @@ def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
 
     Raises:
         UserError: a value is not finite or leaves the range of ``scale_dtype``.
+
+    Example:
+        >>> stored_scale(torch.tensor([0.25, 1e-9]), "float16")
+        tensor([0.2500, 0.0000], dtype=torch.float16)
+        >>> stored_scale(torch.tensor([1e6]), "float16")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: a scale of 1e+06 cannot be stored as float16; ...
     """
     stored = value.to(SCALE_DTYPES[scale_dtype])
     if not bool(torch.isfinite(stored).all()):

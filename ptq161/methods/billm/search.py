@@ -29,6 +29,11 @@ def salient_columns(score: Tensor) -> Tensor:
 
     Args:
         score: ``[out, columns]``; columns are ranked by their sum of absolute values.
+
+    Example:
+        >>> score = torch.tensor([[9.0, 1.0, -1.0, 1.0, -1.0], [-5.0, 1.0, -1.0, 1.0, -1.0]])
+        >>> salient_columns(score).tolist()
+        [True, False, False, False, False]
     """
     columns = score.shape[1]
     salient = torch.zeros(columns, dtype=torch.bool, device=score.device)
@@ -63,6 +68,11 @@ def best_split(score: Tensor, salient: Tensor) -> float:
     Returns:
         one of 81 quantiles (0.10 to 0.90) of ``|score|``. Quirk of the released code: the quantiles are taken over
         the whole block with the salient columns counted as zeros.
+
+    Example:
+        >>> score = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 8.0, -8.0]])
+        >>> 1 < best_split(score, salient=torch.zeros(8, dtype=torch.bool)) <= 8
+        True
     """
     # seg_search(.) of Algorithm 2: the break point p* between concentrated and sparse weights.
     candidates = _quantiles(score.abs() * ~salient)

@@ -28,6 +28,11 @@ def initial_scales(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         mean ``[out, 1]`` and scale ``[out, 1]`` (mean of |w|), float32.
+
+    Example:
+        >>> weight, mask = torch.tensor([[1.0, -3.0, 9.0, 2.0]]), torch.tensor([False, False, True, False])
+        >>> initial_scales(weight, mask)
+        (tensor([[0.]]), tensor([[2.]]))
     """
     # Eq. 2 and 3, over the binary channels alone: salient ones become zeros, which count in neither.
     binary = weight.float() * ~mask
@@ -53,6 +58,11 @@ def quantize_salient(
 
     Raises:
         UserError: ``salient_range`` is unknown.
+
+    Example:
+        >>> weight, mask = torch.tensor([[-5.0, 10.0, 0.4]]), torch.tensor([False, True, True])
+        >>> quantize_salient(weight, mask)  # the row's range: 15 steps of 1 from -5
+        (tensor([[15,  5]], dtype=torch.uint8), tensor([[1.]]), tensor([[5.]]))
     """
     check_choice("method.salient_range", salient_range, SALIENT_RANGES)
     salient = weight[:, mask].float()
@@ -89,6 +99,13 @@ def pack_weight(
 
     Raises:
         UserError: a scale does not fit ``scale_dtype``.
+
+    Example:
+        >>> weight, mask = torch.ones(512, 1280), torch.arange(1280) < 256  # 20 % salient channels
+        >>> mean, scale = initial_scales(weight, mask)
+        >>> packed = pack_weight(weight, mask, mean, scale, torch.ones(512, 1), torch.ones(1, 1280))
+        >>> round(packed.bits_per_weight, 3)  # 0.8 + 0.2 * 4, and the mask, scales, means, angles and zero points
+        1.677
     """
     # Section 3.2: what the mask names keeps salient_bits.
     codes, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
@@ -122,6 +139,13 @@ def dequantized_weight(
 
     Arguments are those of :func:`pack_weight`. Binary channels are ``(r1 x r2) * (scale * sign(W - mean) + mean)``;
     the sign of zero is +1 (the paper's Eq. 2; ``torch.sign`` in the released code gives 0).
+
+    Example:
+        >>> weight, mask = torch.tensor([[1.0, -3.0, 2.0]]), torch.zeros(3, dtype=torch.bool)
+        >>> mean, scale = initial_scales(weight, mask)  # 0 and 2
+        >>> column_angle = torch.tensor([[1.0, 1.0, 0.5]])
+        >>> dequantized_weight(weight, mask, mean, scale, torch.ones(1, 1), column_angle).tolist()
+        [[2.0, -2.0, 1.0]]
     """
     return pack_weight(
         weight, mask, mean, scale, row_angle, column_angle, salient_bits, salient_range, "float32"
@@ -141,6 +165,11 @@ def block_loss(y_quant: Tensor, y_full: Tensor, y_homologous: Tensor, cosine: bo
 
     Returns:
         a float32 scalar.
+
+    Example:
+        >>> output, target = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 0.0]]])
+        >>> round(float(block_loss(output, target, target)), 4)  # twice an error of 2; the direction is right
+        4.0
     """
     y_quant, loss = y_quant.float(), y_quant.new_zeros((), dtype=torch.float32)
     for target in (y_full.float(), y_homologous.float()):

@@ -55,6 +55,17 @@ class PTQ161:
         learn_scale: optimize the row scales.
         learn_angles: optimize the angular factors.
         cosine_loss: include the cosine terms in the objective.
+
+    Example:
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> PTQ161(mask_ratio=0.2).nominal_bits()  # 0.8 + 0.2 * 4
+        1.6
+        >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.arange(8).view(2, 4), PTQ161(epochs=1))
+        >>> type(model.model.layers[0].mlp.up_proj.packed).__name__
+        'StructuredBinaryWeight'
     """
 
     needs_full_chain: ClassVar[bool] = True

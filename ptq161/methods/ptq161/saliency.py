@@ -37,6 +37,13 @@ def channel_saliency(
 
     Raises:
         UserError: ``kind`` is unknown.
+
+    Example:
+        >>> sizes = torch.tensor([3.0, 2.0])
+        >>> activation = ActivationScale(maximum=sizes, mean=sizes / 2, mean_square=sizes)
+        >>> weight = torch.tensor([[3.0, 0.0], [4.0, 1.0]])
+        >>> channel_saliency("max", weight, activation), channel_saliency("magnitude", weight, activation)
+        (tensor([3., 2.]), tensor([5., 1.]))
     """
     check_choice("method.saliency", kind, SALIENCIES)
     match kind:
@@ -65,6 +72,11 @@ def owq_sensitivity(weight: Tensor, mean_square: Tensor) -> Tensor:
 
     Returns:
         ``[in]`` float32.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -1.0], [1.0, 3.0]])  # binarized to [[1, -1], [0, 4]]
+        >>> owq_sensitivity(weight, mean_square=torch.tensor([1.0, 10.0]))
+        tensor([ 1., 10.])
     """
     weight = weight.detach().float()
     none = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
@@ -88,6 +100,10 @@ def salient_mask(saliency: Tensor, mask_ratio: float) -> Tensor:
 
     Raises:
         UserError: ``mask_ratio`` is outside [0, 1), or a score is not finite.
+
+    Example:
+        >>> salient_mask(torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0]), mask_ratio=0.2).tolist()
+        [False, True, False, True, False]
     """
     if not 0 <= mask_ratio < 1:
         raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")

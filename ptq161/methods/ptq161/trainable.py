@@ -34,6 +34,16 @@ class BinaryLinear(nn.Module):
         column_angle: parameter ``[1, in]`` float32, starts at one; salient channels ignore theirs.
         mask: ``[in]`` bool, salient channels.
         mean: ``[out, 1]`` float32, frozen.
+
+    Example:
+        >>> settings = {"salient_bits": 4, "salient_range": "row", "scale_dtype": "float32"}
+        >>> mask = torch.tensor([True, False, False, False])
+        >>> layer = BinaryLinear(nn.Linear(4, 3, bias=False), mask, compute_dtype=torch.float32, **settings)
+        >>> x = torch.eye(4)
+        >>> torch.allclose(layer(x), x @ layer.pack().dequantize().T, atol=1e-5)
+        True
+        >>> [name for name, _ in layer.named_parameters()]
+        ['scale', 'row_angle', 'column_angle']
     """
 
     def __init__(
