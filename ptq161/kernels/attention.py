@@ -32,7 +32,7 @@ class FastCausalAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Take over the one function where it applies."""
+        """Replace ``scaled_dot_product_attention`` where :func:`causal_attention` applies."""
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and _applies(args, kwargs):
             query, key, value = args

@@ -26,7 +26,7 @@ class FastLinear(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Take over the one function where it applies."""
+        """Replace ``torch.nn.functional.linear`` where no gradient is recorded."""
         if func is F.linear and not torch.is_grad_enabled():
             return linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

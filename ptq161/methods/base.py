@@ -155,7 +155,7 @@ class Window:
 
     @contextmanager
     def autocast(self, compute_dtype: str) -> Iterator[None]:
-        """Take matrix products and attention in a dtype of ``COMPUTE_DTYPES``, with the faster of torch's kernels."""
+        """Compute products and attention in a dtype of ``COMPUTE_DTYPES``, where possible by :mod:`ptq161.kernels`."""
         dtype = COMPUTE_DTYPES[compute_dtype]
         if dtype == torch.float32:
             with FastLinear():

@@ -151,7 +151,7 @@ class UniformMethod(LayerwiseMethod):
         check_uniform(self.bits, self.group_size)
 
     def nominal_bits(self) -> float:
-        """Bits of a code; scales and zero points (of groups, of channels) are not counted."""
+        """Bits of a code; what is stored beside the codes (scales, zero points, channel scales) is not counted."""
         return float(self.bits)
 
 

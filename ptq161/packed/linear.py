@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
-        """Name the format in printed models."""
+        """Return shape, format and measured bits, as they are printed in a model."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, format={self._template.format}, "
             f"bits_per_weight={self.packed.bits_per_weight:.2f}"
