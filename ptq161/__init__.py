@@ -1,11 +1,28 @@
 """Post-training quantization of language models below 2 bits per weight: run it, compare it, run it again.
 
-The library in four verbs::
+The library in four verbs, with a class of hyperparameters for each method::
 
-    model = ptq161.quantize(model, tokens, PTQ161(mask_ratio=0.2))
+    model = ptq161.quantize(model, tokens, ptq161.PTQ161(mask_ratio=0.2))
     ptq161.save(model, tokenizer, "checkpoint")
     model, tokenizer = ptq161.load("checkpoint")
     ptq161.export("checkpoint", "dense_model")
+
+The rooms of the package, from the verbs down to the ground floor; each imports from those below it (the layers in
+``pyproject.toml``)::
+
+    search replay report watch      look on: start runs and show them
+    sweep                           many runs
+    run                             one run: configuration, pipeline
+    cache                           what was computed before
+    tracking                        the record of a run and its mirror
+    preprocess evaluation           training before the quantization; perplexity, zero-shot tasks
+    driver                          a model, window by window, through a method; the library ends here
+    methods                         what becomes of the weights
+    packed                          how they are stored
+    models                          loading, architectures
+    data                            text, calibration tokens, corpora
+    kernels files                   arithmetic; bytes on disk
+    numerics checks seeding errors  ground floor
 """
 
 from typing import TYPE_CHECKING
@@ -15,18 +32,50 @@ from ptq161.lazy import lazily
 
 if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
+    from ptq161.methods.awq import AWQ
+    from ptq161.methods.billm import BiLLM
+    from ptq161.methods.gptq import GPTQ
+    from ptq161.methods.omniquant import OmniQuant
+    from ptq161.methods.pb_llm import PBLLM
+    from ptq161.methods.ptq161 import PTQ161
+    from ptq161.methods.quip import QuIP
+    from ptq161.methods.rtn import RTN
     from ptq161.packed.checkpoint import export, load, save
 
-__all__ = ["UserError", "export", "load", "quantize", "save"]
-__version__ = "0.1.0"
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "PBLLM",
+    "PTQ161",
+    "RTN",
+    "BiLLM",
+    "OmniQuant",
+    "QuIP",
+    "UserError",
+    "export",
+    "load",
+    "quantize",
+    "save",
+]
+__version__ = "0.2.0"
 
 # The model library takes seconds to import, an error in a setting should not.
 __getattr__ = lazily(
     __name__,
     {
-        "quantize": "ptq161.driver.quantization",
-        "export": "ptq161.packed.checkpoint",
-        "load": "ptq161.packed.checkpoint",
-        "save": "ptq161.packed.checkpoint",
+        "ptq161.driver.quantization": ["quantize"],
+        "ptq161.packed.checkpoint": ["export", "load", "save"],
+        "ptq161.methods.awq": ["AWQ"],
+        "ptq161.methods.billm": ["BiLLM"],
+        "ptq161.methods.gptq": ["GPTQ"],
+        "ptq161.methods.omniquant": ["OmniQuant"],
+        "ptq161.methods.pb_llm": ["PBLLM"],
+        "ptq161.methods.ptq161": ["PTQ161"],
+        "ptq161.methods.quip": ["QuIP"],
+        "ptq161.methods.rtn": ["RTN"],
     },
 )
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,68 +1,43 @@
-"""What a run takes from the store and gives to it: shared stages while it goes on, and its whole record at the end."""
+"""Stages of a run that are found in the store where they were computed before, and computed otherwise.
+
+A stage says what its result depends on (:mod:`ptq161.files.identity`) and how it is computed; where that is kept is out
+of its sight.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ptq161.cache.store import ADVICE, Entry, Store
-from ptq161.errors import UserError
-from ptq161.files.atomic import writing
-from ptq161.files.hashing import sha256_of_file
-from ptq161.files.strict_json import decode_json, encode_json
-from ptq161.tracking.read import RunData, read_run
-from ptq161.tracking.record import RunRecord
-
-log = logging.getLogger(__name__)
-
-FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
-FOLDERS = ("checkpoint", "merged")
-SHARED = ".safetensors"
-"""Files of these folders that are linked and not copied: records of one result share them."""
-
-EVERY_STAGE = ("model", "device", "versions", "sources")
-"""Parts of a run's identity that each of its stages depends on."""
-
-OWN_FACTS = (
-    *("schema_version", "exit_state", "exception", "start", "end", "duration_seconds", "job_name", "group", "tags"),
-    *("seeds", "command", "working_directory", "pid"),
-)
-"""What a manifest says of the run that wrote it, and not of how its numbers were computed."""
+from ptq161.cache.store import Store
+from ptq161.files.fingerprints import Fingerprint, KeyedFolder, key_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Reuse:
-    """The store as a run sees it: without one (``cache=false``) everything is computed and nothing kept.
+class Stages:
+    """The store as the stages of a run see it.
 
     Attributes:
-        store: None keeps nothing.
-        identity: of the run (:func:`ptq161.run.identity.identity`); empty where nothing is kept.
+        store: None (``cache=false``) keeps nothing, and everything is computed.
     """
 
     store: Store | None
-    identity: Mapping[str, Any]
 
-    def value(self, kind: str, about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def value(self, kind: str, fingerprint: Fingerprint, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Return JSON values that were computed before from the same, or compute them."""
-        if self.store is None:
-            return compute()
-        return self.store.remember(kind, self._fingerprint(about), compute)
+        return compute() if self.store is None else self.store.remember(kind, fingerprint, compute)
 
-    def tensor(self, kind: str, about: Mapping[str, Any], compute: Callable[[], Tensor]) -> Tensor:
+    def tensor(self, kind: str, fingerprint: Fingerprint, compute: Callable[[], Tensor]) -> Tensor:
         """Return a tensor that was computed before from the same, or compute it."""
         if self.store is None:
             return compute()
-        with self.store.entry(kind, self._fingerprint(about)) as entry:
+        with self.store.entry(kind, fingerprint) as entry:
             if entry.finished:
                 try:
                     return safetensors.torch.load((entry.folder / "tensor.safetensors").read_bytes())["tensor"]
@@ -74,101 +49,15 @@ class Reuse:
         return tensor
 
     @contextlib.contextmanager
-    def folder(self, kind: str, about: Mapping[str, Any]) -> Iterator[Path | None]:
-        """Lend a folder of its own to a stage that keeps its state; it is finished when the stage ends well.
+    def folder(self, kind: str, fingerprint: Fingerprint) -> Iterator[KeyedFolder | None]:
+        """Lend a folder to a stage that keeps its state there; it is finished when the stage ends well.
 
         A stage that was cut off finds its files again, and so does one that was finished.
         """
         if self.store is None:
             yield None
             return
-        with self.store.entry(kind, self._fingerprint(about)) as entry:
-            yield entry.folder / kind
+        with self.store.entry(kind, fingerprint) as entry:
+            yield KeyedFolder(entry.folder, key_of(fingerprint))
             if not entry.finished:
                 entry.finish()
-
-    def _fingerprint(self, about: Mapping[str, Any]) -> dict[str, Any]:
-        return {**{key: self.identity[key] for key in EVERY_STAGE}, **about}
-
-
-def keep_result(entry: Entry, run_dir: Path) -> None:
-    """Put the record and the models of a finished run into the store.
-
-    Raises:
-        UserError: the store cannot be written.
-    """
-    entry.restart()
-    entry.open()
-    manifest = decode_json((run_dir / "manifest.json").read_text(encoding="utf-8"))
-    entry.write("manifest.json", encode_json({**manifest, "run_dir": run_dir}, indent=2) + "\n")
-    with writing(entry.folder, ADVICE):
-        for name in FILES:
-            if (run_dir / name).exists():
-                shutil.copyfile(run_dir / name, entry.folder / name)
-        for name in FOLDERS:
-            _link_folder(run_dir / name, entry.folder / name)
-    entry.finish()
-
-
-def take_over(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
-    """Make a record that of a run which was finished before.
-
-    The manifest tells how the numbers were computed then (hardware, threads, commit), and in ``reused_from`` by which
-    run; job, command and times are those of the run that finds them.
-
-    Args:
-        entry: a finished result.
-        record: of the run that asks for it.
-
-    Returns:
-        its results; None where the entry is damaged, which empties it.
-
-    Raises:
-        UserError: the run directory cannot be written.
-    """
-    original = _intact(entry)
-    if original is None or original.results is None:
-        return None
-    with writing(record.run_dir):
-        for name in FOLDERS:
-            _link_folder(entry.folder / name, record.run_dir / name)
-    record.take_over(original.metrics, original.samples)
-    manifest = original.manifest
-    origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
-    facts = {key: value for key, value in manifest.items() if key not in OWN_FACTS}
-    record.describe(**facts, reused_from={"run_dir": manifest["run_dir"], **origin})
-    log.info("the same run was finished in %s: nothing is computed again", manifest["run_dir"])
-    return {key: value for key, value in original.results.items() if key != "schema_version"}
-
-
-def _intact(entry: Entry) -> RunData | None:
-    try:
-        run = read_run(entry.folder)
-        problem = run.problems[0] if run.problems else None
-        weights, expected = _weights(entry.folder), run.manifest.get("checkpoint_sha256")
-        if weights and sha256_of_file(weights) != expected:
-            problem = f"{weights} does not have its checksum"
-    except (OSError, UserError) as error:
-        problem = str(error)
-    if problem is None:
-        return run
-    entry.restart_damaged(problem)
-    return None
-
-
-def _weights(folder: Path) -> Path | None:
-    return next((folder / "checkpoint").glob(f"*{SHARED}"), None)
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    """Make ``target`` the same as ``source``, where that exists; weights share the disk where it is the same one."""
-    shutil.rmtree(target, ignore_errors=True)
-    if not source.is_dir():
-        return
-    target.mkdir()
-    for path in source.iterdir():
-        if path.suffix == SHARED:
-            with contextlib.suppress(OSError):  # another file system, or one without links
-                os.link(path, target / path.name)
-                continue
-        shutil.copyfile(path, target / path.name)

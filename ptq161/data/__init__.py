@@ -1,4 +1,17 @@
 """Text and where it comes from: embedded assets, the hub, files; calibration tokens and perplexity corpora.
 
-Imports ``files/`` and the ground floor.
+Imports the ground floor alone.
 """
+
+from ptq161.lazy import lazily
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ptq161.data.settings": ["CALIBRATION_SETS", "CORPORA", "CalibConfig"],
+        "ptq161.data.calibration": ["calibration_tokens"],
+        "ptq161.data.corpora": ["Corpus", "HUB_CORPORA", "load_corpus"],
+        "ptq161.data.embedded": ["EMBEDDED", "passages"],
+        "ptq161.data.text": ["bos_rule", "encode", "read_text"],
+    },
+)

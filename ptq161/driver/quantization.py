@@ -21,8 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ptq161.driver.capture import BlockArguments, capture_inputs
-from ptq161.driver.resume import FinishedWindow, Measured, ResumeFolder, fingerprint, open_folder
+from ptq161.driver.resume import ADVICE, FinishedWindow, Measured, fingerprint, load_windows, save_window
 from ptq161.errors import UserError
+from ptq161.files.atomic import writing
+from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.methods.base import ActivationScale, Method, OnMetric, Window, ignore_metric
 from ptq161.models.architectures import architecture_of, check_quantizable, check_tokens, decoder_blocks, max_seq_len
 from ptq161.numerics import COMPUTE_DTYPES
@@ -42,7 +44,7 @@ def quantize(
     device: torch.device | str | None = None,
     progress: bool = False,
     salient_masks: Mapping[str, Tensor] | None = None,
-    resume: Path | str | None = None,
+    resume: Path | str | KeyedFolder | None = None,
 ) -> PreTrainedModel:
     """Quantize a model in place: its blocks' linears become :class:`ptq161.packed.linear.PackedLinear`.
 
@@ -50,7 +52,7 @@ def quantize(
         model: a supported transformers model in full precision.
         tokens: ``[n_samples, seq_len]`` integer calibration tokens.
         method: hyperparameters, as in ``ptq161.methods.ptq161.PTQ161(mask_ratio=0.2)``.
-        on_metric: hears every number as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
+        on_metric: receives every number as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
             linear ``output_error`` (relative squared error of its output on the first calibration sequence), ``nbytes``
             and ``bits_per_weight``; per window ``seconds``.
         seed: the methods' random numbers follow from it.
@@ -60,7 +62,8 @@ def quantize(
             ``[in]`` bool, in place of those that the method would choose; :func:`ptq161.packed.masks.salient_masks`
             reads them back from a quantized model.
         resume: a folder that each finished window is written to; a quantization that was cut off, by whatever, goes on
-            from there, tells the finished windows' numbers again, and ends in the same bytes.
+            from there, emits the finished windows' numbers again, and ends in the same bytes. A path is checked
+            against all arguments, for which the whole model is hashed; a keyed folder is taken at its word.
 
     Returns:
         the same model.
@@ -77,15 +80,17 @@ def quantize(
         check_salient_masks(model, salient_masks)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
-    folder = None
-    if resume is not None:
-        identity = fingerprint(model, tokens, method, seed=seed, device=target, salient_masks=salient_masks)
-        folder = open_folder(Path(resume), identity)
+    if isinstance(resume, Path | str):
+        found = fingerprint(model, tokens, method, seed=seed, device=target, salient_masks=salient_masks)
+        resume = claim(Path(resume), found, ADVICE)
+    elif resume is not None:
+        with writing(resume.path, ADVICE):
+            resume.path.mkdir(parents=True, exist_ok=True)
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     model.config.use_cache = False
     try:
-        _quantize_blocks(_Quantization(model, tokens, method, seed, target, salient_masks), folder, on_metric, progress)
+        _quantize_blocks(_Quantization(model, tokens, method, seed, target, salient_masks), resume, on_metric, progress)
     finally:
         model.train(training)
         model.config.use_cache = use_cache
@@ -104,13 +109,13 @@ class _Quantization:
     salient_masks: Mapping[str, Tensor] | None
 
 
-def _quantize_blocks(job: _Quantization, folder: ResumeFolder | None, on_metric: OnMetric, progress: bool) -> None:
+def _quantize_blocks(job: _Quantization, folder: KeyedFolder | None, on_metric: OnMetric, progress: bool) -> None:
     starts = range(0, len(decoder_blocks(job.model)), job.method.block_size)
-    finished = {} if folder is None else folder.load_all(starts)
+    finished = {} if folder is None else load_windows(folder, starts)
     if len(finished) == len(starts):
         for window in finished.values():
             _install(job.model, window.packed)
-            _tell(window.measured, on_metric)
+            _emit(window.measured, on_metric)
         return
     inputs, arguments = capture_inputs(job.model, job.tokens, job.method.batch_size)
     full_inputs = quant_inputs = inputs.cpu()
@@ -121,7 +126,7 @@ def _quantize_blocks(job: _Quantization, folder: ResumeFolder | None, on_metric:
                 job, start, arguments, full_inputs, quant_inputs, finished.get(start), _with_bar(on_metric, bar)
             )
             if folder is not None and start not in finished:
-                folder.save(start, window)
+                save_window(folder, start, window)
             bar.update()
 
 
@@ -138,26 +143,26 @@ def _advance(
     began = time.perf_counter()
     measured: Measured = []
 
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+    def record(name: str, value: float, /, **where: int | str) -> None:
         measured.append((name, float(value), where))
         on_metric(name, value, **where)
 
-    window = _open_window(job, start, arguments, full_inputs, quant_inputs, listener)
+    window = _open_window(job, start, arguments, full_inputs, quant_inputs, record)
     if finished is None:
         packed = _in_own_memory(job.method.quantize_window(window))
         _report_linears(window, packed, job.method)
     else:
         packed = {name: _moved(weight, job.device) for name, weight in finished.packed.items()}
-        _tell(finished.measured, on_metric)
+        _emit(finished.measured, on_metric)
     if window.full_outputs is not None:
         full_inputs = window.full_outputs
     quant_inputs = _close_window(job, window, packed)
     if finished is None:
-        listener("seconds", time.perf_counter() - began, block=start)
+        record("seconds", time.perf_counter() - began, block=start)
     return FinishedWindow(packed, measured), full_inputs, quant_inputs
 
 
-def _tell(measured: Measured, on_metric: OnMetric) -> None:
+def _emit(measured: Measured, on_metric: OnMetric) -> None:
     for name, value, where in measured:
         on_metric(name, value, **where)
 
@@ -241,7 +246,7 @@ def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tupl
 
 
 def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:
-    """Tell each linear's size and its relative output error on the first calibration sequence."""
+    """Emit each linear's size and its relative output error on the first calibration sequence."""
     errors: dict[str, float] = {}
     n_tokens = window.quant_inputs.shape[1]
 
@@ -289,12 +294,12 @@ def _install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
 def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
     """Show the loss beside the progress bar."""
 
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+    def record(name: str, value: float, /, **where: int | str) -> None:
         if name == "loss":
             bar.set_postfix_str(f"loss {value:.4f}", refresh=True)
         on_metric(name, value, **where)
 
-    return listener
+    return record
 
 
 def _check_takes_masks(method: Method) -> None:

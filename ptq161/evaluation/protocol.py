@@ -61,11 +61,11 @@ class Scores:
 class Remember(Protocol):
     """Finds again what was computed before."""
 
-    def __call__(self, about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return what ``compute`` returns (JSON values), or did return for the same model and the same ``about``."""
+    def __call__(self, measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return what ``compute`` returns (JSON values), or did return for the same model and the same ``measured``."""
 
 
-def compute_always(about: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+def compute_always(measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """Compute: the :class:`Remember` of a caller who keeps nothing."""
     return compute()
 
@@ -108,9 +108,9 @@ def evaluate(
         model: a causal language model; it runs on its own device, in its own dtype.
         tokenizer: its tokenizer, the one that opened the protocol.
         opened: what :func:`open_evaluation` returned.
-        on_metric: hears every metric as soon as it is known.
+        on_metric: receives every metric as soon as it is known.
         label: what the progress bars call the model; None shows no bars.
-        remember: is asked for each corpus and each task, told what it is by content.
+        remember: is asked for each corpus and each task, described by content.
 
     Raises:
         UserError: a loss or a score is not finite.
@@ -119,8 +119,8 @@ def evaluate(
     units += [_tasks_unit(model, tokenizer, tasks, opened.config, label) for tasks in separately(opened.tasks)]
     metrics: dict[str, float] = {}
     protocol: dict[str, Mapping[str, float | int | str | bool | None]] = {}
-    for about, compute in units:
-        found = remember(about, compute)
+    for measured, compute in units:
+        found = remember(measured, compute)
         for name, value in found["metrics"].items():
             metrics[name], protocol[name] = value, found["protocol"][name]
             on_metric(name, value)
@@ -144,7 +144,7 @@ def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, lab
         return {"metrics": {name: found.value}, "protocol": {name: _perplexity_protocol(found, corpus)}}
 
     tokens = sha256_of_tensors({"tokens": corpus.tokens})
-    return {"metric": name, "tokens": tokens, "corpus": _about(corpus), **settings}, compute
+    return {"metric": name, "tokens": tokens, "corpus": _facts(corpus), **settings}, compute
 
 
 def _tasks_unit(
@@ -171,10 +171,10 @@ def _least(*bounds: int | None) -> int | None:
 def _perplexity_protocol(found: Perplexity, corpus: Corpus) -> dict[str, float | int | str | bool | None]:
     facts = dataclasses.asdict(found)
     facts.pop("value")
-    return {**facts, "corpus_tokens": len(corpus.tokens), **_about(corpus)}
+    return {**facts, "corpus_tokens": len(corpus.tokens), **_facts(corpus)}
 
 
-def _about(corpus: Corpus) -> dict[str, int | str]:
+def _facts(corpus: Corpus) -> dict[str, int | str]:
     return {key: getattr(corpus, key) for key in ("split", "source", "bos_rule", "joined_by", "n_documents")}
 
 

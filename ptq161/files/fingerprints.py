@@ -1,28 +1,20 @@
-"""Fingerprints: everything that a result depends on, by content, as JSON; its SHA-256 is the result's name."""
+"""Fingerprints: everything that a result depends on, by content, as JSON; its SHA-256 is the result's key."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically, writing
-from ptq161.files.hashing import sha256_of_file, sha256_of_sources
 from ptq161.files.strict_json import decode_json
 
 FINGERPRINT = "fingerprint.json"
 """The file that says to what a folder belongs."""
-
-SOURCES = sha256_of_sources()
-"""Of the package as this process runs it: taken when it begins, since a source may be edited while it goes on."""
 
 Fingerprint = Mapping[str, Any]
 """JSON values only."""
@@ -34,7 +26,24 @@ def key_of(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> None:
+@dataclasses.dataclass(frozen=True)
+class KeyedFolder:
+    """A folder that belongs to one computation, which keeps its state there.
+
+    Attributes:
+        path: of the folder; made by :func:`claim` or with its first file.
+        key: of the computation (:func:`key_of`).
+    """
+
+    path: Path
+    key: str
+
+    def part(self, name: str) -> KeyedFolder:
+        """Return the folder, inside this one, of a part of the same computation."""
+        return KeyedFolder(self.path / name, f"{self.key}/{name}")
+
+
+def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> KeyedFolder:
     """Make a folder that belongs to a fingerprint, or check that it does.
 
     Args:
@@ -46,7 +55,7 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> None:
         UserError: the folder belongs to another fingerprint (the sentence says what differs), holds files but no
             fingerprint, or cannot be written.
     """
-    file = folder / FINGERPRINT
+    file, claimed = folder / FINGERPRINT, KeyedFolder(folder, key_of(fingerprint))
     with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
@@ -54,7 +63,7 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> None:
             if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
                 raise UserError(f"{folder} holds {foreign[0]} but no {FINGERPRINT}: use an empty folder.")
             write_atomically(file, json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", advice)
-            return
+            return claimed
         text = file.read_text(encoding="utf-8")
     try:
         found = decode_json(text)
@@ -64,6 +73,7 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> None:
         raise UserError(
             f"{folder} belongs to another computation ({'; '.join(different)}): use another folder, or delete it."
         )
+    return claimed
 
 
 def differences(asked: Fingerprint, found: Fingerprint) -> list[str]:
@@ -86,31 +96,3 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:8]}..." if len(text) == 64 else text
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-
-def describe(settings: Any) -> dict[str, Any]:
-    """Return class and fields of a dataclass of settings, such as a method's hyperparameters.
-
-    A class from outside of this package brings the SHA-256 of its source file, which ``SOURCES`` does not cover.
-    """
-    cls = type(settings)
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    name = {"class": f"{cls.__module__}.{cls.__qualname__}"}
-    if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
-        name["source"] = sha256_of_file(inspect.getfile(cls))
-    return {**name, **fields}
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of installed packages."""
-    return {package: metadata.version(package) for package in packages}
-
-
-def device_name(device: torch.device) -> str:
-    """Name the processor whose arithmetic a result comes from, by its instruction set or as a GPU."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {torch.backends.cpu.get_cpu_capability()}"

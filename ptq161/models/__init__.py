@@ -2,3 +2,31 @@
 
 Imports ``data/`` (the embedded model is one of its assets), ``files/`` and the ground floor.
 """
+
+from ptq161.lazy import lazily
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ptq161.models.settings": ["ModelConfig"],
+        "ptq161.models.architectures": [
+            "ARCHITECTURES",
+            "Architecture",
+            "architecture_of",
+            "check_quantizable",
+            "check_tokens",
+            "decoder_blocks",
+            "keep_first_blocks",
+            "max_seq_len",
+            "quantized_linears",
+        ],
+        "ptq161.models.loading": [
+            "PACKED_FORMAT",
+            "hub_commit",
+            "is_packed_folder",
+            "load_model",
+            "load_tokenizer",
+            "load_weights",
+        ],
+    },
+)

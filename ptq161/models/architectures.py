@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq161.errors import UserError
+from ptq161.files.fingerprints import key_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,13 @@ def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
 def max_seq_len(config: PretrainedConfig) -> int:
     """Tokens that a model can hold, by its own config."""
     return int(config.max_position_embeddings)
+
+
+def config_key(model: PreTrainedModel) -> str:
+    """Return the key of a model's own config, without what says where it was loaded from."""
+    config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    content = {key: value for key, value in config.items() if not key.startswith("_")}
+    return key_of({**content, "attention": model.config._attn_implementation})
 
 
 def row_of(config: PretrainedConfig) -> Architecture:

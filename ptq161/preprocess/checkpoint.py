@@ -18,18 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.driver import resume
+from ptq161.driver.resume import fingerprint as quantization_fingerprint
 from ptq161.errors import UserError
+from ptq161.files import identity
 from ptq161.files.atomic import writing
-from ptq161.files.fingerprints import describe, versions
+from ptq161.files.fingerprints import Fingerprint
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import Method, OnMetric
 from ptq161.preprocess.restoration import Restoration
 
 ADVICE = "give restore another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
-
-# They change nothing in the restored weights.
-_INDIFFERENT = ("checkpoint_every", "save_merged", "score_merged", "text_file")
 
 
 def fingerprint(
@@ -41,33 +39,25 @@ def fingerprint(
     *,
     seed: int,
     device: torch.device,
-) -> dict[str, Any]:
-    """Describe a restoration by everything that its bytes depend on; arguments as in :func:`restore`.
-
-    Returns:
-        JSON values.
-    """
-    # A single round's mask is that of the final quantization alone.
-    indifferent = (*_INDIFFERENT, "mask") if restoration.rounds == 1 else _INDIFFERENT
-    settings = {key: value for key, value in describe(restoration).items() if key not in indifferent}
-    return {
-        "quantization": resume.fingerprint(model, calibration, method, seed=seed, device=device),
-        "training_tokens": sha256_of_tensors({"tokens": tokens}),
-        "preprocess": settings,
-        "versions": versions("peft", "accelerate"),
-    }
+) -> Fingerprint:
+    """Describe a restoration by its arguments, those of :func:`restore`; this hashes the whole model."""
+    return identity.restoration(
+        quantization_fingerprint(model, calibration, method, seed=seed, device=device),
+        training=sha256_of_tensors({"tokens": tokens}),
+        settings=restoration,
+    )
 
 
 @dataclasses.dataclass
 class StepLog:
-    """The numbers of each step, kept so that a run that goes on can tell all of them again."""
+    """The numbers of each step, kept so that a run that goes on can emit all of them again."""
 
     on_metric: OnMetric
     round: int
     rows: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """Keep and tell one step's numbers."""
+        """Keep and emit one step's numbers."""
         self.rows.append((loss, lr, tokens_per_second))
         for name, value in zip(("loss", "lr", "tokens_per_second"), self.rows[-1], strict=True):
             self.on_metric(f"preprocess_{name}", value, round=self.round, step=step)
@@ -83,7 +73,6 @@ class TrainingCheckpoint:
     """
 
     def __init__(self, file: Path, restoration: Restoration, device: torch.device) -> None:
-        """See the class."""
         self.file = file
         self._steps, self._every = restoration.steps, restoration.checkpoint_every
         self._device = device
@@ -123,7 +112,7 @@ class TrainingCheckpoint:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         log: StepLog,
     ) -> int:
-        """Go on from the file, where there is one; its numbers are told again.
+        """Go on from the file, where there is one; its numbers are emitted again.
 
         Returns:
             the steps that are done.

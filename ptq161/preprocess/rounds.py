@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.driver.quantization import quantize
-from ptq161.files.fingerprints import claim
+from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.methods.base import Method, OnMetric, ignore_metric
 from ptq161.models.architectures import check_quantizable, check_tokens, max_seq_len
 from ptq161.numerics import COMPUTE_DTYPES
@@ -31,7 +31,7 @@ def restore(
     method: Method,
     restoration: Restoration,
     *,
-    folder: Path | None = None,
+    folder: Path | str | KeyedFolder | None = None,
     on_metric: OnMetric | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -49,9 +49,10 @@ def restore(
         method: the quantization method.
         restoration: hyperparameters.
         folder: checkpoints are written to it, and a training that was cut off goes on from them with the same result,
-            bit for bit; None keeps none.
-        on_metric: hears ``preprocess_loss``, ``preprocess_lr`` and ``preprocess_tokens_per_second`` of every ``round``
-            and ``step``, and what quantizing tells, as ``preprocess_quantize_...`` with its ``round``.
+            bit for bit; None keeps none. A path is checked against all arguments, for which the whole model is hashed;
+            a keyed folder is taken at its word.
+        on_metric: receives ``preprocess_loss``, ``preprocess_lr`` and ``preprocess_tokens_per_second`` of every
+            ``round`` and ``step``, and what quantizing emits, as ``preprocess_quantize_...`` with its ``round``.
         seed: all random numbers follow from it.
         device: where blocks are quantized and the model is trained; None is where the model is.
         progress: show progress bars.
@@ -66,9 +67,9 @@ def restore(
     check_restorable(model, tokens, restoration)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
-    if folder is not None:
-        about = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
-        claim(folder, about, ADVICE)
+    if isinstance(folder, Path | str):
+        found = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
+        folder = claim(Path(folder), found, ADVICE)
     teacher = None
     if restoration.objective != "lm":
         teacher = frozen_copy(model, COMPUTE_DTYPES[restoration.compute_dtype], target)
@@ -84,7 +85,7 @@ def restore(
             device=target,
             progress=progress,
             salient_masks=masks,
-            resume=None if folder is None else folder / f"quantize_{round_}",
+            resume=None if folder is None else folder.part(f"quantize_{round_}"),
         )
         if restoration.mask == "first" and method.takes_salient_masks and masks is None:
             masks = salient_masks(packed)
@@ -95,7 +96,7 @@ def restore(
                 objective(student, teacher, restoration),
                 tokens,
                 restoration,
-                None if folder is None else TrainingCheckpoint(folder / f"round_{round_}.pt", restoration, target),
+                None if folder is None else TrainingCheckpoint(folder.path / f"round_{round_}.pt", restoration, target),
                 on_metric=on_metric,
                 seed=seed,
                 round_=round_,
@@ -127,7 +128,7 @@ def _random_numbers(seed: int, round_: int, device: torch.device) -> Iterator[No
 
 
 def _of_round(on_metric: OnMetric, round_: int) -> OnMetric:
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+    def emit(name: str, value: float, /, **where: int | str) -> None:
         on_metric(f"preprocess_quantize_{name}", value, round=round_, **where)
 
-    return listener
+    return emit

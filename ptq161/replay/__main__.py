@@ -101,8 +101,9 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         UserError: the configuration cannot be run any more (its model has gone, its schema has changed), or the run
             fails.
     """
-    from ptq161.run.pipeline import RunContext, run  # takes seconds, which a wrong directory need not wait for
+    from ptq161.run.pipeline import run  # takes seconds, which a wrong directory need not wait for
     from ptq161.run.preflight import check_writable, checked_config
+    from ptq161.run.session import RunContext
 
     resolved = replayed_config(recorded)
     then = recorded.manifest.get("working_directory")

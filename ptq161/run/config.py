@@ -6,21 +6,21 @@ Everything that can be known to be wrong without loading a model or a text is re
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 from collections.abc import Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ptq161.checks import check_at_least, check_choice
 from ptq161.data.settings import CalibConfig
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.methods.base import Method
+from ptq161.methods.ptq161.saliency import check_mask_ratio
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import resolve_device, resolve_dtype
 from ptq161.preprocess.restoration import Restoration
@@ -28,6 +28,9 @@ from ptq161.tracking.settings import TrackerConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ON_ERROR = ("continue", "stop")
+
+INTERPOLATED = ("mask_ratio", "block_size", "on_error")
+"""Top-level keys that others read: groups by interpolation, the sweep."""
 
 T = TypeVar("T")
 
@@ -41,13 +44,10 @@ class RunConfig:
         method_name: what tables and figures call it.
         preprocess: None where the weights are quantized as they are (``preprocess=none``).
         preprocess_name: what tables and figures call it.
-        mask_ratio: share of salient input channels.
-        block_size: decoder blocks per window.
         seed: every random number follows from it.
         device: a torch device, ``auto`` resolved.
         dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
         dtype_reason: why it is this one.
-        on_error: what a sweep does when a job fails: ``continue`` or ``stop``.
         cache: find what was computed before, and keep what is computed (:mod:`ptq161.cache.store`).
         force: compute everything again, and keep that.
     """
@@ -60,13 +60,10 @@ class RunConfig:
     preprocess_name: str
     eval: EvalConfig
     tracker: TrackerConfig
-    mask_ratio: float
-    block_size: int
     seed: int
     device: torch.device
     dtype: str
     dtype_reason: str
-    on_error: str
     cache: bool
     force: bool
 
@@ -84,7 +81,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     hints = get_type_hints(RunConfig)
-    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")]
+    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*INTERPOLATED]
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     if missing := [key for key in known if key not in values]:
@@ -97,6 +94,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
+        if key not in INTERPOLATED
     }
     return RunConfig(
         method=method,
@@ -165,9 +163,7 @@ def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:
 
 
 def _check_top_level(values: Mapping[str, Any]) -> None:
-    ratio = _typed(float, values["mask_ratio"], "mask_ratio")
-    if not 0 <= ratio < 1:
-        raise UserError(f"mask_ratio={ratio}: use a value in [0, 1), the share of salient input channels.")
+    check_mask_ratio(_typed(float, values["mask_ratio"], "mask_ratio"))
     check_at_least("block_size", _typed(int, values["block_size"], "block_size"), 1)
     check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
     check_choice("dtype", values["dtype"], DTYPES)
@@ -178,22 +174,20 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as the annotated type, or say what it is instead."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is bool and isinstance(value, bool):
-            return value
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise UserError(f"{where}={value}: use a finite number.")
-            return float(value)
-        if option is str and isinstance(value, str):
-            return value
-        if get_origin(option) is list and isinstance(value, list):
-            return [_typed(get_args(option)[0], item, where) for item in value]
-    expected = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise UserError(f"{where}={value!r}: use a value of type {expected}.")
+    """Return ``value`` as the annotated type (an integer may stand for a float), or say what it is instead."""
+    try:
+        return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "finite_number":
+            raise UserError(f"{where}={first['input']}: use a finite number.") from error
+        inner = get_origin(hint) is list and first["loc"]
+        expected = _type_name(get_args(hint)[0] if inner else hint)
+        raise UserError(f"{where}={first['input']!r}: use a value of type {expected}.") from error
+
+
+def _type_name(hint: Any) -> str:
+    options = () if get_origin(hint) is list else get_args(hint)
+    if options:
+        return " or ".join(map(_type_name, options))
+    return "null" if hint is type(None) else str(getattr(hint, "__name__", hint))

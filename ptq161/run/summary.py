@@ -42,7 +42,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
             name,
             _format(name, full.get(name)),
             *([_format(name, merged.get(name))] if merged else []),
-            "" if metrics is full else _format(name, metrics[name]),
+            "" if metrics == full else _format(name, metrics[name]),
             "" if error is None else f"{error:.3g}",
             _scored_on(settings),
         )

@@ -29,7 +29,8 @@ def run_job(cfg: DictConfig) -> None:
     try:
         name_local_model(cfg, overrides)
         config = checked_config(cfg, overrides)
-        from ptq161.run.pipeline import RunContext, run  # takes seconds, which a wrong configuration need not wait for
+        from ptq161.run.pipeline import run  # takes seconds, which a wrong configuration need not wait for
+        from ptq161.run.session import RunContext
 
         run(
             config,

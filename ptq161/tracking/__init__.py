@@ -8,39 +8,18 @@ Usage::
         record.finish({"metrics": {"ppl/boolq@512": 30.1}})
 
     run = read_run(run_dir)
+
+Imports ``files/`` and the ground floor; the report needs this room alone.
 """
 
-from typing import TYPE_CHECKING
-
 from ptq161.lazy import lazily
-from ptq161.tracking.layout import SCHEMA_VERSION
-from ptq161.tracking.read import RunData, read_metrics, read_run
 
-if TYPE_CHECKING:
-    from ptq161.files.hashing import sha256_of_file, sha256_of_sources, sha256_of_tensors
-    from ptq161.tracking.interrupts import Interrupted
-    from ptq161.tracking.record import RunRecord
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "Interrupted",
-    "RunData",
-    "RunRecord",
-    "read_metrics",
-    "read_run",
-    "sha256_of_file",
-    "sha256_of_sources",
-    "sha256_of_tensors",
-]
-
-# What writes records needs torch, which whoever only reads need not wait for.
 __getattr__ = lazily(
     __name__,
     {
-        "Interrupted": "ptq161.tracking.interrupts",
-        "RunRecord": "ptq161.tracking.record",
-        "sha256_of_file": "ptq161.files.hashing",
-        "sha256_of_sources": "ptq161.files.hashing",
-        "sha256_of_tensors": "ptq161.files.hashing",
+        "ptq161.tracking.layout": ["SCHEMA_VERSION"],
+        "ptq161.tracking.read": ["RunData", "read_metrics", "read_run"],
+        "ptq161.tracking.record": ["RunRecord"],
+        "ptq161.tracking.interrupts": ["Interrupted"],
     },
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ptq161.files.hashing import sha256_of_sources
+from ptq161.files.identity import SOURCES
 
 PACKAGES = ("ptq161", "torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "peft", "numpy")
 THREAD_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_")
@@ -22,7 +22,7 @@ def describe_environment() -> dict[str, Any]:
     """Return the part of the manifest that does not depend on the run's configuration."""
     return {
         "git": git_state(),
-        "sources_sha256": sha256_of_sources(),
+        "sources_sha256": SOURCES,
         "versions": package_versions(),
         "hardware": hardware(),
         "threads": threads(),

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from ptq161.cache.store import Store, stored_entries
 from ptq161.errors import UserError
-from ptq161.files.hashing import sha256_of_file
+from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.models.loading import load_weights
-from ptq161.run import pipeline
+from ptq161.run import pipeline, stages
 from ptq161.run.config import load_run_config
-from ptq161.run.identity import identity
-from ptq161.run.pipeline import RunContext
+from ptq161.run.contents import identity
+from ptq161.run.session import RunContext
 from ptq161.tracking.read import RunData, read_run
 from ptq161.tracking.record import RunRecord
 from tests.conftest import _tiny_tokenizer
@@ -88,7 +88,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(config.name)
         return load_weights(config)
 
-    monkeypatch.setattr(pipeline, "load_weights", watch)
+    monkeypatch.setattr(stages, "load_weights", watch)
     return names
 
 
@@ -171,6 +171,26 @@ def test_another_evaluation_takes_the_quantized_blocks(run: Run, monkeypatch: py
     )
 
 
+def test_weights_are_hashed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are loaded and those that are restored: blocks and scores are known by these."""
+    hashed: list[int] = []
+
+    def count(tensors: dict[str, Any]) -> str:
+        if "model.embed_tokens.weight" in tensors:
+            hashed.append(len(tensors))
+        return sha256_of_tensors(tensors)
+
+    for module in ("ptq161.run.stages", "ptq161.driver.resume", "ptq161.preprocess.checkpoint"):
+        monkeypatch.setattr(f"{module}.sha256_of_tensors", count)
+    training = ["preprocess=restorative_lora", "preprocess.steps=1", "preprocess.seq_len=32", "preprocess.batch_size=2"]
+    text = run("plain").config["calib"]["text_file"]
+    assert len(hashed) == 1
+    training_text = Path(text).with_name("training.txt")
+    training_text.write_text(Path(text).read_text())
+    run("restored", *training, "preprocess.corpora=[text_file]", f"preprocess.text_file={training_text}")
+    assert len(hashed) == 3
+
+
 def test_force_computes_everything_again(run: Run, loaded: list[str], tmp_path: Path) -> None:
     first = run("first")
     files = [entry.folder / "fingerprint.json" for entry in stored_entries(tmp_path / "store")]
@@ -206,7 +226,7 @@ def test_a_failed_run_is_computed_again(run: Run, loaded: list[str], monkeypatch
         raise UserError("no checkpoint.")
 
     with monkeypatch.context() as patched, pytest.raises(UserError):
-        patched.setattr(pipeline, "save", fail)
+        patched.setattr(stages, "save", fail)
         run("failed")
     assert "reused_from" not in run("again").manifest and len(loaded) == 2
 
@@ -247,7 +267,7 @@ def test_a_result_that_cannot_be_kept_is_complete(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ptq161.cache.stages.shutil.copyfile", full)
+        patched.setattr("ptq161.cache.results.shutil.copyfile", full)
         first = run("first")
     scores(first)
     assert "not kept for later runs" in caplog.text and "disk is full" in caplog.text
@@ -427,7 +447,7 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
     from ptq161.models.settings import ModelConfig
-    from ptq161.run.identity import model_content
+    from ptq161.run.contents import model_content
 
     assert model_content(ModelConfig("tiny", repo="someone/tiny")) == {
         "repo": "someone/tiny",
@@ -441,7 +461,7 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
 def test_large_files_are_hashed_once(
     settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_dir: Path
 ) -> None:
-    from ptq161.run import identity as module
+    from ptq161.run import contents as module
 
     hashed: list[str] = []
 

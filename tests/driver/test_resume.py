@@ -172,7 +172,7 @@ def test_other_weights_masks_and_threads_are_refused(
     model = tiny_model("llama", n_blocks=N_BLOCKS)
     with torch.no_grad():
         model.lm_head.weight[3, 4] += 1
-    with pytest.raises(UserError, match=r"\(model is \w{8}\.\.\. here and \w{8}\.\.\. there\)"):
+    with pytest.raises(UserError, match=r"\(weights is \w{8}\.\.\. here and \w{8}\.\.\. there\)"):
         quantize(model, TOKENS, QUICK, resume=tmp_path)
     model = tiny_model("llama", n_blocks=N_BLOCKS)
     model.config.rms_norm_eps *= 2

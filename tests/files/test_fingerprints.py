@@ -1,18 +1,13 @@
-"""Fingerprints: what differs is told, a folder is never mixed up, and parts say what they stand for."""
+"""Fingerprints: what differs is named, and a folder is never mixed up."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ptq161.errors import UserError
-from ptq161.files.fingerprints import claim, describe, device_name, differences, key_of, versions
-from ptq161.methods.ptq161 import PTQ161
-from ptq161.methods.rtn import RTN
+from ptq161.files.fingerprints import claim, differences, key_of
 
 ABOUT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
 
@@ -53,27 +48,8 @@ def test_keys_depend_on_values_and_not_on_order() -> None:
         key_of({"a": float("nan")})
 
 
-def test_a_method_is_its_class_and_its_fields() -> None:
-    assert describe(RTN(bits=2))["bits"] == 2
-    assert describe(RTN()) != describe(RTN(bits=2))
-    assert describe(PTQ161())["class"] == "ptq161.methods.ptq161.method.PTQ161"
-    assert "source" not in describe(PTQ161())
-
-
-def test_a_method_from_elsewhere_brings_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for body in ("pass", "x: int = 1"):
-        file = tmp_path / "mine.py"
-        file.write_text(f"import dataclasses\n@dataclasses.dataclass\nclass Mine:\n    {body}\n")
-        spec = importlib.util.spec_from_file_location("mine", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "mine", module)
-        spec.loader.exec_module(module)
-        found.append(describe(module.Mine()))
-    assert found[0]["source"] != found[1]["source"]
-
-
-def test_versions_and_device() -> None:
-    assert versions("torch") == {"torch": torch.__version__}
-    assert device_name(torch.device("cpu")).startswith("cpu: ")
+def test_parts_of_a_computation_have_keys_of_their_own(tmp_path: Path) -> None:
+    whole = claim(tmp_path / "folder", ABOUT, "stop")
+    assert whole.key == key_of(ABOUT)
+    part = whole.part("quantize_0")
+    assert (part.path, part.key) == (tmp_path / "folder" / "quantize_0", f"{whole.key}/quantize_0")

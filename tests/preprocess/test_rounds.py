@@ -247,7 +247,7 @@ def test_another_trainings_folder_is_refused(tiny_model: TinyModel, tmp_path: Pa
     assert "method.bits is 3 here and 2 there" in refused(
         lambda: restored(model, short(), RTN(bits=3), folder=tmp_path)
     )
-    assert "quantization.model is" in refused(lambda: restored(tiny_model("llama", seed=1), short(), folder=tmp_path))
+    assert "quantization.weights is" in refused(lambda: restored(tiny_model("llama", seed=1), short(), folder=tmp_path))
     assert "training_tokens is" in refused(
         lambda: restore(model, TRAINING[:3], CALIBRATION, COARSE, short(), folder=tmp_path)
     )

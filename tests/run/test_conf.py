@@ -33,7 +33,7 @@ def test_the_defaults():
     assert (config.model.name, config.model.asset) == ("smollm2_135m", "smollm2_135m")
     assert (config.method_name, config.calib.name, config.eval.name) == ("ptq161", "squad", "quick")
     assert (config.preprocess, config.tracker.name) == (None, "wandb")
-    assert (config.mask_ratio, config.block_size, config.seed) == (0.2, 1, 0)
+    assert (config.method.mask_ratio, config.method.block_size, config.seed) == (0.2, 1, 0)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

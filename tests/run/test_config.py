@@ -138,8 +138,8 @@ def test_every_key_is_needed(key: str) -> None:
         ({"device": "cuda:99"}, f"device=cuda:99: this machine has {torch.cuda.device_count()} GPUs that torch"),
         (
             {"colour": 1},
-            "unknown key 'colour': known are model, method, calib, preprocess, eval, tracker, mask_ratio, block_size, "
-            "seed, device, dtype, on_error, cache, force.",
+            "unknown key 'colour': known are model, method, calib, preprocess, eval, tracker, seed, device, dtype, "
+            "cache, force, mask_ratio, block_size, on_error.",
         ),
         # what follows from others cannot be set
         ({"method_name": "x"}, "unknown key 'method_name': known are"),

@@ -26,7 +26,7 @@ from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
-from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, salient_mask
+from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, check_mask_ratio, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UNIFORM_BITS
@@ -89,8 +89,7 @@ class PTQ161:
     def __post_init__(self) -> None:
         """Reject values outside their range."""
         check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
-        if not 0 <= self.mask_ratio < 1:
-            raise UserError(f"mask_ratio={self.mask_ratio}: use a value in [0, 1), the share of salient channels.")
+        check_mask_ratio(self.mask_ratio)
         if self.block_size < 1:
             raise UserError(f"block_size={self.block_size}: use at least 1.")
         if self.epochs < 0:

@@ -105,8 +105,7 @@ def salient_mask(saliency: Tensor, mask_ratio: float) -> Tensor:
         >>> salient_mask(torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0]), mask_ratio=0.2).tolist()
         [False, True, False, True, False]
     """
-    if not 0 <= mask_ratio < 1:
-        raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")
+    check_mask_ratio(mask_ratio)
     if not bool(torch.isfinite(saliency).all()):
         raise UserError("the activations are NaN or infinite, so no salient channels can be selected; check the model.")
     if mask_ratio == 0:
@@ -118,3 +117,19 @@ def salient_mask(saliency: Tensor, mask_ratio: float) -> Tensor:
     if bool(mask.all()):
         mask[order[-1]] = False
     return mask
+
+
+def check_mask_ratio(mask_ratio: float) -> None:
+    """Check the share of salient input channels.
+
+    Raises:
+        UserError: it is outside [0, 1).
+
+    Example:
+        >>> check_mask_ratio(0.2)
+        >>> check_mask_ratio(1.0)
+        Traceback (most recent call last):
+        ptq161.errors.UserError: mask_ratio=1.0: use a value in [0, 1), the share of salient input channels.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise UserError(f"mask_ratio={mask_ratio}: use a value in [0, 1), the share of salient input channels.")

@@ -1,12 +1,6 @@
-"""What makes two runs the same run: their settings, with contents in the place of paths and names.
+"""A run's configuration with contents in the place of paths and names: what :mod:`ptq161.files.identity` takes.
 
-Two runs of one identity have the same result, so the second need not be computed. What cannot change a result is no
-part of it: where it is written and mirrored, what models and methods are called, and top-level keys, which reach a
-result through the groups that read them alone. The calibration set is read by every method, by those without data as
-well: the output errors in each record are measured on its tokens.
-
-Threads are no part of it, though they change the last bits of a result; unfinished work is only taken up with the same
-number of them (:func:`ptq161.driver.resume.fingerprint`).
+Top-level keys reach a result through the groups that read them alone.
 """
 
 from __future__ import annotations
@@ -23,18 +17,16 @@ from ptq161.data.embedded import EMBEDDED
 from ptq161.data.hub_text import hub_files
 from ptq161.data.settings import CalibConfig
 from ptq161.errors import UserError
-from ptq161.evaluation import EMBEDDED_TASKS, open_tasks
+from ptq161.evaluation.embedded import EMBEDDED_TASKS
 from ptq161.evaluation.settings import EvalConfig
-from ptq161.evaluation.zero_shot import sha256_of_documents
-from ptq161.files.fingerprints import SOURCES, describe, key_of, versions
+from ptq161.evaluation.zero_shot import open_tasks, sha256_of_documents
+from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_file
+from ptq161.files.identity import describe, run
 from ptq161.models.loading import hub_commit, is_packed_folder
 from ptq161.models.settings import ModelConfig
 from ptq161.preprocess.restoration import Restoration
 from ptq161.run.config import RunConfig
-
-VERSIONS = ("torch", "transformers", "tokenizers", "lm_eval", "peft")
-"""Packages whose version can change a number."""
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
 """What is read of a model's folder: configuration, weights, tokenizer."""
@@ -64,19 +56,17 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
 
     packed = config.model.path is not None and is_packed_folder(config.model.path)
     method = None if packed else config.method
-    return {
-        "model": model_content(config.model, sha256),
-        "method": None if method is None else describe(method),
-        "calibration": None if method is None else _calibration(config.calib, sha256),
-        "preprocess": None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
-        "evaluation": _evaluation(config.eval, sha256),
-        "full_precision": None if method is None else config.eval.full_precision,
-        "seed": None if method is None else config.seed,
-        "device": config.device.type,
-        "dtype": config.dtype,
-        "versions": versions(*VERSIONS),
-        "sources": SOURCES,
-    }
+    return run(
+        model=model_content(config.model, sha256),
+        method=method,
+        calibration=None if method is None else _calibration(config.calib, sha256),
+        preprocess=None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
+        evaluation=_evaluation(config.eval, sha256),
+        full_precision=None if method is None else config.eval.full_precision,
+        seed=None if method is None else config.seed,
+        device=config.device,
+        dtype=config.dtype,
+    )
 
 
 def model_content(config: ModelConfig, sha256: HashFile = sha256_of_file) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Whole results: a finished run's record in the store, and a later run that is the same taking it over."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ptq161.cache.store import ADVICE, Entry
+from ptq161.errors import UserError
+from ptq161.files.atomic import writing
+from ptq161.files.hashing import sha256_of_file
+from ptq161.files.strict_json import decode_json, encode_json
+from ptq161.tracking.read import RunData, read_run
+from ptq161.tracking.record import RunRecord
+
+log = logging.getLogger(__name__)
+
+FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
+CHECKPOINT = "checkpoint"
+"""The folder of a run's packed model."""
+MERGED = "merged"
+"""The folder of its restored model."""
+FOLDERS = (CHECKPOINT, MERGED)
+SHARED = ".safetensors"
+"""Files of these folders that are linked and not copied: records of one result share them."""
+
+OWN_FACTS = (
+    "schema_version",
+    "exit_state",
+    "exception",
+    "start",
+    "end",
+    "duration_seconds",
+    "job_name",
+    "group",
+    "tags",
+    "seeds",
+    "command",
+    "working_directory",
+    "pid",
+)
+"""What a manifest says of the run that wrote it, and not of how its numbers were computed."""
+
+
+def keep_result(entry: Entry, run_dir: Path) -> None:
+    """Put the record and the models of a finished run into the store.
+
+    Raises:
+        UserError: the store cannot be written.
+    """
+    entry.restart()
+    entry.open()
+    manifest = decode_json((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    entry.write("manifest.json", encode_json({**manifest, "run_dir": run_dir}, indent=2) + "\n")
+    with writing(entry.folder, ADVICE):
+        for name in FILES:
+            if (run_dir / name).exists():
+                shutil.copyfile(run_dir / name, entry.folder / name)
+        for name in FOLDERS:
+            _link_folder(run_dir / name, entry.folder / name)
+    entry.finish()
+
+
+def take_over(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
+    """Make a record that of a run which was finished before.
+
+    The manifest tells how the numbers were computed then (hardware, threads, commit), and in ``reused_from`` by which
+    run; job, command and times are those of the run that finds them.
+
+    Args:
+        entry: a finished result.
+        record: of the run that asks for it.
+
+    Returns:
+        its results; None where the entry is damaged, which empties it.
+
+    Raises:
+        UserError: the run directory cannot be written.
+    """
+    original = _intact(entry)
+    if original is None or original.results is None:
+        return None
+    with writing(record.run_dir):
+        for name in FOLDERS:
+            _link_folder(entry.folder / name, record.run_dir / name)
+    record.take_over(original.metrics, original.samples)
+    manifest = original.manifest
+    origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
+    facts = {key: value for key, value in manifest.items() if key not in OWN_FACTS}
+    record.describe(**facts, reused_from={"run_dir": manifest["run_dir"], **origin})
+    log.info("the same run was finished in %s: nothing is computed again", manifest["run_dir"])
+    return {key: value for key, value in original.results.items() if key != "schema_version"}
+
+
+def _intact(entry: Entry) -> RunData | None:
+    try:
+        run = read_run(entry.folder)
+        problem = run.problems[0] if run.problems else None
+        weights, expected = _weights(entry.folder), run.manifest.get("checkpoint_sha256")
+        if weights and sha256_of_file(weights) != expected:
+            problem = f"{weights} does not have its checksum"
+    except (OSError, UserError) as error:
+        problem = str(error)
+    if problem is None:
+        return run
+    entry.restart_damaged(problem)
+    return None
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / "checkpoint").glob(f"*{SHARED}"), None)
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    """Make ``target`` the same as ``source``, where that exists; weights share the disk where it is the same one."""
+    shutil.rmtree(target, ignore_errors=True)
+    if not source.is_dir():
+        return
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix == SHARED:
+            with contextlib.suppress(OSError):  # another file system, or one without links
+                os.link(path, target / path.name)
+                continue
+        shutil.copyfile(path, target / path.name)

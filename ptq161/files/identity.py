@@ -1,0 +1,189 @@
+"""What a result depends on, said once: of tokens, of a restoration, of a quantization, of a score and of a whole run.
+
+Each function returns a fingerprint (:mod:`ptq161.files.fingerprints`): contents and hashes in the place of paths and
+names. Two computations of one fingerprint have the same result, so the second need not be made. What cannot change a
+result is no part of it: where it is written and mirrored, and what models and methods are called.
+
+Threads change the last bits of a result. They are part of a quantization, which goes on from finished blocks only with
+the same number of them, and no part of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from ptq161.files.fingerprints import Fingerprint
+from ptq161.files.hashing import sha256_of_file, sha256_of_sources
+
+SOURCES = sha256_of_sources()
+"""Of the package as this process runs it: taken when it begins, since a source may be edited while it goes on."""
+
+LIBRARY = ("torch", "transformers")
+"""Packages whose version can change what is quantized."""
+EVALUATION = (*LIBRARY, "tokenizers", "lm_eval")
+TRAINING = ("peft", "accelerate")
+
+_NOT_OF_THE_WEIGHTS = ("checkpoint_every", "save_merged", "score_merged", "text_file")
+"""Settings of a restoration that change nothing in the restored weights."""
+
+
+def run(
+    *,
+    model: Mapping[str, Any],
+    method: Any | None,
+    calibration: Mapping[str, Any] | None,
+    preprocess: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any],
+    full_precision: bool | None,
+    seed: int | None,
+    device: torch.device,
+    dtype: str,
+) -> dict[str, Any]:
+    """Describe a run.
+
+    Args:
+        model: the model and its tokenizer, by content.
+        method: hyperparameters, a dataclass; None quantizes nothing.
+        calibration: the calibration text by content, number and length of its windows; None without a method. Methods
+            without data have one too: the output errors in each record are measured on its tokens.
+        preprocess: settings and training text by content; None leaves the weights as they are.
+        evaluation: texts and tasks by content, with their limits.
+        full_precision: whether the unquantized model is scored too; None without a method.
+        seed: None where no random number is drawn.
+        device: where it runs; its type counts.
+        dtype: of the evaluation, and of what is stored beside the packed weights.
+    """
+    return {
+        "model": model,
+        "method": None if method is None else describe(method),
+        "calibration": calibration,
+        "preprocess": preprocess,
+        "evaluation": evaluation,
+        "full_precision": full_precision,
+        "seed": seed,
+        "device": device.type,
+        "dtype": dtype,
+        **_code(*EVALUATION, *TRAINING),
+    }
+
+
+def tokens(*, model: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Describe tokens that are drawn from a text.
+
+    Args:
+        model: whose tokenizer it is, by content.
+        text: by content, with the number and the length of the windows.
+        seed: of the draw.
+    """
+    return {"model": model, "text": text, "seed": seed, **_code(*EVALUATION)}
+
+
+def quantization(
+    *,
+    weights: str,
+    config: str,
+    calibration: str,
+    method: Any,
+    salient_masks: str | None,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Describe a quantization, whose finished blocks can be taken up again.
+
+    Args:
+        weights: hash of the full-precision tensors.
+        config: key of the model's own config.
+        calibration: hash of the calibration tokens.
+        method: hyperparameters, a dataclass.
+        salient_masks: hash of the masks that the caller has chosen; None leaves the choice to the method.
+        seed: of the method's random numbers.
+        device: where blocks are worked on.
+    """
+    return {
+        "weights": weights,
+        "config": config,
+        "calibration": calibration,
+        "method": describe(method),
+        "salient_masks": salient_masks,
+        "seed": seed,
+        "device": device_name(device),
+        # They change the order of sums, and so the last bits.
+        "threads": torch.get_num_threads(),
+        **_code(*LIBRARY),
+    }
+
+
+def restoration(quantized: Fingerprint, *, training: str, settings: Any) -> dict[str, Any]:
+    """Describe a restoration, the training before a quantization.
+
+    Args:
+        quantized: of the first pass, from :func:`quantization`.
+        training: hash of the training tokens.
+        settings: hyperparameters, a ``Restoration``.
+    """
+    # A single round's mask is that of the final quantization alone.
+    indifferent = {*_NOT_OF_THE_WEIGHTS, *(["mask"] if settings.rounds == 1 else [])}
+    return {
+        "quantization": quantized,
+        "training_tokens": training,
+        "preprocess": {key: value for key, value in describe(settings).items() if key not in indifferent},
+        "versions": _versions(*TRAINING),
+    }
+
+
+def score(
+    *, model: Mapping[str, Any], weights: str, device: torch.device, dtype: str, measured: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe a score of a model.
+
+    Args:
+        model: whose config and tokenizer it has, by content.
+        weights: hash of the weights that are scored.
+        device: where it runs; its type counts.
+        dtype: of the arithmetic.
+        measured: the text or the task by content, with its settings.
+    """
+    return {
+        "model": model,
+        "weights": weights,
+        "device": device.type,
+        "dtype": dtype,
+        "measured": measured,
+        **_code(*EVALUATION),
+    }
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def describe(settings: Any) -> dict[str, Any]:
+    """Return class and fields of a dataclass of settings, such as a method's hyperparameters.
+
+    A class from outside of this package brings the SHA-256 of its source file, which ``SOURCES`` does not cover.
+    """
+    cls = type(settings)
+    name = {"class": f"{cls.__module__}.{cls.__qualname__}"}
+    if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        name["source"] = sha256_of_file(inspect.getfile(cls))
+    return name | {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+
+
+def device_name(device: torch.device) -> str:
+    """Name the processor whose arithmetic a result comes from, by its instruction set or as a GPU."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _code(*packages: str) -> dict[str, Any]:
+    return {"versions": _versions(*packages), "sources": SOURCES}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {package: metadata.version(package) for package in packages}

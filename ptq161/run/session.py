@@ -1,0 +1,156 @@
+"""What surrounds the stages of a run: its record, its place among the finished results, and its clock."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ptq161.cache.results import FOLDERS, keep_result, take_over
+from ptq161.cache.stages import Stages
+from ptq161.cache.store import Entry, Store, store_dir
+from ptq161.errors import UserError
+from ptq161.files.fingerprints import key_of
+from ptq161.models.loading import is_packed_folder
+from ptq161.run.config import RunConfig
+from ptq161.run.contents import identity
+from ptq161.run.preflight import QUANTIZATION
+from ptq161.tracking.record import RunRecord
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Results = dict[str, Any]
+"""What ``results.json`` holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What surrounds a run and does not change its result.
+
+    Attributes:
+        run_dir: where the record and the checkpoint go.
+        resolved: the composed configuration with every interpolation resolved.
+        overrides: what was typed.
+        job_name: what the mirror calls the run.
+        group: the sweep it belongs to.
+    """
+
+    run_dir: str
+    resolved: dict[str, Any]
+    overrides: list[str]
+    job_name: str
+    group: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What every stage of a run gets.
+
+    Attributes:
+        config: of the run.
+        identity: what its result depends on, by content (:func:`ptq161.run.contents.identity`).
+        record: receives numbers, facts and samples; its ``run_dir`` takes what is kept.
+        stages: finds what was computed before.
+        seconds: of each stage, as they end.
+    """
+
+    config: RunConfig
+    identity: dict[str, Any]
+    record: RunRecord
+    stages: Stages
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def clock(self, stage: str) -> Iterator[None]:
+        """Add the seconds that pass inside to those of a stage."""
+        began = time.perf_counter()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 2)
+
+
+def timed(stage: str) -> Callable[[Callable[Concatenate[Session, P], R]], Callable[Concatenate[Session, P], R]]:
+    """Count the seconds of a function, whose first argument is the session, as those of a stage."""
+
+    def decorate(function: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+        @functools.wraps(function)
+        def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            with session.clock(stage):
+                return function(session, *args, **kwargs)
+
+        return wrapper
+
+    return decorate
+
+
+def is_packed_model(config: RunConfig) -> bool:
+    """Whether the model of a run is a checkpoint of this project, which is evaluated as it is."""
+    return config.model.path is not None and is_packed_folder(config.model.path)
+
+
+def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session], Results]) -> Results:
+    """Record a run, and compute its results unless the same run was finished before: then take over its record.
+
+    Args:
+        config: the run.
+        context: where it goes and what it is called.
+        compute: takes the session and returns the results.
+
+    Returns:
+        what ``results.json`` holds.
+
+    Raises:
+        UserError: whatever the user can put right, in one sentence.
+    """
+    store = Store(store_dir(), force=config.force) if config.cache else None
+    # The lock on the result outlives the record, which is kept when it is complete.
+    with contextlib.ExitStack() as locks:
+        with _open_record(config, context) as record:
+            content = identity(config, store)
+            record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))
+            entry = None if store is None else locks.enter_context(store.entry("results", content))
+            found = take_over(entry, record) if entry is not None and entry.finished else None
+            results = _computed(Session(config, content, record, Stages(store)), compute) if found is None else found
+            record.finish(results)
+        if entry is not None and found is None:
+            _keep(entry, record.run_dir)
+    return results
+
+
+def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractContextManager[RunRecord]:
+    unread = QUANTIZATION if is_packed_model(config) else ()
+    return RunRecord.open(
+        context.run_dir,
+        config={key: value for key, value in context.resolved.items() if key not in unread},
+        tracker=config.tracker,
+        seeds={"seed": config.seed},
+        job_name=context.job_name,
+        group=context.group,
+        tags=[config.model.name] if unread else [config.model.name, config.method_name],
+    )
+
+
+def _computed(session: Session, compute: Callable[[Session], Results]) -> Results:
+    config, record = session.config, session.record
+    for folder in FOLDERS:  # of a run that had this directory before
+        shutil.rmtree(record.run_dir / folder, ignore_errors=True)
+    log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
+    record.describe(device=str(config.device), dtype=config.dtype)
+    results = compute(session)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {**results, "seconds": session.seconds, "peak_memory_bytes": peak}
+
+
+def _keep(entry: Entry, run_dir: Path) -> None:
+    try:
+        keep_result(entry, run_dir)
+    except UserError as error:
+        log.warning("the result is complete, but not kept for later runs: %s", error)

@@ -1,0 +1,298 @@
+"""The stages of a run, as :mod:`ptq161.run.pipeline` puts them together; what was computed before is found."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptq161.cache.results import CHECKPOINT, MERGED
+from ptq161.data.calibration import calibration_tokens
+from ptq161.driver.quantization import quantize
+from ptq161.errors import UserError
+from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
+from ptq161.evaluation.sample import greedy_sample
+from ptq161.files import identity
+from ptq161.files.fingerprints import Fingerprint, key_of
+from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
+from ptq161.methods.base import Method
+from ptq161.models.architectures import check_quantizable, config_key, decoder_blocks, max_seq_len
+from ptq161.models.loading import load_tokenizer, load_weights
+from ptq161.numerics import COMPUTE_DTYPES
+from ptq161.packed.checkpoint import (
+    WEIGHTS_FILE,
+    cast_rest,
+    load,
+    measure,
+    packed_linears,
+    save,
+    save_dense,
+    stored_nominal_bits,
+)
+from ptq161.packed.linear import dense_cache
+from ptq161.preprocess.restoration import Restoration, check_seq_len
+from ptq161.preprocess.rounds import restore
+from ptq161.preprocess.text import training_tokens
+from ptq161.run.session import Session, timed
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Everything that a run reads beside its model, opened and checked before the weights are loaded.
+
+    Attributes:
+        tokenizer: of the model.
+        longest: tokens that the model can hold.
+        evaluation: perplexity texts and zero-shot tasks.
+        training: ``[n, seq_len]`` int64, of the preprocessing; empty without one.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    longest: int
+    evaluation: OpenEvaluation
+    training: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model, and what its scores and its quantization are known by.
+
+    Attributes:
+        model: full precision, restored or packed.
+        sha256: of its weights, hashed once.
+        label: what numbers and progress bars call it.
+        size: ``bits_per_weight`` and its like.
+        salient_masks: for its quantization; None leaves the choice to the method.
+    """
+
+    model: PreTrainedModel
+    sha256: str
+    label: str
+    size: Mapping[str, float]
+    salient_masks: dict[str, Tensor] | None = None
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+@timed("load")
+def open_texts(session: Session) -> Texts:
+    """Open every text and task, and draw the tokens."""
+    tokenizer, hf_config = load_tokenizer(session.config.model)
+    return _texts(session, tokenizer, hf_config)
+
+
+@timed("load")
+def load_model(session: Session) -> Weights:
+    """Load the full-precision model."""
+    model = load_weights(session.config.model)
+    check_quantizable(model)
+    sha256 = sha256_of_tensors(model.state_dict())
+    session.record.describe(model_sha256=sha256, n_blocks=len(decoder_blocks(model)))
+    return Weights(model, sha256, "full precision", _dense_size(session, model))
+
+
+@timed("load")
+def load_packed(session: Session, folder: str) -> tuple[Weights, Texts]:
+    """Load a packed checkpoint, and open what it is evaluated on."""
+    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", folder)
+    model, tokenizer = load(folder)
+    return _packed(session, model, Path(folder) / WEIGHTS_FILE), _texts(session, tokenizer, model.config)
+
+
+@timed("load")
+def calibrate(session: Session, texts: Texts) -> Tensor:
+    """Draw the calibration tokens: ``[n_samples, seq_len]`` int64."""
+    config = session.config
+    if config.calib.seq_len > texts.longest:
+        raise UserError(
+            f"calib.seq_len={config.calib.seq_len}: the model holds at most {texts.longest} tokens; use a shorter one."
+        )
+    drawn = identity.tokens(model=session.identity["model"], text=session.identity["calibration"], seed=config.seed)
+    tokens = session.stages.tensor(
+        "tokens", drawn, lambda: calibration_tokens(texts.tokenizer, config.calib, config.seed)
+    )
+    session.record.describe(calibration_sha256=sha256_of_tensors({"tokens": tokens}))
+    return tokens
+
+
+def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig) -> Texts:
+    longest = max_seq_len(hf_config)
+    evaluation = open_evaluation(tokenizer, session.config.eval, longest)
+    return Texts(tokenizer, longest, evaluation, _training(session, tokenizer, longest))
+
+
+def _training(session: Session, tokenizer: PreTrainedTokenizerBase, longest: int) -> Tensor:
+    config, seed = session.config.preprocess, session.config.seed
+    if config is None:
+        return Tensor()
+    check_seq_len(config, longest)
+    text = {
+        "training": session.identity["preprocess"]["corpora"],
+        "sequences": config.sequences,
+        "seq_len": config.seq_len,
+    }
+    drawn = identity.tokens(model=session.identity["model"], text=text, seed=seed)
+    return session.stages.tensor("tokens", drawn, lambda: training_tokens(tokenizer, config, seed))
+
+
+# --- preprocess, quantize ---------------------------------------------------------------------------------------------
+
+
+@timed("preprocess")
+def preprocess(
+    session: Session, full: Weights, texts: Texts, calibration: Tensor, method: Method, restoration: Restoration
+) -> Weights:
+    """Restore the model before it is quantized."""
+    config, record = session.config, session.record
+    restored_from = identity.restoration(
+        _quantization(session, full, method),
+        training=sha256_of_tensors({"tokens": texts.training}),
+        settings=restoration,
+    )
+    record.describe(preprocess=restored_from)
+    with session.stages.folder("preprocessed", restored_from) as folder:
+        model, masks = restore(
+            full.model,
+            texts.training,
+            calibration,
+            method,
+            restoration,
+            folder=folder,
+            on_metric=record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+        )
+    sha256 = sha256_of_tensors(model.state_dict())
+    record.describe(merged_sha256=sha256)
+    if restoration.save_merged:
+        save_dense(model, texts.tokenizer, record.run_dir / MERGED)
+    return Weights(model, sha256, "merged", _dense_size(session, model), masks)
+
+
+@timed("quantize")
+def quantize_model(session: Session, weights: Weights, texts: Texts, calibration: Tensor, method: Method) -> Weights:
+    """Quantize a model in place, from the blocks that are finished already, and save it as the run's checkpoint."""
+    config, record, model = session.config, session.record, weights.model
+    with session.stages.folder("blocks", _quantization(session, weights, method)) as folder:
+        quantize(
+            model,
+            calibration,
+            method,
+            on_metric=record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+            salient_masks=weights.salient_masks,
+            resume=folder,
+        )
+    cast_rest(model, COMPUTE_DTYPES[config.dtype])
+    file = save(model, texts.tokenizer, record.run_dir / CHECKPOINT, nominal_bits=method.nominal_bits())
+    return _packed(session, model, file)
+
+
+def _quantization(session: Session, weights: Weights, method: Method) -> Fingerprint:
+    masks = weights.salient_masks
+    return identity.quantization(
+        weights=weights.sha256,
+        config=config_key(weights.model),
+        calibration=session.record.manifest["calibration_sha256"],
+        method=method,
+        salient_masks=None if masks is None else sha256_of_tensors(masks),
+        seed=session.config.seed,
+        device=session.config.device,
+    )
+
+
+def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
+    """Describe a packed model by the file that holds it."""
+    sha256 = sha256_of_file(file)
+    session.record.describe(checkpoint_sha256=sha256)
+    layouts = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
+    return Weights(model, key_of({"file": sha256, "linears": layouts}), "quantized", _packed_size(model, file))
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
+"""Label of the model that is scored -> the stage that its seconds belong to."""
+
+
+def score(session: Session, weights: Weights, texts: Texts) -> Scores:
+    """Score a model in the run's dtype and take its text sample; a full-precision one keeps its own dtype for later."""
+    model, dtype, home = weights.model, COMPUTE_DTYPES[session.config.dtype], weights.model.device
+    with session.clock(CLOCKS[weights.label]):
+        if model.dtype != dtype:  # a packed model has it already
+            model = copy.deepcopy(model)
+            cast_rest(model, dtype)
+        scores = _score(session, dataclasses.replace(weights, model=model), texts)
+        nn.Module.to(model, home)
+    return dataclasses.replace(scores, metrics={**scores.metrics, **weights.size})
+
+
+def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
+    config, record, model, label = session.config, session.record, weights.model, weights.label
+    with contextlib.ExitStack() as prepared:
+
+        @functools.cache
+        def prepare() -> None:
+            # Where every score is found, the model need neither be moved nor dequantized.
+            nn.Module.to(model, config.device)
+            prepared.enter_context(dense_cache(model, COMPUTE_DTYPES[config.dtype]))
+
+        def remember(measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+            def compute_prepared() -> Mapping[str, Any]:
+                prepare()
+                return compute()
+
+            fingerprint = identity.score(
+                model=session.identity["model"],
+                weights=weights.sha256,
+                device=config.device,
+                dtype=config.dtype,
+                measured=measured,
+            )
+            return session.stages.value("scores", fingerprint, compute_prepared)
+
+        on_metric = partial(record.metric, model=label)
+        scores = evaluate(model, texts.tokenizer, texts.evaluation, on_metric=on_metric, label=label, remember=remember)
+        prompt, n_tokens = config.eval.sample_prompt, config.eval.sample_tokens
+        text = remember(
+            {"prompt": prompt, "n_tokens": n_tokens},
+            lambda: {"text": greedy_sample(model, texts.tokenizer, prompt, n_tokens)},
+        )["text"]
+        if not prepare.cache_info().currsize:
+            log.info("%s: every score was known", label)
+    record.sample(label, text)
+    log.info("%s sample: %s", label, " ".join(text.split()))
+    return scores
+
+
+def _dense_size(session: Session, model: PreTrainedModel) -> dict[str, float]:
+    width = COMPUTE_DTYPES[session.config.dtype].itemsize
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    bits = 8.0 * width
+    return {"bits_per_weight": bits, "nominal_bits_per_weight": bits, "checkpoint_bytes": parameters * width}
+
+
+def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
+    size, nominal = measure(model), stored_nominal_bits(file.parent)
+    return {
+        "bits_per_weight": size.bits_per_weight,
+        **({} if nominal is None else {"nominal_bits_per_weight": nominal}),
+        "checkpoint_bytes": file.stat().st_size,
+        "linear_bytes": size.linear_bytes,
+        "other_bytes": size.other_bytes,
+    }
