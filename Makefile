@@ -35,14 +35,19 @@ run: $(STAMP)  ## install what is needed, once, and run an experiment; settings:
 	$(BIN)/python run.py $(ARGS)
 
 .PHONY: test
-test: lint  ## install what is needed, once, then linter, type checker and all tests; some: TESTS="tests/packed -x"
+test: lint docs  ## install what is needed, once, then linter, type checker, documentation and all tests; some: TESTS="tests/packed -x"
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 .PHONY: lint
-lint: $(STAMP)  ## linter, formatter (check only) and type checker
+lint: $(STAMP)  ## linter, formatter (check only), type checker and the order of the rooms
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: docs
+docs: $(STAMP)  ## build the documentation into site/, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: setup
 setup: $(STAMP)  ## install what is needed into .venv, once
@@ -69,7 +74,7 @@ PIN ?=
 lock:  ## resolve the ranges of pyproject.toml anew and write requirements.lock; hold back: PIN="torch==2.13.0"
 	@$(FIND_PYTHON); folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	"$$python" -m venv "$$folder"; \
-	"$$folder/bin/python" -m pip install --quiet --disable-pip-version-check setuptools '.[dev]' $(PIN); \
+	"$$folder/bin/python" -m pip install --quiet --disable-pip-version-check '.[dev]' $(PIN); \
 	{ sed -n '/^#/p' requirements.lock; \
 	  "$$folder/bin/python" -m pip freeze --all --exclude pip --exclude ptq161 \
 		| grep -Eiv '^(cuda-|nvidia-|triton|pytorch-triton)' | sed -E 's/\+[a-z0-9.]+$$//' | tr 'A-Z_' 'a-z-' | LC_ALL=C sort; \
@@ -78,5 +83,5 @@ lock:  ## resolve the ranges of pyproject.toml anew and write requirements.lock;
 
 .PHONY: clean
 clean:  ## remove .venv and all caches; results are kept
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) site .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

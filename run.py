@@ -1,19 +1,8 @@
-"""Quantize a model, score it, record the run: ``python run.py --help`` explains every key."""
+"""Quantize a model, score it, record the run: ``python run.py --help`` explains every key (``ptq161 run``)."""
 
-import hydra
-from omegaconf import DictConfig
+import sys
 
-from ptq161.tracking.interrupts import ending_with_a_sentence
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Hand the composed config over."""
-    from ptq161.sweep.job import run_job
-
-    run_job(cfg)
-
+from ptq161.__main__ import main
 
 if __name__ == "__main__":
-    with ending_with_a_sentence():
-        main()
+    sys.exit(main(["run", *sys.argv[1:]]))

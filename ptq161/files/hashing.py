@@ -11,8 +11,10 @@ from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (".py", ".yaml", ".json")
-ONLOOKERS = ("__main__.py", "replay", "report", "search", "sweep", "watch")
-"""Rooms that start runs and show them: nothing that computes a number imports them (a test reads the import graph)."""
+ONLOOKERS = ("__main__.py", "conf", "replay", "report", "search", "sweep", "watch")
+"""Rooms that start runs and show them: nothing that computes a number imports them (a test reads the import graph).
+
+An installed package has ``conf/`` inside; what a configuration says is part of each run's identity."""
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -25,16 +25,16 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from ptq161.errors import UserError
+from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
 from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
-from ptq161.search.trials import RUN, Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
+from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
 from ptq161.tracking.interrupts import Interrupts, ending_with_a_sentence
 from ptq161.tracking.metric_names import SIZES, is_perplexity
 
-CONF = RUN.parent / "conf"
-DEFAULT_SPACE = RUN.parent / "search.yaml"
+DEFAULT_SPACE = CONF / "search.yaml"
 OWN_KEYS = ("hydra", "study")
 """Keys of run.py that a trial cannot take: the search says where runs go, and a study is a sweep."""
 

@@ -35,7 +35,8 @@ from ptq161.search.space import Space, as_overrides, as_value
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]
-RUN = Path(__file__).resolve().parents[2] / "run.py"
+RUN = (sys.executable, "-m", "ptq161", "run")
+"""The command line of a run, before its settings."""
 JOURNAL = "study.journal"
 LOCKS = ".locks"
 OUTPUT = "output.log"
@@ -205,7 +206,7 @@ def command(search: Search, claim: Claim) -> list[str]:
     """Return the command line of a trial's run."""
     group = [] if any("tracker.group=" in o for o in search.overrides) else [f"++tracker.group={_group(search)}"]
     run_dir = f"hydra.run.dir={as_value(str(search.run_dir(claim.number)))}"
-    return [sys.executable, str(RUN), *as_overrides(claim.values), *search.overrides, *group, run_dir]
+    return [*RUN, *as_overrides(claim.values), *search.overrides, *group, run_dir]
 
 
 def outcome_of(search: Search, number: int, status: int | None = None) -> Outcome:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
     """Open a search in ``tmp_path/search`` whose runs the script plays; ``act`` says how."""
     script = tmp_path / "run.py"
     script.write_text(FAKE_RUN)
-    monkeypatch.setattr(trials, "RUN", script)
+    monkeypatch.setattr(trials, "RUN", (sys.executable, str(script)))
 
     def open_(act: str = "", **changes: Any) -> Search:
         folder, overrides = tmp_path / "search", [f"act={act}"] if act else []
