@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests import skips
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 VOCAB_SIZE = 256
 MAX_LENGTH = 512
@@ -40,11 +40,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    """The folder ../shared with golden vectors and published figures."""
-    if not SHARED.is_dir():
-        pytest.skip(skips.SHARED_MISSING)
-    return SHARED
+def golden_dir() -> Path:
+    """The folder ``tests/golden``: vectors of the authors' released code, and published figures."""
+    return GOLDEN
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ FILES = sorted((ROOT / "experiments").glob("*/published.csv"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.parent.name)
-def test_published_figures_are_in_the_collection(file: Path, shared_dir: Path) -> None:
-    with (shared_dir / "data" / "published" / "ptq161_paper.csv").open() as stream:
+def test_published_figures_are_in_the_collection(file: Path, golden_dir: Path) -> None:
+    with (golden_dir / "published" / "ptq161_paper.csv").open() as stream:
         paper = {
             (r["source"], r["table"], r["model"], r["metric"], f"{float(r['value']):.6g}")
             for r in csv.DictReader(stream)

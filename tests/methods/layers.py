@@ -24,9 +24,9 @@ def layer(seed: int, out_features: int = 24, in_features: int = 128, dead: int =
     return weight, 2 * inputs.T @ inputs
 
 
-def golden(shared_dir: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def golden(golden_dir: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight, hessian and the dequantized weight of the authors' code."""
-    with np.load(shared_dir / "golden" / "reference_vectors.npz") as vectors:
+    with np.load(golden_dir / "reference_vectors.npz") as vectors:
         weight, inputs, quantized = (torch.from_numpy(vectors[f"{name}.{key}"]) for key in "WXq")
     return weight, 2 * inputs.T @ inputs, quantized
 

@@ -32,8 +32,8 @@ def binarized_error(values: Tensor, mask: Tensor, orders: int) -> float:
     return error
 
 
-def test_golden_vector(shared_dir: Path) -> None:
-    weight, hessian, expected = golden(shared_dir, "billm_hessian")
+def test_golden_vector(golden_dir: Path) -> None:
+    weight, hessian, expected = golden(golden_dir, "billm_hessian")
     assert_golden(quantize_weight(weight, hessian, "hessian", scale_dtype="float32").dequantize(), expected)
 
 

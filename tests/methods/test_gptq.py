@@ -17,8 +17,8 @@ from tests.methods.layers import assert_golden, golden, layer, packed_linears
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_golden_vectors(shared_dir: Path, bits: int) -> None:
-    weight, hessian, expected = golden(shared_dir, f"gptq_w{bits}")
+def test_golden_vectors(golden_dir: Path, bits: int) -> None:
+    weight, hessian, expected = golden(golden_dir, f"gptq_w{bits}")
     assert_golden(quantize_weight(weight, hessian, bits, scale_dtype="float32").dequantize(), expected)
 
 

@@ -16,8 +16,8 @@ from tests.methods.layers import assert_golden, golden, layer, packed_linears
 
 
 @pytest.mark.parametrize(("saliency", "low_frac"), [("hessian", 0.9), ("magnitude", 0.8)])
-def test_golden_vectors(shared_dir: Path, saliency: str, low_frac: float) -> None:
-    weight, hessian, expected = golden(shared_dir, f"pb_llm_{saliency}")
+def test_golden_vectors(golden_dir: Path, saliency: str, low_frac: float) -> None:
+    weight, hessian, expected = golden(golden_dir, f"pb_llm_{saliency}")
     packed = quantize_weight(weight, hessian, low_frac, 8, saliency, scale_dtype="float32")
     assert_golden(packed.dequantize(), expected)
 

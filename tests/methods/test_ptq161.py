@@ -26,8 +26,8 @@ from tests.methods.layers import assert_golden
 
 
 @pytest.fixture
-def vectors(shared_dir: Path) -> dict[str, Tensor]:
-    with np.load(shared_dir / "golden" / "reference_vectors.npz") as file:
+def vectors(golden_dir: Path) -> dict[str, Tensor]:
+    with np.load(golden_dir / "reference_vectors.npz") as file:
         return {key[7:]: torch.from_numpy(file[key]) for key in file if key.startswith("ptq161.")}
 
 

@@ -61,16 +61,16 @@ def same(one: StructuredBinaryWeight, other: StructuredBinaryWeight) -> bool:
 
 
 @pytest.fixture
-def expected(shared_dir: Path) -> dict[str, Tensor]:
-    with np.load(shared_dir / "golden" / "tiny_llama" / "expected.npz") as file:
+def expected(golden_dir: Path) -> dict[str, Tensor]:
+    with np.load(golden_dir / "tiny_llama" / "expected.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file}
 
 
 @pytest.mark.parametrize(("scale_dtype", "loss_bar", "weight_bar"), [("float32", 1e-4, 2e-3), ("float16", 5e-3, 3e-2)])
 def test_the_released_optimization(
-    scale_dtype: str, loss_bar: float, weight_bar: float, expected: dict[str, Tensor], shared_dir: Path
+    scale_dtype: str, loss_bar: float, weight_bar: float, expected: dict[str, Tensor], golden_dir: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(shared_dir / "golden" / "tiny_llama").float()
+    model = AutoModelForCausalLM.from_pretrained(golden_dir / "tiny_llama").float()
     packed, metrics = run(model, PTQ161(epochs=4, scale_dtype=scale_dtype), expected["tokens"])
     losses = metrics.losses()
     assert len(losses) == expected["loss"].numel()

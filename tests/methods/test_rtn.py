@@ -14,8 +14,8 @@ from ptq161.methods.rtn import RTN, quantize_weight
 from tests.methods.layers import assert_golden, golden, layer, packed_linears
 
 
-def test_golden_vector(shared_dir: Path) -> None:
-    weight, _, expected = golden(shared_dir, "rtn_w4")
+def test_golden_vector(golden_dir: Path) -> None:
+    weight, _, expected = golden(golden_dir, "rtn_w4")
     assert_golden(quantize_weight(weight, 4, scale_dtype="float32").dequantize(), expected)
 
 

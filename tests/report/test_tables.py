@@ -156,8 +156,8 @@ def test_the_published_baselines() -> None:
     assert {figure.model for figure in figures} <= names
 
 
-def test_the_published_baselines_are_the_shared_ones(shared_dir: Path) -> None:
-    with (shared_dir / "data/published/ptq161_paper.csv").open() as stream:
+def test_the_published_baselines_are_the_collected_ones(golden_dir: Path) -> None:
+    with (golden_dir / "published" / "ptq161_paper.csv").open() as stream:
         paper = list(csv.DictReader(stream))
     ours = {(f.model, f.method, f.metric, f"{f.value:.6g}") for f in read_published(BASELINES)}
     rows = [row for row in paper if row["table"] in ("Table 1", "Table 2", "Table 6")]

@@ -120,8 +120,8 @@ def test_model_composes(model):
     assert config.path is config.revision is config.n_blocks is None
 
 
-def test_published_models_are_configured(shared_dir):
-    with (shared_dir / "data" / "published" / "ptq161_paper.csv").open() as file:
+def test_published_models_are_configured(golden_dir):
+    with (golden_dir / "published" / "ptq161_paper.csv").open() as file:
         published = {row["model"] for row in csv.DictReader(file)}
     assert published
     assert published <= {OmegaConf.load(CONF / "model" / f"{model}.yaml").name for model in MODELS}
