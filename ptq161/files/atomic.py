@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADV
         try:
             with os.fdopen(handle, "wb") as file:
                 # mkstemp makes files that only their owner can read; a record is as readable as any other file.
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                os.fchmod(file.fileno(), 0o666 & ~umask())
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,7 +63,10 @@ def writing(path: Path, advice: str = RUN_DIR_ADVICE) -> Iterator[None]:
         raise UserError(f"{path} cannot be written ({reason}); {advice}.") from error
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the process's umask; where the system does not show it, by setting it for a moment."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/status").read_text().partition("Umask:")[2].split()[0], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask
