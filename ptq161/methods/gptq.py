@@ -14,6 +14,7 @@ from torch import Tensor
 from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns, inverse_factor
 from ptq161.methods.layerwise import UniformMethod
 from ptq161.packed.uniform import UniformWeight, uniform_codes, uniform_nearest, uniform_parameters
+from ptq161.packed.weight import check_magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class GPTQ(UniformMethod, CompensatedMethod):
         Raises:
             UserError: the shapes do not match, or a weight is not finite.
         """
+        check_magnitude(weight, self.scale_dtype)
         weight = weight.float()
         in_features = weight.shape[1]
         width = self.group_size or in_features

@@ -27,7 +27,7 @@ from ptq161.methods.base import Window, check_common, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
-from ptq161.packed.weight import PackedWeight
+from ptq161.packed.weight import PackedWeight, check_magnitude
 
 _INITIAL_FACTOR = 4.0
 
@@ -170,6 +170,7 @@ class ClippedLinear(nn.Module):
         weight = linear.weight.detach().float()
         if not bool(torch.isfinite(weight).all()):
             raise UserError("a weight is NaN or infinite; check the model's weights.")
+        check_magnitude(weight, scale_dtype)
         self.in_features = linear.in_features
         self.bits = bits
         self.group_size = group_size

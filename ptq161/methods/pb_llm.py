@@ -24,7 +24,7 @@ from ptq161.kernels.sorting import sorted_values
 from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_columns
 from ptq161.packed.pb_llm import PBLLMWeight, binary_levels, check_high_bit
 from ptq161.packed.uniform import uniform_codes, uniform_nearest, uniform_parameters
-from ptq161.packed.weight import stored_scale
+from ptq161.packed.weight import check_magnitude, stored_scale
 
 _SALIENCIES = ("magnitude", "hessian")
 
@@ -65,6 +65,7 @@ class PBLLM(CompensatedMethod):
         Raises:
             UserError: the shapes do not match, or a weight is not finite.
         """
+        check_magnitude(weight, self.scale_dtype)
         weight = weight.float()
         # 1. Quirk: the salient weights' grid spans the whole row, and dead columns still count.
         grid = uniform_parameters(weight, self.high_bit, scale_dtype=self.scale_dtype)

@@ -29,7 +29,7 @@ from ptq161.methods.compensation import check_damping, check_hessian, compensate
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.packed.quip import ROTATIONS, QuIPWeight, Rotation, draw_rotations
 from ptq161.packed.uniform import check_uniform
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
 
 _GRID_DEVIATIONS = 2.4
 _RIDGE = 1e-2
@@ -128,6 +128,7 @@ def quantize_weight(
     check_uniform(bits, None)
     check_choice("method.rotation", rotation, tuple(ROTATIONS))
     check_hessian(hessian, weight.shape[1])
+    check_magnitude(weight, scale_dtype)
     weight, hessian = weight.float(), hessian.float()
     # 1a. W D and D^-1 H D^-1 leave the product with the input as it is. D is stored, so it is rounded before its use.
     input_scales = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ptq161.methods.base import Window
 from ptq161.methods.layerwise import InputStatistics, UniformMethod
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_parameters
-from ptq161.packed.weight import PackedWeight
+from ptq161.packed.weight import PackedWeight, check_magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,7 @@ def quantize_weight(
         10.0
     """
     check_uniform(bits, group_size)
+    check_magnitude(weight, scale_dtype)
     weight = weight.float()
     scale, zero_point = uniform_parameters(grouped(weight, group_size), bits, symmetric, scale_dtype=scale_dtype)
     scales, zero_points = scale.squeeze(-1), zero_point.squeeze(-1)

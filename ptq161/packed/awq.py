@@ -49,6 +49,6 @@ class AWQWeight(UniformWeight):
         fields = {f.name: getattr(scaled, f.name) for f in dataclasses.fields(scaled)}
         return cls(**fields, input_scales=stored_scale(input_scales, scale_dtype))
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return ``scale * (code - zero_point) / input_scale``: ``[out, in]`` float32."""
-        return super().dequantize() / self.input_scales.float()
+        return super().values() / self.input_scales.float()

@@ -118,7 +118,7 @@ class BiLLMWeight(PackedWeight):
             means=stored_scale(grid.means, scale_dtype),
         )
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return the weight: ``[out, in]`` float32."""
         salient = unpack_plane(self.salient, self.in_features)
         second_signs = salient.new_zeros(self.out_features, self.in_features)

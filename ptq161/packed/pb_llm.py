@@ -104,7 +104,7 @@ class PBLLMWeight(PackedWeight):
             high_zero_points=stored_scale(high_zero_points, scale_dtype),
         )
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return the weight: ``[out, in]`` float32."""
         salient = unpack_plane(self.salient, self.in_features)
         # Signs and codes were stored in row-major order of their own weights, which masked_scatter_ puts back.

@@ -231,7 +231,7 @@ class QuIPWeight(PackedWeight):
             input_scales=None if input_scales is None else stored_scale(input_scales, scale_dtype),
         )
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return ``U^T grid(codes) V / input_scales``: ``[out, in]`` float32."""
         # QuIP's Algorithm 2: from codes to the grid, then U^T and V, then D^-1.
         codes = unpack_codes(self.codes, self.in_features, self.bits)

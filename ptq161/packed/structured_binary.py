@@ -114,7 +114,7 @@ class StructuredBinaryWeight(PackedWeight):
         """Return the mask of salient channels: ``[in]`` bool."""
         return unpack_plane(self.mask, self.in_features)
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return ``[out, in]`` float32."""
         salient = self.salient_channels()
         n_salient = int(salient.sum())

@@ -96,7 +96,7 @@ class UniformWeight(PackedWeight):
         """Return the codes: ``[out, in]`` uint8."""
         return unpack_codes(self.codes, self.in_features, self.bits)
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """Return ``scale * (code - zero_point)``: ``[out, in]`` float32."""
         scales = self._per_column(self.scales)
         if self.zero_points is None:

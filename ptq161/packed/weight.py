@@ -25,7 +25,13 @@ class PackedWeight(ABC):
     """A linear's weight ``[out_features, in_features]`` as it is stored.
 
     Subclasses set ``format`` (the name in checkpoints) and ``version`` (raised when the layout of the stored
-    tensors changes), and are registered by being defined.
+    tensors changes), and are registered by being defined. They implement :meth:`values`.
+
+    Attributes:
+        out_features: rows.
+        in_features: columns.
+        exponent: the weight is ``2**exponent`` times what the tensors stand for, so that weights of any magnitude have
+            scales that float16 holds with all its digits.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -44,6 +50,7 @@ class PackedWeight(ABC):
 
     out_features: int
     in_features: int
+    exponent: int = dataclasses.field(default=0, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Register the format."""
@@ -52,8 +59,17 @@ class PackedWeight(ABC):
             _FORMATS[cls.format] = cls
 
     @abstractmethod
+    def values(self) -> Tensor:
+        """Return what the stored tensors stand for: ``[out_features, in_features]`` float32."""
+
     def dequantize(self) -> Tensor:
-        """Return the weight that the stored bytes stand for: ``[out_features, in_features]`` float32."""
+        """Return the weight, ``2**exponent`` times :meth:`values`: ``[out_features, in_features]`` float32."""
+        values = self.values()
+        return values * 2.0**self.exponent if self.exponent else values
+
+    def scaled(self, exponent: int) -> Self:
+        """Return this weight times ``2**exponent``, exactly."""
+        return dataclasses.replace(self, exponent=self.exponent + exponent)
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +90,8 @@ class PackedWeight(ABC):
         """Return everything else that :meth:`from_state_dict` needs, as JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
+        if not self.exponent:
+            del plain["exponent"]
         return {"format": self.format, "version": self.version, **plain}
 
     @classmethod
@@ -114,8 +132,8 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
             f"this version of ptq161 reads version {cls.version}."
         )
-    given = {*settings, *tensors} - {"format", "version"}
-    wrong = sorted(given ^ {field.name for field in dataclasses.fields(cls)})
+    given = {*settings, *tensors} - {"format", "version", "exponent"}  # which is left out where it is zero
+    wrong = sorted(given ^ {field.name for field in dataclasses.fields(cls) if field.name != "exponent"})
     if wrong:
         raise UserError(
             f"the checkpoint is damaged: {wrong[0]} is missing in a weight of format {cls.format!r}, or not part of it."
@@ -144,3 +162,27 @@ def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
             f"a scale of {largest:g} cannot be stored as {scale_dtype}; use scale_dtype=float32 or check the weights."
         )
     return stored
+
+
+def check_magnitude(weight: Tensor, scale_dtype: str) -> None:
+    """Check that a weight is large enough for scales with most of their digits; a part of it may be as small as it is.
+
+    Args:
+        weight: ``[out, in]``.
+        scale_dtype: in which its scales will be stored.
+
+    Raises:
+        UserError: even the largest weight is too small.
+
+    Example:
+        >>> check_magnitude(torch.tensor([[1.0, 1e-9]]), "float16")
+        >>> check_magnitude(torch.tensor([[1e-7, 1e-9]]), "float16")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: the largest weight is 1e-07, too small for scales in float16; ...
+    """
+    largest = float(weight.abs().max()) if weight.numel() else 0.0
+    if 0 < largest < torch.finfo(SCALE_DTYPES[scale_dtype]).tiny:
+        raise UserError(
+            f"the largest weight is {largest:g}, too small for scales in {scale_dtype}; use scale_dtype=float32."
+        )

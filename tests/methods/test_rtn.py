@@ -51,8 +51,13 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert not quantize_weight(torch.zeros(2, 16), 2).dequantize().any()
 
 
-def test_weights_below_the_smallest_half_become_zero_not_nan() -> None:
-    assert not quantize_weight(torch.full((1, 8), 1e-9), 4).dequantize().any()
+def test_weights_below_the_smallest_half_are_refused_and_a_row_of_them_becomes_zero() -> None:
+    tiny = torch.full((1, 8), 1e-9)
+    with pytest.raises(UserError, match=r"the largest weight is 1e-09, too small for scales in float16; use"):
+        quantize_weight(tiny, 4)
+    assert torch.allclose(quantize_weight(tiny, 4, scale_dtype="float32").dequantize(), tiny)
+    packed = quantize_weight(torch.cat([tiny, torch.ones(1, 8)]), 4).dequantize()
+    assert not packed[0].any() and packed[1].all()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

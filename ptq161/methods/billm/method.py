@@ -24,7 +24,7 @@ from ptq161.kernels.where import fast_where
 from ptq161.methods.billm.search import best_split, salient_columns
 from ptq161.methods.compensation import CompensatedMethod, InverseFactor, compensate_blocks
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes, binary_values
-from ptq161.packed.weight import stored_scale
+from ptq161.packed.weight import check_magnitude, stored_scale
 
 _SALIENCIES = ("magnitude", "hessian")
 # What the paper prints for LLaMA-2-7B: signs and second signs, without masks, scales and means.
@@ -60,6 +60,7 @@ class BiLLM(CompensatedMethod):
         Raises:
             UserError: the shapes do not match, or a weight is not finite.
         """
+        check_magnitude(weight, self.scale_dtype)
         planes: list[BinaryPlanes] = []
         grids: list[BinaryGrid] = []
         pivots = factor.upper.diagonal()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import uniform_codes, uniform_parameters
+from ptq161.packed.weight import check_magnitude
 
 SALIENT_RANGES = ("row", "salient")
 
@@ -108,6 +109,7 @@ def pack_weight(
         1.677
     """
     # Section 3.2: what the mask names keeps salient_bits.
+    check_magnitude(weight, scale_dtype)
     codes, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
     return StructuredBinaryWeight.pack(
         mask=mask,
