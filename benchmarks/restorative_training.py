@@ -29,7 +29,7 @@ from ptq161.methods.rtn import RTN
 from ptq161.models.loading import load_model
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import resolve_dtype
-from ptq161.packed.checkpoint import cast_rest, densify
+from ptq161.packed.model import cast_rest, densify
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import make_student, target_names
 from ptq161.preprocess.text import training_tokens

@@ -31,7 +31,7 @@ from transformers import (
 
 import ptq161
 from ptq161.evaluation import perplexity
-from ptq161.packed.checkpoint import measure
+from ptq161.packed.model import measure
 
 
 def main() -> None:

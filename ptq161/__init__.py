@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from ptq161.methods.ptq161 import PTQ161
     from ptq161.methods.quip import QuIP
     from ptq161.methods.rtn import RTN
-    from ptq161.packed.checkpoint import export, load, save
+    from ptq161.packed.checkpoint import load, save
+    from ptq161.packed.export import export
 
 __all__ = [
     "AWQ",
@@ -64,7 +65,8 @@ __getattr__ = lazily(
     __name__,
     {
         "ptq161.driver.quantization": ["quantize"],
-        "ptq161.packed.checkpoint": ["export", "load", "save"],
+        "ptq161.packed.checkpoint": ["load", "save"],
+        "ptq161.packed.export": ["export"],
         "ptq161.methods.awq": ["AWQ"],
         "ptq161.methods.billm": ["BiLLM"],
         "ptq161.methods.gptq": ["GPTQ"],

@@ -28,8 +28,10 @@ from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.methods.base import ActivationScale, Method, OnMetric, Window, ignore_metric
 from ptq161.models.architectures import architecture_of, check_quantizable, check_tokens, decoder_blocks, max_seq_len
 from ptq161.numerics import COMPUTE_DTYPES
+from ptq161.packed.checkpoint import own_save
 from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.masks import check_salient_masks
+from ptq161.packed.model import packed_linears
 from ptq161.packed.weight import PackedWeight
 from ptq161.seeding import stage_generator
 
@@ -86,14 +88,14 @@ def quantize(
     elif resume is not None:
         with writing(resume.path, ADVICE):
             resume.path.mkdir(parents=True, exist_ok=True)
-    training, use_cache = model.training, model.config.use_cache
+    training = model.training
     model.eval()
-    model.config.use_cache = False
     try:
         _quantize_blocks(_Quantization(model, tokens, method, seed, target, salient_masks), resume, on_metric, progress)
     finally:
         model.train(training)
-        model.config.use_cache = use_cache
+        if packed_linears(model):  # some of them, where it was cut off
+            own_save(model)
     return model
 
 

@@ -94,7 +94,6 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         if wrong:
             raise ValueError(f"tensor {wrong[0]} is missing in its weights or has another shape than its config says")
     model.eval()
-    model.config.use_cache = False
     if config.n_blocks is not None:
         keep_first_blocks(model, config.n_blocks)
     return model

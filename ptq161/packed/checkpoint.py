@@ -1,4 +1,4 @@
-"""Checkpoints of packed models: ``config.json``, the tokenizer and one safetensors file.
+"""Checkpoints of packed models: ``config.json``, generation settings, the tokenizer and one safetensors file.
 
 The file is called ``packed.safetensors`` so that transformers, which would build random layers from an unknown
 quantization method, says that it finds no weights instead.
@@ -6,132 +6,48 @@ quantization method, says that it finds no weights instead.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ptq161.errors import UserError
-from ptq161.files.fingerprints import key_of
-from ptq161.files.hashing import sha256_of_tensors
+from ptq161.files.folders import whole_folder
 from ptq161.models.loading import PACKED_FORMAT, is_packed_folder
+from ptq161.packed.card import is_ours, write_card
 from ptq161.packed.linear import PackedLinear
+from ptq161.packed.model import packed_linears, stored_tensors
 from ptq161.packed.weight import packed_weight_from
 
 WEIGHTS_FILE = "packed.safetensors"
 """Name of the file of tensors in a checkpoint folder."""
+GENERATION_FILE = "generation_config.json"
+ADVICE = "choose another folder"
 
 _SCHEMA_VERSION = 1
+_PLACES = ("_name_or_path", "name_or_path")
+"""Keys of configurations that hold a path of the machine on which the model was loaded."""
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedSize:
-    """What a packed model stores.
+_CARD = """The linears of this model are stored packed; everything else is as in a plain Hugging Face folder.
 
-    Attributes:
-        linear_bytes: bytes of all packed weights.
-        linear_weights: weights that they stand for.
-        other_bytes: bytes of everything else (embeddings, norms, biases), tied tensors counted once.
+    import ptq161
 
-    Example:
-        >>> PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608).bits_per_weight
-        6.0
-    """
-
-    linear_bytes: int
-    linear_weights: int
-    other_bytes: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Measured bits over all packed linears."""
-        return 8 * self.linear_bytes / self.linear_weights
-
-
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the model's packed linears by module path.
-
-    Example:
-        >>> from ptq161.packed.uniform import UniformWeight
-        >>> packed = UniformWeight.pack(torch.tensor([[0, 1]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
-        >>> model = nn.Sequential(PackedLinear(packed), nn.Linear(1, 4))
-        >>> list(packed_linears(model))
-        ['0']
-    """
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
-
-
-def measure(model: PreTrainedModel) -> PackedSize:
-    """Count the bytes of a packed model.
-
-    Example:
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
-        >>> measure(model)  # 7 linears of 8 rows: 2 bytes of codes, 2 of the scale, 2 of the zero point
-        PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608)
-    """
-    layers = packed_linears(model).values()
-    linear_bytes = sum(layer.packed.nbytes for layer in layers)
-    total = sum(t.numel() * t.element_size() for t in _stored_tensors(model).values())
-    weights = sum(layer.out_features * layer.in_features for layer in layers)
-    return PackedSize(linear_bytes, weights, total - linear_bytes)
-
-
-def sha256_of_packed(model: PreTrainedModel) -> str:
-    """Hash a packed model: its tensors, and how those of its packed linears are to be read.
-
-    Example:
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
-        >>> before = sha256_of_packed(model)
-        >>> model.model.layers[0].mlp.up_proj.codes[0, 0] ^= 1  # one bit
-        >>> sha256_of_packed(model) == before
-        False
-    """
-    settings = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
-    return key_of({"tensors": sha256_of_tensors(model.state_dict()), "linears": settings})
-
-
-def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast all that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
-
-    Buffers that are not stored (rotary frequencies) keep their precision, which a loaded model gives them too.
-
-    Example:
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
-        >>> cast_rest(model, torch.bfloat16)
-        >>> model.lm_head.weight.dtype, model.model.layers[0].mlp.up_proj.scales.dtype
-        (torch.bfloat16, torch.float16)
-    """
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        if isinstance(module, PackedLinear):
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                setattr(module, name, buffer.to(dtype))
-    model.config.dtype = dtype
+    model, tokenizer = ptq161.load(FOLDER)
+    ptq161.export(FOLDER, OUT)  # a dense folder, for programs that do not know ptq161"""
 
 
 def save(
@@ -140,29 +56,30 @@ def save(
     folder: str | Path,
     *,
     nominal_bits: float | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a packed model as a checkpoint folder.
 
     Args:
         model: a model whose linears are packed.
         tokenizer: saved beside it; None saves none.
-        folder: created where missing.
+        folder: absent or empty, and there with all of its files or left as it was.
         nominal_bits: bits per weight as the method's paper counts them, to be stored beside what is measured.
+        overwrite: replace a folder that this project wrote.
 
     Returns:
         the safetensors file.
 
     Raises:
-        UserError: the model is not packed, or the folder cannot be written.
+        UserError: the model is not packed, or the folder holds files or cannot be written.
 
     Example:
         >>> import tempfile
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
+        >>> import ptq161, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = save(model, None, folder)
         ...     tensors = load_file(file)
@@ -172,26 +89,47 @@ def save(
     layers = packed_linears(model)
     if not layers:
         raise UserError("the model has no packed linears to save; quantize it first.")
+    tensors = stored_tensors(model)
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    config["architectures"] = config.get("architectures") or [type(model).__name__]
+    config["dtype"] = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
     config["quantization_config"] = {
         "quant_method": PACKED_FORMAT,
         "schema_version": _SCHEMA_VERSION,
         "nominal_bits_per_weight": nominal_bits,
         "linears": {name: layer.packed.settings() for name, layer in layers.items()},
     }
-    folder = Path(folder)
-    file = folder / WEIGHTS_FILE
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _stored_tensors(model).items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)  # another record may share the file that is there
-        save_file(tensors, file, metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        with whole_folder(Path(folder), ADVICE, is_ours if overwrite else None) as scratch:
+            host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(host, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_rest(model, tokenizer, scratch)
+            content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
+            (scratch / "config.json").write_text(content, encoding="utf-8")
+            write_card(scratch, "packed", _CARD)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
-    return file
+    return Path(folder) / WEIGHTS_FILE
+
+
+def write_rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write what a model's folder holds beside weights and config: settings of generation, and the tokenizer.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model.generation_config.eos_token_id = [1, 5]
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_rest(model, None, Path(place))
+        ...     json.loads((Path(place) / GENERATION_FILE).read_text())["eos_token_id"]
+        [1, 5]
+    """
+    if model.generation_config is not None:
+        (folder / GENERATION_FILE).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -202,19 +140,19 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Example:
         >>> import tempfile
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
+        >>> import ptq161, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import PreTrainedTokenizerFast
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = save(model, tokenizer, folder)
         ...     loaded, _ = load(folder)
-        >>> sha256_of_packed(loaded) == sha256_of_packed(model)
+        >>> up_proj = [m.model.layers[0].mlp.up_proj.dequantize() for m in (model, loaded)]
+        >>> torch.equal(*up_proj)
         True
     """
     folder = Path(folder)
@@ -235,6 +173,9 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForCausalLM.from_config(hf_config)
     _install_packed(model, quantization["linears"], tensors)
     _assign_rest(model, tensors, folder)
+    if (folder / GENERATION_FILE).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    own_save(model)
     model.eval()
     try:
         return model, AutoTokenizer.from_pretrained(folder)
@@ -247,14 +188,13 @@ def stored_nominal_bits(folder: str | Path) -> float | None:
 
     Example:
         >>> import tempfile
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
+        >>> import ptq161, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = save(model, None, folder, nominal_bits=RTN(bits=2).nominal_bits())
+        ...     file = save(model, None, folder, nominal_bits=ptq161.RTN(bits=2).nominal_bits())
         ...     stored_nominal_bits(folder)
         2.0
     """
@@ -263,105 +203,28 @@ def stored_nominal_bits(folder: str | Path) -> float | None:
     return bits
 
 
-def export(folder: str | Path, out: str | Path) -> Path:
-    """Write a packed checkpoint as a plain dense Hugging Face folder.
-
-    The dense weights are what the packed bytes dequantize to, in the dtype of the model's other tensors.
-
-    Args:
-        folder: a checkpoint written by :func:`save`.
-        out: the folder to write.
-
-    Returns:
-        ``out`` as a path.
-
-    Raises:
-        UserError: ``folder`` is not a packed checkpoint, or ``out`` cannot be written.
+def own_save(model: PreTrainedModel) -> None:
+    """Let a packed model's own ``save_pretrained`` write a checkpoint: transformers' would write random linears.
 
     Example:
         >>> import tempfile
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
+        >>> import ptq161, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
-        >>> from tokenizers import Tokenizer, models
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = save(model, tokenizer, folder)
-        ...     dense = AutoModelForCausalLM.from_pretrained(export(folder, Path(folder) / "dense"))
-        >>> torch.equal(dense.lm_head.weight, model.lm_head.weight), len(packed_linears(dense))
-        (True, 0)
-    """
-    model, tokenizer = load(folder)
-    densify(model)
-    save_dense(model, tokenizer, out)
-    return Path(out)
-
-
-def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> None:
-    """Write a dense model and its tokenizer as a plain Hugging Face folder.
-
-    Raises:
-        UserError: ``out`` cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> from tokenizers import Tokenizer, models
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_dense(model, tokenizer, folder)
-        ...     (Path(folder) / "model.safetensors").exists()
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     model.save_pretrained(place)
+        ...     is_packed_folder(place)
         True
     """
-    try:
-        for file in Path(out).glob("*.safetensors"):
-            file.unlink()  # another record may share it
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    except OSError as error:
-        raise UserError(f"the dense model cannot be written to {out}: {error}.") from error
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
 
 
-def densify(model: PreTrainedModel) -> None:
-    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place.
-
-    Example:
-        >>> import ptq161
-        >>> from ptq161.methods.rtn import RTN
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), RTN(bits=2))
-        >>> values = model.model.layers[0].mlp.up_proj.dequantize()
-        >>> densify(model)
-        >>> torch.equal(model.model.layers[0].mlp.up_proj.weight, values)
-        True
-    """
-    dtype = next(model.get_input_embeddings().parameters()).dtype
-    for name, layer in packed_linears(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        dense.weight = nn.Parameter(layer.dequantize().to(dtype))
-        dense.register_parameter("bias", layer.bias)
-        model.set_submodule(name, dense)
-
-
-def _stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the state dict without tensors that are tied to another one."""
-    stored: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        stored[name] = tensor
-    return stored
+def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **settings: Any) -> None:
+    if given := [name for name, value in settings.items() if value not in (None, False)]:
+        raise UserError(f"save_pretrained({given[0]}=...): a packed model is one file; use ptq161.save(...).")
+    save(model, None, save_directory)
 
 
 def _install_packed(model: PreTrainedModel, linears: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
@@ -384,3 +247,10 @@ def _assign_rest(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
     if result.unexpected_keys or empty:
         wrong = (list(result.unexpected_keys) + empty)[0]
         raise UserError(f"{folder} is damaged: tensor {wrong} is missing or not of this model.")
+
+
+def _without_places(value: Any) -> Any:
+    """Leave out, of a configuration and those inside it, where the model was loaded from."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_places(item) for key, item in value.items() if key not in _PLACES}

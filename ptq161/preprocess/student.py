@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from ptq161.errors import UserError
 from ptq161.models.architectures import architecture_of, decoder_blocks
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.checkpoint import cast_rest, densify
 from ptq161.packed.linear import PackedLinear
+from ptq161.packed.model import cast_rest, densify
 from ptq161.preprocess.restoration import ROLES, Restoration
 
 ADAPTER = "default"

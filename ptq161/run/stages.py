@@ -28,17 +28,10 @@ from ptq161.methods.base import Method
 from ptq161.models.architectures import check_quantizable, config_key, decoder_blocks, max_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.checkpoint import (
-    WEIGHTS_FILE,
-    cast_rest,
-    load,
-    measure,
-    packed_linears,
-    save,
-    save_dense,
-    stored_nominal_bits,
-)
+from ptq161.packed.checkpoint import WEIGHTS_FILE, load, save, stored_nominal_bits
+from ptq161.packed.export import save_dense
 from ptq161.packed.linear import dense_cache
+from ptq161.packed.model import cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration, check_seq_len
 from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.text import training_tokens

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 CONSOLE = "console.log"
 
@@ -78,6 +79,8 @@ def work(job: Job, task: TaskReference, gpus: str | None, results: Connection) -
     # The terminal's Ctrl-C is for the sweep's process alone, which then ends each job once.
     os.setsid()
     _end_with_parent()
+    # Bars of forked processes share a lock, which a process that is killed would never give back.
+    tqdm.set_lock(threading.RLock())
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     _write_output_to(Path(job.run_dir, CONSOLE), append=job.attempt > 1)

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ptq161.cache.store import Store, stored_entries
@@ -295,6 +297,8 @@ def start(overrides: list[str], run_dir: Path, before: Callable[[], None] = lamb
     def child() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        # Bars of forked processes share a lock, which a killed one would never give back (as in the sweep's workers).
+        tqdm.set_lock(threading.RLock())
         before()
         execute(overrides, run_dir)
 

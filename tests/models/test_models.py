@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite_are_named(value: float, tiny_model: TinyMod
 
 def test_loading_a_folder(tiny_model_dir: Path, tiny_model: TinyModel) -> None:
     model, tokenizer = load_model(local(tiny_model_dir))
-    assert not model.training and model.config.use_cache is False
+    assert not model.training and model.config.use_cache is True
     assert tokenizer("abc")["input_ids"]
     for name, parameter in tiny_model("llama").named_parameters():
         assert torch.equal(model.get_parameter(name), parameter)

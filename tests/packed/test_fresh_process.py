@@ -26,7 +26,7 @@ from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
-from ptq161.packed.checkpoint import sha256_of_packed
+from ptq161.packed.model import sha256_of_packed
 from ptq161.packed.weight import PackedWeight
 
 METHODS: list[Method] = [
@@ -47,7 +47,7 @@ import json, sys
 import torch, transformers
 import ptq161
 from ptq161.evaluation.perplexity import perplexity
-from ptq161.packed.checkpoint import sha256_of_packed
+from ptq161.packed.model import sha256_of_packed
 
 folder, dense, tokens = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
 model, _ = ptq161.load(folder)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import ptq161
 from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
-from ptq161.packed.checkpoint import cast_rest, packed_linears
+from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.preprocess.student import make_student, merge, target_names, trained_parameters
 from tests.preprocess.conftest import sequences, short
 

@@ -1,0 +1,156 @@
+"""A model whose linears are packed: what it stores, its hash, its dtype, and the dense model that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.files.fingerprints import key_of
+from ptq161.files.hashing import sha256_of_tensors
+from ptq161.packed.linear import PackedLinear
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSize:
+    """What a packed model stores.
+
+    Attributes:
+        linear_bytes: bytes of all packed weights.
+        linear_weights: weights that they stand for.
+        other_bytes: bytes of everything else (embeddings, norms, biases), tied tensors counted once.
+
+    Example:
+        >>> PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608).bits_per_weight
+        6.0
+    """
+
+    linear_bytes: int
+    linear_weights: int
+    other_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured bits over all packed linears."""
+        return 8 * self.linear_bytes / self.linear_weights
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the model's packed linears by module path.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed), nn.Linear(1, 4))
+        >>> list(packed_linears(model))
+        ['0']
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def measure(model: PreTrainedModel) -> PackedSize:
+    """Count the bytes of a packed model.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> measure(model)  # 7 linears of 8 rows: 2 bytes of codes, 2 of the scale, 2 of the zero point
+        PackedSize(linear_bytes=336, linear_weights=448, other_bytes=608)
+    """
+    layers = packed_linears(model).values()
+    linear_bytes = sum(layer.packed.nbytes for layer in layers)
+    total = sum(t.numel() * t.element_size() for t in stored_tensors(model).values())
+    weights = sum(layer.out_features * layer.in_features for layer in layers)
+    return PackedSize(linear_bytes, weights, total - linear_bytes)
+
+
+def sha256_of_packed(model: PreTrainedModel) -> str:
+    """Hash a packed model: its tensors, and how those of its packed linears are to be read.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> before = sha256_of_packed(model)
+        >>> model.model.layers[0].mlp.up_proj.codes[0, 0] ^= 1  # one bit
+        >>> sha256_of_packed(model) == before
+        False
+    """
+    settings = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
+    return key_of({"tensors": sha256_of_tensors(model.state_dict()), "linears": settings})
+
+
+def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast all that is stored but the packed tensors to ``dtype``, in place: what is evaluated is what is stored.
+
+    Buffers that are not stored (rotary frequencies) keep their precision, which a loaded model gives them too.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> cast_rest(model, torch.bfloat16)
+        >>> model.lm_head.weight.dtype, model.model.layers[0].mlp.up_proj.scales.dtype
+        (torch.bfloat16, torch.float16)
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        if isinstance(module, PackedLinear):
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.to(dtype))
+    model.config.dtype = dtype
+
+
+def densify(model: PreTrainedModel) -> None:
+    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> values = model.model.layers[0].mlp.up_proj.dequantize()
+        >>> densify(model)
+        >>> torch.equal(model.model.layers[0].mlp.up_proj.weight, values)
+        True
+    """
+    dtype = next(model.get_input_embeddings().parameters()).dtype
+    for name, layer in packed_linears(model).items():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        dense.weight = nn.Parameter(layer.dequantize().to(dtype))
+        dense.register_parameter("bias", layer.bias)
+        model.set_submodule(name, dense)
+    # A packed model saves itself as a packed one (ptq161.packed.checkpoint.own_save).
+    vars(model).pop("save_pretrained", None)
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without tensors that are tied to another one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight = model[0].weight
+        >>> list(model.state_dict()), list(stored_tensors(model))
+        (['0.weight', '1.weight'], ['0.weight'])
+    """
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        stored[name] = tensor
+    return stored
