@@ -14,17 +14,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import pandas as pd
 
 from ptq161.errors import UserError
-from ptq161.report import block_figures
-from ptq161.report.collect import FULL_PRECISION, collect
-from ptq161.report.details import Details, chosen_runs, read_details
-from ptq161.report.figures import bits_figure, positions, render, sweep_figure
+from ptq161.report.collect import collect
+from ptq161.report.details import chosen_runs, read_details
+from ptq161.report.keys import differing_keys, swept_numbers
 from ptq161.report.page import page
-from ptq161.report.published import Published, compare, read_published
-from ptq161.report.results import Result, differing_keys, labels, metric_names, quantized, results_of, swept_numbers
-from ptq161.report.sections import sections
+from ptq161.report.published import compare, read_published
+from ptq161.report.results import FULL, Results, metric_names, results_of
+from ptq161.report.sections import Section, sections
+from ptq161.report.static import render
 from ptq161.report.tables import (
     Table,
     csv_comparison,
@@ -32,14 +32,10 @@ from ptq161.report.tables import (
     latex_table,
     markdown_comparison,
     markdown_table,
-    result_rows,
     result_table,
 )
-from ptq161.report.variant_figures import variants_figure
-from ptq161.tracking.metric_names import is_perplexity
 
-MOST_HIGHLIGHTS = 4
-MOST_SWEEPS = 4
+_MOST_HIGHLIGHTS = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,98 +85,71 @@ def report(
         raise UserError(f"{missing[0]}: there is no such folder; give run or sweep directories.")
     published = read_published(published_file) if published_file else []
     found = collect(folders)
-    results = results_of(found.runs, found.problems)
-    rows = result_rows(results)
-    names = labels(rows)
-    details = [read_details(run, text, found.problems) for run, text in chosen_runs(rows, names)]
-    for problem in found.problems:
-        print(problem, file=sys.stderr)
-    if not results:
+    if not found.runs:
+        _warn(found.problems)
         raise UserError(f"no finished run is in {', '.join(folders)}.")
+    results = results_of(found.runs, found.problems)
+    runs = chosen_runs(results)
+    details = read_details(runs, found.problems)
+    _warn(found.problems)
     _check(results, x, metrics)
-    table = result_table(results, metrics)
-    files: dict[str, str | bytes] = {"table.md": markdown_table(table), "results.csv": csv_table(results)}
-    files["results.tex"] = latex_table(table)
-    comparisons = [c for c in compare(results, published) if not metrics or c.published.metric in metrics]
-    if comparisons:
-        files["table.md"] = f"{files['table.md']!s}\n{markdown_comparison(comparisons)}"
-        files["comparison.csv"] = csv_comparison(comparisons)
-    elif published:
-        print(f"no run has the model, method and metric of a figure in {published_file}.", file=sys.stderr)
-    figures = _figures(rows, names, details, x, _shown(results, metrics), published)
-    drawn = {id(figure): render(figure) for figure in {id(f): f for f in figures.values()}.values()}
-    for name, figure in figures.items():
-        files |= {f"{name}.{kind}": content for kind, content in drawn[id(figure)].items()}
-    files["index.html"] = _page(table, names, details, found.problems, x, metrics, published)
-    _write(Path(out), files)
-
-
-def _page(
-    table: Table,
-    names: Sequence[str],
-    details: Sequence[Details],
-    problems: Sequence[str],
-    x: str | None,
-    metrics: Sequence[str] | None,
-    published: Sequence[Published],
-) -> str:
-    scores = list(metrics or [name for name in metric_names(table.results) if not name.endswith("/acc_norm")])
-    charts = sections(table.results, names, details, scores, x=x, published=published)
-    highlights = [name for name in scores if name.startswith("ppl/")] or scores
-    return page(table, names, charts, problems, highlights[:MOST_HIGHLIGHTS])
-
-
-def _figures(
-    results: Sequence[Result],
-    names: Sequence[str],
-    details: Sequence[Details],
-    x: str | None,
-    metrics: Sequence[str],
-    published: Sequence[Published],
-) -> dict[str, Figure]:
-    """Draw what is printed: ``figure`` is the one that says most, the others show more of the runs."""
-    rows = quantized(results)
-    swept = [x] if x else swept_numbers(rows)
-    figures: dict[str, Figure] = {}
-    for key in swept[:MOST_SWEEPS]:
-        _, are_numbers = positions([row.value(key) for row in rows if row.value(key) is not None])
-        draw_sweep = sweep_figure if are_numbers else variants_figure
-        figures[f"figures/sweep_{key}"] = draw_sweep(results, key, metrics)
-    if any(row.bits is not None and metric in row.metrics for row in rows for metric in metrics):
-        perplexities = [name for name in metrics if is_perplexity(name)]
-        figures["figures/bits"] = bits_figure(results, perplexities or metrics, published)
-    is_sweep = x is not None or (len(swept) == 1 and len({row.method for row in rows}) == 1)
-    figures["figure"] = figures[f"figures/sweep_{swept[0]}" if is_sweep else "figures/bits"]
-    measured = [(row, name) for row, name in zip(results, names, strict=True) if row.seconds and row.runs[0].run_dir]
-    if measured:
-        figures["figures/cost"] = block_figures.cost_figure(*zip(*measured, strict=True))
-    for name, draw, runs in (
-        ("loss", block_figures.loss_figure, [run for run in details if run.loss]),
-        ("preprocessing", block_figures.preprocess_figure, [run for run in details if run.preprocess_loss]),
-        ("error", block_figures.error_figure, [run for run in details if run.error]),
-        ("salient", block_figures.salient_figure, [run for run in details if run.salient]),
-    ):
-        if runs:
-            figures[f"figures/{name}"] = draw(runs)
-    return figures
-
-
-def _shown(results: Sequence[Result], metrics: Sequence[str] | None) -> list[str]:
     names = metric_names(results)
-    return list(metrics or [name for name in names if name.startswith("ppl/")] or names)
+    perplexities = [name for name in names if name.startswith("ppl/")]
+    scores = list(metrics or [name for name in names if not name.endswith("/acc_norm")])
+    shown = sections(results, runs, details, scores, metrics or perplexities or names, x=x, published=published)
+    table = result_table(results, metrics)
+    highlights = [name for name in scores if name.startswith("ppl/")] or scores
+    compared = compare(results, [figure for figure in published if not metrics or figure.metric in metrics])
+    if published and compared.empty:
+        _warn([f"no run has the model, method and metric of a figure in {published_file}."])
+    files: dict[str, str | bytes] = {
+        "index.html": page(results, table, shown, found.problems, highlights[:_MOST_HIGHLIGHTS])
+    }
+    _write(Path(out), files | _tables(results, table, compared) | _figures(results, shown, x))
 
 
-def _check(results: Sequence[Result], x: str | None, metrics: Sequence[str] | None) -> None:
+def _tables(results: Results, table: Table, compared: pd.DataFrame) -> dict[str, str | bytes]:
+    files: dict[str, str | bytes] = {"results.csv": csv_table(results), "results.tex": latex_table(table, results)}
+    if compared.empty:
+        return files | {"table.md": markdown_table(table)}
+    comparison = {"comparison.csv": csv_comparison(compared)}
+    return files | {"table.md": f"{markdown_table(table)}\n{markdown_comparison(compared)}"} | comparison
+
+
+def _figures(results: Results, shown: Sequence[Section], x: str | None) -> dict[str, str | bytes]:
+    drawn = {name: render(figure) for section in shown for name, figure in section.prints.items()}
+    files: dict[str, str | bytes] = {}
+    for name, kinds in drawn.items():
+        files |= {f"figures/{name}.{kind}": data for kind, data in kinds.items()}
+    if drawn:
+        files |= {f"figure.{kind}": data for kind, data in drawn[_main_figure(results, x, list(drawn))].items()}
+    return files
+
+
+def _main_figure(results: Results, x: str | None, names: Sequence[str]) -> str:
+    """Choose the printed figure that says most: a sweep of one number over one method, or bits against quality."""
+    rows = results.quantized
+    swept = [x] if x else swept_numbers(rows.config)
+    is_sweep = x is not None or (len(swept) == 1 and rows.rows.method.nunique() == 1)
+    return next((name for name in names if name == (f"sweep_{swept[0]}" if is_sweep else "bits")), names[0])
+
+
+def _warn(problems: Sequence[str]) -> None:
+    for problem in problems:
+        print(problem, file=sys.stderr)
+
+
+def _check(results: Results, x: str | None, metrics: Sequence[str] | None) -> None:
     known = metric_names(results)
     if not known:
         raise UserError("the runs have no scores: choose corpora or tasks with eval.corpora and eval.tasks.")
     for name in metrics or ():
         if name not in known:
             raise UserError(f"--metric {name}: no run has it; known are {', '.join(known)}.")
-    if x is not None and not any(result.value(x) is not None for result in results):
-        keys = ", ".join(["method", "model", *differing_keys(results)])
+    if x is not None and not (x in results.config and results.config[x].notna().any()):
+        keys = ", ".join(["method", "model", *differing_keys(results.config)])
         raise UserError(f"--x {x}: no run has this key; the runs differ in {keys}.")
-    if x is None and all(result.method == FULL_PRECISION for result in results):
+    if x is None and (results.rows.kind == FULL).all():
         raise UserError("every run is one of full precision: there is nothing to draw.")
 
 

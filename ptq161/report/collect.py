@@ -21,11 +21,9 @@ from ptq161.report.seeds import GROUPS, identity_without_seed
 from ptq161.tracking.read import RunData, read_run
 
 FULL_PRECISION = "none"
-"""The method of a run, and of a row, that quantizes nothing."""
-STORED = "stored checkpoint"
+"""The method of a run that quantizes nothing."""
+_STORED = "stored checkpoint"
 """The method of a run that evaluates a packed checkpoint as it is."""
-MERGED = ", not quantized"
-"""Follows the method in a row with the scores of a preprocessed model before it is quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Run:
     """One finished run.
 
     Attributes:
-        run_dir: its record; None for a row that no run of its own stands behind.
+        run_dir: its record; None for scores that no run of its own stands behind.
         method: name of the method, with ``+preprocessing`` where the weights were preprocessed.
         model: name of the model.
         config: the resolved configuration, flat: ``calib.n_samples`` -> 32.
@@ -128,12 +126,12 @@ def _run_dirs(folder: Path, problems: list[str]) -> Iterator[Path]:
         elif ".hydra" in folders:
             folders.clear()
             problems.append(f"{name} is skipped: its job ended before it began a record.")
-        folders.sort(key=_naturally)
+        folders.sort(key=_natural_order)
 
 
-def _naturally(name: str) -> list[tuple[int, str]]:
-    """Order 2 before 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _natural_order(name: str) -> list[str | int]:
+    """Order 2 before 10: every other part of a split by digits is a number."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _read(run_dir: Path, problems: list[str]) -> Run | None:
@@ -143,7 +141,7 @@ def _read(run_dir: Path, problems: list[str]) -> Run | None:
         return _run(data, problems)
     except UserError as error:
         problems.append(f"{run_dir} is skipped: {error}")
-    # The files of a foreign folder hold anything: what they break is told, and the other runs are shown all the same.
+    # The files of a foreign folder hold anything: what they break is reported, and the other runs are shown.
     except Exception as error:
         problems.append(f"{run_dir} is skipped: its record is malformed ({type(error).__name__}: {error}).")
     return None
@@ -186,7 +184,7 @@ def _unfinished(manifest: Mapping[str, Any]) -> str:
 
 
 def _method(config: Mapping[str, Any]) -> str:
-    name = str(config.get("method.name", STORED))
+    name = str(config.get("method.name", _STORED))
     return name if config.get("preprocess.name", "none") == "none" else f"{name}+preprocessing"
 
 

@@ -1,115 +1,90 @@
-"""What a run says of its blocks and linears, from its ``metrics.jsonl``."""
+"""What runs say of their blocks and linears, from their ``metrics.jsonl``."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+
+import pandas as pd
 
 from ptq161.report.collect import Run
-from ptq161.report.results import Result, metric_names, pareto_front, quantized
+from ptq161.report.results import Results, metric_names, pareto_front
 from ptq161.tracking.metric_names import is_perplexity
 from ptq161.tracking.read import read_metrics
 
 MOST_RUNS = 40
 """Runs whose ``metrics.jsonl`` is read: what a reader can tell apart in a figure, and what is read in a second."""
 
-Grid = Mapping[str, Mapping[int, float]]
-"""Kind of linear, such as ``q_proj`` -> decoder block -> value."""
+_PLACES = {
+    "loss": ("epoch", "block"),
+    "preprocess_loss": ("round", "step"),
+    "output_error": ("kind", "block"),
+    "salient_channels": ("kind", "block"),
+    "seconds": ("block",),
+}
+"""Number of ``metrics.jsonl`` that is drawn -> what it must belong to."""
+_LINEAR = r"^(?P<of_block>\d+)\.(?:.*\.)?(?P<kind>[^.]+)$"
+"""The linear ``3.self_attn.q_proj`` is ``q_proj`` of block 3."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """The numbers of one run that belong to a block or a linear; each is empty where the method has none.
-
-    Attributes:
-        run: the run.
-        label: what tells it from the others.
-        loss: epoch -> first block of the window -> mean loss.
-        preprocess_loss: round -> step -> loss.
-        error: relative squared error of a linear's outputs.
-        salient: salient input channels of a linear.
-        seconds: first block of the window -> seconds.
-    """
-
-    run: Run
-    label: str
-    loss: Mapping[int, Mapping[int, float]]
-    preprocess_loss: Mapping[int, Mapping[int, float]]
-    error: Grid
-    salient: Grid
-    seconds: Mapping[int, float]
-
-
-def chosen_runs(results: Sequence[Result], labels: Sequence[str], most: int = MOST_RUNS) -> list[tuple[Run, str]]:
-    """Choose the runs whose details are shown, with what tells them apart.
+def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
+    """Choose the runs whose details are shown, by what tells them apart.
 
     All of them where there are few; of many, those on the Pareto front of bits and the first perplexity go first, then
     one seed of every other result, then the other seeds.
 
     Args:
         results: of the report.
-        labels: what tells each result from the others.
         most: how many to choose.
     """
-    named = {id(result): text for result, text in zip(results, labels, strict=True)}
-    rows = [result for result in quantized(results) if result.runs[0].run_dir]
-    perplexities = [name for name in metric_names(rows) if is_perplexity(name)]
-    front = pareto_front(rows, perplexities[0]) if perplexities else []
-    first = {id(result) for result in front}
-    ordered = [*front, *(result for result in rows if id(result) not in first)]
-    firsts = [(result, result.runs[0]) for result in ordered]
-    others = [(result, run) for result in ordered for run in result.runs[1:]]
-    kept = {id(run) for _, run in [*firsts, *others][:most]}
-    return [
-        (run, named[id(result)] + (f" seed={run.seed}" if len(result.runs) > 1 else ""))
-        for result in rows
-        for run in result.runs
-        if id(run) in kept
-    ]
+    results = results.quantized
+    perplexities = [name for name in metric_names(results) if is_perplexity(name)]
+    front = pareto_front(results.of(perplexities[0]), perplexities[0]).index if perplexities else []
+    runs = pd.DataFrame(
+        [
+            (label if len(seeds) == 1 else f"{label} seed={run.seed}", run, n > 0, result not in front)
+            for result, label, seeds in results.rows[["label", "runs"]].itertuples()
+            for n, run in enumerate(seeds)
+        ],
+        columns=["label", "run", "is_further_seed", "is_off_front"],
+    )
+    kept = runs.sort_values(["is_further_seed", "is_off_front"], kind="stable")[:most].sort_index()
+    return dict(zip(kept.label, kept.run, strict=True))
 
 
-def read_details(run: Run, label: str, problems: list[str]) -> Details:
-    """Read a run's details.
+def read_details(runs: Mapping[str, Run], problems: list[str]) -> dict[str, pd.DataFrame]:
+    """Read the numbers of some runs that belong to a block, a linear or a step.
 
     Of a number that was written twice, as after a kill, the later one counts. Lines of other shapes are left out.
 
     Args:
-        run: with a record of its own.
-        label: what tells it from the others.
+        runs: what tells each from the others -> a run with a record of its own.
         problems: takes a sentence for each line that cannot be read.
+
+    Returns:
+        ``loss``, ``preprocess_loss``, ``output_error`` (relative squared, of a linear's outputs), ``salient_channels``
+        and ``seconds`` -> a row per number: ``label`` of its run, ``value``, and what it belongs to: ``epoch`` or
+        ``round``, ``step``, ``kind`` of linear such as ``q_proj``, ``block`` (of a window, its first).
     """
-    assert run.run_dir is not None
-    by_name: dict[str, list[dict[str, Any]]] = collections.defaultdict(list)
-    for entry in read_metrics(run.run_dir, problems):
-        if isinstance(entry["value"], int | float):
-            by_name[str(entry["name"])].append(entry)
-    return Details(
-        run=run,
-        label=label,
-        loss=_nested(by_name["loss"], "epoch", "block"),
-        preprocess_loss=_nested(by_name["preprocess_loss"], "round", "step"),
-        error=_grid(by_name["output_error"]),
-        salient=_grid(by_name["salient_channels"]),
-        seconds={entry["block"]: entry["value"] for entry in by_name["seconds"] if isinstance(entry.get("block"), int)},
+    lines = [
+        line | {"label": label}
+        for label, run in runs.items()
+        if run.run_dir
+        for line in read_metrics(run.run_dir, problems)
+        if line["name"] in _PLACES and isinstance(line["value"], int | float)
+    ]
+    frame = pd.DataFrame(lines, columns=["label", "name", "value", "block", "epoch", "round", "step", "linear"])
+    frame = frame.join(frame.linear.astype("string").str.extract(_LINEAR))
+    for place in ("block", "of_block", "epoch", "round", "step"):
+        number = pd.to_numeric(frame[place], errors="coerce")
+        frame[place] = number.where(number % 1 == 0).astype("Int64")
+    frame = frame.fillna({"block": frame.of_block, "epoch": 0, "round": 0})
+    return {name: _placed(frame[frame.name == name], list(places)) for name, places in _PLACES.items()}
+
+
+def _placed(lines: pd.DataFrame, places: list[str]) -> pd.DataFrame:
+    lines = lines.astype({"value": float}).dropna(subset=places).drop_duplicates(["label", *places], keep="last")
+    numbers = [place for place in places if place != "kind"]
+    runs = [run.sort_values(numbers, kind="stable") for _, run in lines.groupby("label", sort=False)]
+    return pd.concat(runs or [lines], ignore_index=True)[["label", *places, "value"]].astype(
+        dict.fromkeys(numbers, int)
     )
-
-
-def _nested(entries: Iterable[Mapping[str, Any]], outer: str, inner: str) -> dict[int, dict[int, float]]:
-    found: dict[int, dict[int, float]] = {}
-    for entry in entries:
-        first, second = entry.get(outer, 0), entry.get(inner)
-        if isinstance(first, int) and isinstance(second, int):
-            found.setdefault(first, {})[second] = entry["value"]
-    return {key: dict(sorted(values.items())) for key, values in sorted(found.items())}
-
-
-def _grid(entries: Iterable[Mapping[str, Any]]) -> Grid:
-    """Order values by the kind of linear and its block: the linear ``3.self_attn.q_proj`` is ``q_proj`` of block 3."""
-    found: dict[str, dict[int, float]] = {}
-    for entry in entries:
-        block, _, path = str(entry.get("linear", "")).partition(".")
-        if block.isdecimal() and path:
-            found.setdefault(path.rpartition(".")[2], {})[int(block)] = entry["value"]
-    return found

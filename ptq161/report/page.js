@@ -44,7 +44,7 @@ if (body) {
   filter();
 }
 
-// Figures: drawn when they come near, in the page's own colours, light or dark.
+// Figures: drawn when they come near, in the page's own colors, light or dark.
 const CONFIG = { responsive: true, displaylogo: false, toImageButtonOptions: { format: "svg" } };
 
 function color(name) {

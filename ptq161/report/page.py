@@ -8,36 +8,38 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
+import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
-from plotly.utils import PlotlyJSONEncoder
 
-from ptq161.report.collect import FULL_PRECISION, Run
-from ptq161.report.interactive import Chart
-from ptq161.report.results import Result, drawable, label, quantized
+from ptq161.report.collect import Run
+from ptq161.report.results import FULL, QUANTIZED, Results
 from ptq161.report.sections import Section
-from ptq161.report.tables import Table, metric_text, number_text, spread_text
-from ptq161.tracking.metric_names import is_perplexity
+from ptq161.report.tables import Table, best_cells, has_seeds, metric_text, number_text, spread_text
+from ptq161.tracking.metric_names import better, is_perplexity
 
 
 def page(
-    table: Table, labels: Sequence[str], found: Sequence[Section], problems: Sequence[str], metrics: Sequence[str]
+    results: Results,
+    table: Table,
+    found: Sequence[Section],
+    problems: Sequence[str],
+    metrics: Sequence[str],
 ) -> str:
     """Return the page.
 
     Args:
-        table: the result table, whose rows are all results.
-        labels: what tells each row from the others.
+        results: of the report.
+        table: the result table, with a row for each of them.
         found: the figures.
         problems: one sentence for each thing that could not be read.
         metrics: scores that are summed up at the top.
     """
-    results = table.results
-    runs = [run for result in results for run in result.runs if run.run_dir]
+    runs = [run for seeds in results.rows.runs for run in seeds if run.run_dir]
     numbers = {id(run): i for i, run in enumerate(runs)}
     shared = _shared(runs)
     # The summary names a single model already.
-    several_models = len({result.model for result in results}) > 1
-    shown = [i for i, column in enumerate(table.columns) if several_models or column.heading != "model"]
+    shown = [heading for heading in table.text if heading != "model" or results.rows.model.nunique() > 1]
+    is_number = dict(zip(table.text, table.is_number, strict=True))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     folder = files("ptq161.report")
     return environment.from_string(folder.joinpath("page.html").read_text(encoding="utf-8")).render(
@@ -46,16 +48,19 @@ def page(
         plotly=get_plotlyjs(),
         summary=_summary(results, runs),
         highlights=[line for metric in metrics for line in _highlights(results, metric)],
-        columns=[table.columns[i] for i in shown],
-        rows=_rows(table, labels, shown),
-        has_seeds=any(len(result.runs) > 1 for result in results),
+        columns=[
+            {"heading": heading, "is_number": is_number[heading], "better": table.better[heading]} for heading in shown
+        ],
+        rows=_rows(results, table, shown),
+        has_seeds=has_seeds(results),
         sections=[
             {
                 "section": section,
                 "charts": _charts(section.charts.values()),
-                "runs": [numbers[id(run)] for run in section.runs if id(run) in numbers],
+                "runs": [numbers[id(run)] for run in section.runs],
             }
             for section in found
+            if section.charts
         ],
         problems=problems,
         shared=shared,
@@ -63,25 +68,34 @@ def page(
     )
 
 
-def _rows(table: Table, labels: Sequence[str], shown: Sequence[int]) -> list[dict[str, Any]]:
-    n_baselines = len(table.results) - len(quantized(table.results))
+def _rows(results: Results, table: Table, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what the page says of each result: its cells and what tells it from the others."""
+    value = table.value.astype(object).where(table.value.notna(), None)
+    parts = (table.text, table.spread, value, best_cells(table, results))
+    cells = zip(*(part[columns].itertuples(index=False, name=None) for part in parts), strict=True)
     return [
-        {"cells": [row[j] for j in shown], "label": text, "is_baseline": i < n_baselines, "runs": result.runs}
-        for i, (row, text, result) in enumerate(zip(table.rows, labels, table.results, strict=True))
+        {
+            "cells": zip(*row, strict=True),
+            "label": result.label,
+            "is_quantized": result.kind == QUANTIZED,
+            "runs": result.runs,
+        }
+        for row, result in zip(cells, results.rows.itertuples(), strict=True)
     ]
 
 
-def _summary(results: Sequence[Result], runs: Sequence[Run]) -> str:
+def _summary(results: Results, runs: Sequence[Run]) -> str:
     def count(number: int, noun: str) -> str:
         return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
-    parts = [f"{count(len(quantized(results)), 'result')} from {count(len(runs), 'run')}"]
+    rows = results.quantized.rows
+    parts = [f"{count(len(rows), 'result')} from {count(len(runs), 'run')}"]
     for noun, names in (
-        ("model", dict.fromkeys(result.model for result in results)),
-        ("method", dict.fromkeys(result.method for result in quantized(results))),
+        ("model", results.rows.model.unique()),
+        ("method", rows.method.unique()),
         ("commit", dict.fromkeys(run.commit for run in runs if run.commit)),
     ):
-        if names:
+        if len(names):
             parts.append(", ".join(names) if len(names) <= 3 else count(len(names), noun))
     days = sorted(run.started[:10] for run in runs if run.started)
     if days:
@@ -89,32 +103,31 @@ def _summary(results: Sequence[Result], runs: Sequence[Run]) -> str:
     return " · ".join(parts)
 
 
-def _highlights(results: Sequence[Result], metric: str) -> list[dict[str, str]]:
+def _highlights(results: Results, metric: str) -> list[dict[str, str]]:
     """Return each model's best quantized result by a metric, with what it costs and what full precision scores."""
     found = []
-    for model in dict.fromkeys(result.model for result in results):
-        rows = [r for r in quantized(results) if r.model == model and drawable(metric, r.metrics.get(metric))]
-        full = [r for r in results if r.model == model and r.method == FULL_PRECISION and metric in r.metrics]
-        if not rows:
+    word, unit = ("lowest", "") if is_perplexity(metric) else ("highest", " %")
+    for model, rows in results.of(metric).groupby("model", sort=False):
+        quantized, full = rows[rows.kind == QUANTIZED], rows[rows.kind == FULL]
+        if quantized.empty:
             continue
-        best = min(rows, key=lambda row: row.metrics[metric] if is_perplexity(metric) else -row.metrics[metric])
-        unit = "" if is_perplexity(metric) else " %"
-        bits = f" at {number_text(best.bits)} bits" if best.bits is not None else ""
-        reference = f", full precision {metric_text(metric, full[0].metrics[metric])}{unit}" if full else ""
+        best = quantized.loc[(better(metric) * quantized.value).idxmax()]
+        bits = "" if best.isna().bits else f" at {number_text(best.bits)} bits"
+        reference = "" if full.empty else f", full precision {metric_text(metric, full.value.iloc[0])}{unit}"
         found.append(
             {
-                "metric": f"{'lowest' if unit == '' else 'highest'} {metric}, {model}",
-                "value": f"{metric_text(metric, best.metrics[metric])}{unit}",
-                "spread": spread_text(metric, best.estimates[metric]),
-                "where": f"{label(best, ())}{bits}{reference}",
+                "metric": f"{word} {metric}, {model}",
+                "value": f"{metric_text(metric, best.value)}{unit}",
+                "spread": spread_text(metric, best.low, best.high, best.standard_error),
+                "where": f"{best.method}{bits}{reference}",
             }
         )
     return found
 
 
-def _charts(charts: Iterable[Chart]) -> str:
-    """Return charts as JSON that may stand in a script element; numbers that JSON does not know become null."""
-    return json.dumps(list(charts), cls=PlotlyJSONEncoder).replace("<", "\\u003c")
+def _charts(charts: Iterable[go.Figure]) -> str:
+    """Return figures as JSON that may stand in a script element."""
+    return f"[{','.join(chart.to_json(engine='json') for chart in charts)}]".replace("<", "\\u003c")
 
 
 def _shared(runs: Sequence[Run]) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from ptq161.errors import UserError
-from ptq161.report.results import Result
+from ptq161.report.results import Results
 
 COLUMNS = ("source", "table", "model", "method", "nominal_bits", "measured_bits", "metric", "value")
-PAPERS_NAMES = {"ptq161_paper": "ptq161", "ptq161_paper+preprocessing": "ptq161+preprocessing"}
+_PAPERS_NAMES = {"ptq161_paper": "ptq161", "ptq161_paper+preprocessing": "ptq161+preprocessing"}
 """Our methods that go by another name in the papers: their values for the same method."""
 
 
@@ -47,26 +49,6 @@ class Published:
         return sum(float(part) for part in self.nominal_bits.lstrip("~").split("+"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A result's score beside a published one.
-
-    Attributes:
-        result: the result.
-        published: a figure for the same model, method and metric.
-        value: the result's own score.
-    """
-
-    result: Result
-    published: Published
-    value: float
-
-    @property
-    def difference(self) -> float:
-        """Ours minus the published one."""
-        return self.value - self.published.value
-
-
 def read_published(file: Path | str) -> list[Published]:
     """Read published figures from a CSV file with the columns ``COLUMNS``.
 
@@ -83,19 +65,29 @@ def read_published(file: Path | str) -> list[Published]:
         raise UserError(f"the published figures {file} cannot be read ({error}).") from error
 
 
-def compare(results: Sequence[Result], published: Sequence[Published]) -> list[Comparison]:
+def published_frame(published: Sequence[Published]) -> pd.DataFrame:
+    """Lay published figures out, a row each: their attributes, ``bits`` among them."""
+    frame = pd.DataFrame(published, columns=[field.name for field in dataclasses.fields(Published)])
+    return frame.assign(bits=[figure.bits for figure in published]).astype({"bits": float, "value": float})
+
+
+def compare(results: Results, published: Sequence[Published]) -> pd.DataFrame:
     """Pair every score with the published figures for the same model, method and metric.
 
     A figure that a paper prints twice with different values appears twice.
+
+    Returns:
+        a row per pair: ``method``, ``model``, ``metric``, ``published``, ``ours``, their ``difference`` (ours minus the
+        published one), ``source``, ``table`` and ``run_dir``.
     """
-    return [
-        Comparison(result, figure, result.metrics[figure.metric])
-        for result in results
-        for figure in published
-        if figure.model == result.model
-        and figure.method == PAPERS_NAMES.get(result.method, result.method)
-        and figure.metric in result.metrics
-    ]
+    ours = results.rows.merge(results.scores.rename(columns={"value": "ours"}), left_index=True, right_on="result")
+    ours["theirs"] = ours.method.replace(_PAPERS_NAMES)
+    papers = published_frame(published).rename(columns={"value": "published", "method": "theirs"})
+    # By result, then in the order of the publications.
+    places = pd.Series(range(len(results.rows)), results.rows.index)
+    ours["place"], papers["entry"] = ours.result.map(places), range(len(papers))
+    pairs = ours.merge(papers, on=["model", "theirs", "metric"]).sort_values(["place", "entry"])
+    return pairs.assign(difference=pairs.ours - pairs.published).reset_index(drop=True)
 
 
 def _published(row: dict[str, str | None], where: str) -> Published:

@@ -1,211 +1,136 @@
-"""Results: runs that differ in nothing but their seed, taken together, and what tells results apart.
+"""Results: runs that differ in nothing but their seed, taken together, as frames with a row each.
 
 Usage::
 
     results = results_of(collect(folders).runs)
-    rows = [*baselines(results), *quantized(results)]
+    best = results.of("ppl/boolq@512").sort_values("value").iloc[0]
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ptq161.report.collect import FULL_PRECISION, MERGED, Run
-from ptq161.report.seeds import GROUPS, Estimate, estimate
-from ptq161.tracking.metric_names import SIZES, is_perplexity
+import numpy as np
+import pandas as pd
 
-UNREAD = ("seed", "tracker", "hydra", "debug")
-"""Keys that tell no results apart."""
+from ptq161.report.collect import FULL_PRECISION, Run
+from ptq161.report.keys import config_of, describe, differing_keys
+from ptq161.report.seeds import estimate
+from ptq161.tracking.metric_names import SIZES, better, is_perplexity
+
+FULL, RESTORED, QUANTIZED = "full precision", "restored", "quantized"
+"""Kinds of results: an unquantized model, a preprocessed one before it is quantized, and anything quantized."""
+NOT_QUANTIZED = ", not quantized"
+"""Follows the method in a row with the scores of a preprocessed model before it is quantized."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """Runs that differ in nothing but their seed.
+class Results:
+    """Results: full precision first, then restored models, then what is quantized.
 
     Attributes:
-        runs: one for each seed, at least one.
+        rows: a row per result, by its identity: ``kind``, ``method``, ``model``, ``label`` (what tells it from the
+            others), ``runs`` (one :class:`Run` for each seed), ``seeds`` (as text), ``bits`` and ``nominal_bits`` per
+            weight, ``seconds`` (mean of a run over all its stages), ``peak_memory_bytes`` (the largest), ``commit``
+            and ``run_dir`` (of all runs, as text).
+        config: the same rows, a column per configured key as :meth:`Run.value` takes it; None where a method does not
+            read the key.
+        scores: a row per result and metric, sizes among them: ``result``, ``metric``, ``value``, ``low``, ``high``,
+            ``standard_error`` (:class:`ptq161.report.seeds.Estimate`).
+        seconds: the rows of ``rows``, a column per stage: its mean seconds over the runs that went through it.
     """
 
-    runs: tuple[Run, ...]
+    rows: pd.DataFrame
+    config: pd.DataFrame
+    scores: pd.DataFrame
+    seconds: pd.DataFrame
+
+    def select(self, chosen: pd.Series) -> Results:
+        """Return the results for which ``chosen``, a truth value for each row, holds."""
+        rows = self.rows[chosen]
+        scores = self.scores[self.scores.result.isin(rows.index)]
+        return Results(rows, self.config[chosen], scores, self.seconds[chosen])
 
     @property
-    def method(self) -> str:
-        """Name of the method."""
-        return self.runs[0].method
+    def quantized(self) -> Results:
+        """The results of something quantized."""
+        return self.select(self.rows.kind == QUANTIZED)
 
-    @property
-    def model(self) -> str:
-        """Name of the model."""
-        return self.runs[0].model
+    def score(self, metric: str) -> pd.DataFrame:
+        """Return a metric's columns of ``scores`` for each row, NaN where it has none."""
+        return self.scores[self.scores.metric == metric].set_index("result").reindex(self.rows.index)
 
-    @property
-    def seeds(self) -> list[int]:
-        """The seeds."""
-        return [run.seed for run in self.runs if run.seed is not None]
+    def of(self, metric: str) -> pd.DataFrame:
+        """Return the rows whose score has a place on its axis, with their scores.
 
-    @functools.cached_property
-    def estimates(self) -> Mapping[str, Estimate]:
-        """Metric name -> its value over the seeds that have it, sizes among them."""
-        names = dict.fromkeys(name for run in self.runs for name in run.metrics)
-        errors = self.runs[0].standard_errors
-        return {
-            name: estimate([run.metrics[name] for run in self.runs if name in run.metrics], errors.get(name))
-            for name in names
-        }
-
-    @functools.cached_property
-    def metrics(self) -> Mapping[str, float]:
-        """Metric name -> its mean over the seeds."""
-        return {name: found.value for name, found in self.estimates.items()}
-
-    @property
-    def bits(self) -> float | None:
-        """Measured bits per weight."""
-        return self.metrics.get("bits_per_weight")
-
-    @property
-    def nominal_bits(self) -> float | None:
-        """Bits per weight as the method's paper counts them."""
-        return self.metrics.get("nominal_bits_per_weight")
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Stage -> its mean seconds over the runs that went through it."""
-        stages = dict.fromkeys(stage for run in self.runs for stage in run.seconds)
-        return {stage: _mean([run.seconds[stage] for run in self.runs if stage in run.seconds]) for stage in stages}
-
-    @property
-    def total_seconds(self) -> float | None:
-        """Mean seconds of a run over all its stages."""
-        found = [run.total_seconds for run in self.runs if run.total_seconds is not None]
-        return _mean(found) if found else None
-
-    @property
-    def peak_memory_bytes(self) -> float | None:
-        """The largest of the runs' peaks."""
-        return max((run.peak_memory_bytes for run in self.runs if run.peak_memory_bytes is not None), default=None)
-
-    @property
-    def commit(self) -> str | None:
-        """Commits of the sources."""
-        return " ".join(dict.fromkeys(run.commit for run in self.runs if run.commit)) or None
-
-    def value(self, key: str) -> Any:
-        """Return a configured value by its key, as :meth:`ptq161.report.collect.Run.value` does."""
-        return self.runs[0].value(key)
+        ``down`` and ``up`` say how far a score reaches: to the ends of its interval, or by its standard error; NaN for
+        neither.
+        """
+        found = self.rows.join(self.score(metric))
+        found = found[is_drawable(metric, found.value)]
+        down = (found.value - found.low).clip(lower=0).fillna(found.standard_error)
+        up = (found.high - found.value).clip(lower=0).fillna(found.standard_error)
+        return found.assign(down=down.where(down > 0), up=up.where(up > 0))
 
 
-def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> list[Result]:
-    """Take runs that differ in nothing but their seed together, in the order in which each result first occurs.
+def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> Results:
+    """Take runs that differ in nothing but their seed together, and add the unquantized models' scores.
 
-    A run that repeats another one, seed included, is no further evidence: the first counts.
+    A run that repeats another one, seed included, is no further evidence: the first counts. Results are in the order
+    in which each first occurs.
 
     Args:
         runs: finished runs.
         problems: takes a sentence that names the repetitions, but for those that took over an earlier run's numbers.
     """
-    found: dict[str, dict[int | None, Run]] = {}
-    repeated = []
-    for run in runs:
-        seeds = found.setdefault(run.identity, {})
-        if run.seed in seeds and not (run.reused_from or seeds[run.seed].reused_from):
-            repeated.append(f"{run.run_dir} repeats {seeds[run.seed].run_dir}")
-        seeds.setdefault(run.seed, run)
-    if repeated and problems is not None:
-        problems.append(f"Runs with the same configuration, seed and sources count once: {'; '.join(repeated)}.")
-    return [Result(tuple(seeds.values())) for seeds in found.values()]
+    runs = _without_repetitions(runs, [] if problems is None else problems)
+    quantized = [run for run in runs if run.method != FULL_PRECISION]
+    kinds = {FULL: _full_precision(runs), RESTORED: _restored(quantized), QUANTIZED: quantized}
+    shown = [run for found in kinds.values() for run in found]
+    table = pd.DataFrame([vars(run) | {"run": run, "seconds": run.total_seconds} for run in shown], dtype=object)
+    table = table.assign(kind=[kind for kind, found in kinds.items() for _ in found])
+    rows = table.astype({"seconds": float, "peak_memory_bytes": float}).groupby("identity", sort=False)
+    rows = rows.agg(
+        kind=("kind", "first"),
+        method=("method", "first"),
+        model=("model", "first"),
+        seconds=("seconds", "mean"),
+        peak_memory_bytes=("peak_memory_bytes", "max"),
+        seeds=("seed", _joined),
+        commit=("commit", _joined),
+        run_dir=("run_dir", _joined),
+        runs=("run", list),
+    )
+    config = config_of([found[0] for found in rows.runs], rows.index)
+    seconds = pd.DataFrame([run.seconds for run in shown], dtype=float).groupby(table.identity, sort=False).mean()
+    results = Results(rows.assign(label=_labels(rows, config)), config, _scores(shown), seconds)
+    bits, nominal = (results.score(size).value for size in ("bits_per_weight", "nominal_bits_per_weight"))
+    return dataclasses.replace(results, rows=results.rows.assign(bits=bits, nominal_bits=nominal))
 
 
-def baselines(results: Sequence[Result]) -> list[Result]:
-    """Return the unquantized models' scores, each model's once where all runs agree on them.
-
-    A run with ``method=none`` goes before what quantized runs say of their models, since its record has the standard
-    errors too. Preprocessed models, before they were quantized, follow.
-    """
-    found = [result for result in results if result.method == FULL_PRECISION]
-    for run in [run for result in quantized(results) for run in result.runs]:
-        if run.full_precision and not any(_agree(run, other) for other in found):
-            found.append(Result((_baseline(run, FULL_PRECISION, run.full_precision),)))
-    merged: dict[tuple[Any, ...], Result] = {}
-    for result in quantized(results):
-        rows = tuple(_baseline(run, f"{run.method}{MERGED}", run.merged) for run in result.runs if run.merged)
-        if rows:
-            scores = (tuple(sorted(row.metrics.items())) for row in rows)
-            merged.setdefault((result.model, result.method, *scores), Result(rows))
-    return [*found, *merged.values()]
-
-
-def quantized(results: Sequence[Result]) -> list[Result]:
-    """Return the results of something quantized."""
-    return [result for result in results if is_quantized(result)]
-
-
-def is_quantized(result: Result) -> bool:
-    """Say whether a result is of something quantized, and no baseline."""
-    return result.method != FULL_PRECISION and not result.method.endswith(MERGED)
-
-
-def differing_keys(results: Sequence[Result]) -> list[str]:
-    """Return the configured keys in which results differ, ``method``, ``model`` and ``seed`` left out.
-
-    Two results are compared on a group's keys only where both chose the same option of the group: BiLLM and RTN do not
-    differ in ``method.bits``. A key that repeats another one, as ``method.compute_dtype`` does ``dtype``, is left out.
-    """
-    keys = sorted(dict.fromkeys(key for r in results for key in r.runs[0].config), key=lambda key: "." in key)
-    found: dict[str, list[Any]] = {}
-    for key in keys:
-        group, _, leaf = key.partition(".")
-        if group in UNREAD or key in ("method.name", "model.name", "method._target_"):
-            continue
-        chooses = group in GROUPS and leaf == "name"
-        name = group if chooses else key
-        values = [result.value(name) for result in results]
-        if _differs(results, group if leaf and not chooses else "", values) and not _repeats(values, found):
-            found[name] = values
-    return list(found)
-
-
-def swept_numbers(results: Sequence[Result]) -> list[str]:
-    """Return the differing keys whose values are numbers wherever a method reads them, with two values at least."""
-    found = []
-    for key in differing_keys(results):
-        values = {value for value in (result.value(key) for result in results) if value is not None}
-        if len(values) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            found.append(key)
-    return found
-
-
-def metric_names(results: Sequence[Result | Run]) -> list[str]:
+def metric_names(results: Results) -> list[str]:
     """Return the names of what was scored, perplexities first; sizes are no scores."""
-    names = dict.fromkeys(name for result in results for name in result.metrics if name not in SIZES)
+    names = [name for name in results.scores.metric.unique() if name not in SIZES]
     return sorted(names, key=lambda name: not is_perplexity(name))
 
 
-def drawable(metric: str, value: float | None) -> bool:
-    """Say whether a value has a place on its metric's axis."""
-    return value is not None and math.isfinite(value) and (value > 0 or not is_perplexity(metric))
+def is_drawable(metric: str, values: pd.Series) -> pd.Series:
+    """Say which values have a place on their metric's axis."""
+    return np.isfinite(values) & ((values > 0) | (not is_perplexity(metric)))
 
 
-def pareto_front(results: Sequence[Result], metric: str) -> list[Result]:
-    """Return the results that no other one equals or beats in both bits and score and beats in one; by bits."""
-    sign = 1 if is_perplexity(metric) else -1
-    points = [
-        (result.bits, sign * result.metrics[metric], i)
-        for i, result in enumerate(results)
-        if result.bits is not None and drawable(metric, result.metrics.get(metric))
-    ]
-    front: list[Result] = []
-    best = math.inf
-    for _, score, i in sorted(points):
-        if score < best:
-            best = score
-            front.append(results[i])
-    return front
+def pareto_front(frame: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows that no other one equals or beats in both bits and score and beats in one; by bits.
+
+    Args:
+        frame: rows with ``bits`` and the metric's ``value``.
+        metric: name of the score.
+    """
+    frame = frame.assign(cost=-better(metric) * frame.value).dropna(subset="bits").sort_values(["bits", "cost"])
+    return frame[frame.cost < frame.cost.cummin().shift(fill_value=math.inf)]
 
 
 def method_name(method: str) -> str:
@@ -213,27 +138,55 @@ def method_name(method: str) -> str:
     return "full precision" if method == FULL_PRECISION else method
 
 
-def label(result: Result, keys: Sequence[str], *, model: bool = False) -> str:
-    """Return what tells a result from others: its method, its model if asked, and its values of ``keys``.
+def _without_repetitions(runs: Sequence[Run], problems: list[str]) -> list[Run]:
+    first: dict[tuple[str, int | None], Run] = {}
+    repeated = []
+    for run in runs:
+        other = first.setdefault((run.identity, run.seed), run)
+        if other is not run and not (run.reused_from or other.reused_from):
+            repeated.append(f"{run.run_dir} repeats {other.run_dir}")
+    if repeated:
+        problems.append(f"Runs with the same configuration, seed and sources count once: {'; '.join(repeated)}.")
+    return list(first.values())
 
-    Keys are named by their last part, ``n_samples=32`` for ``calib.n_samples``, and so are paths.
+
+def _full_precision(runs: Sequence[Run]) -> list[Run]:
+    """Return the unquantized models' scores, each model's once where all runs agree on them.
+
+    A run with ``method=none`` goes before what quantized runs say of their models, since its record has the standard
+    errors too.
     """
-    named = [(key.rpartition(".")[2], result.value(key)) for key in keys if result.value(key) is not None]
-    values = [f"{key}={Path(value).name if isinstance(value, str) else value}" for key, value in named]
-    return " ".join([method_name(result.method), *([result.model] if model else []), *values])
+    found = [run for run in runs if run.method == FULL_PRECISION]
+    for run in runs:
+        if run.full_precision and run.method != FULL_PRECISION and not any(_agree(run, other) for other in found):
+            found.append(_unquantized(run, FULL_PRECISION, run.full_precision, f"full precision {len(found)}"))
+    return found
 
 
-def labels(results: Sequence[Result]) -> list[str]:
-    """Return for each result what tells it from the others of its method."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.method, []).append(result)
-    keys = {method: differing_keys(group) for method, group in groups.items()}
-    several = len({result.model for result in results}) > 1
-    return [label(result, keys[result.method], model=several) for result in results]
+def _agree(run: Run, full: Run) -> bool:
+    """Say whether ``full`` has everything that ``run`` says of its unquantized model."""
+    return run.model == full.model and all(
+        name in full.metrics and math.isclose(value, full.metrics[name], rel_tol=1e-9)
+        for name, value in run.full_precision.items()
+    )
 
 
-def _baseline(run: Run, method: str, metrics: Mapping[str, float]) -> Run:
+def _restored(runs: Sequence[Run]) -> list[Run]:
+    """Return the preprocessed models before they were quantized, one for each seed, and equal ones once."""
+    seeds: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.merged:
+            seeds.setdefault(run.identity, []).append(run)
+    found: dict[str, list[Run]] = {}
+    for identity, restored in seeds.items():
+        method = f"{restored[0].method}{NOT_QUANTIZED}"
+        scores = [sorted(run.merged.items()) for run in restored]
+        rows = [_unquantized(run, method, run.merged, f"restored {identity}") for run in restored]
+        found.setdefault(repr((method, restored[0].model, scores)), rows)
+    return [run for rows in found.values() for run in rows]
+
+
+def _unquantized(run: Run, method: str, metrics: Mapping[str, float], identity: str) -> Run:
     return Run(
         run_dir=None,
         method=method,
@@ -242,34 +195,35 @@ def _baseline(run: Run, method: str, metrics: Mapping[str, float]) -> Run:
         metrics=metrics,
         commit=run.commit,
         seed=None if method == FULL_PRECISION else run.seed,
+        identity=identity,
     )
 
 
-def _agree(run: Run, full: Result) -> bool:
-    """Say whether ``full`` has everything that ``run`` says of its unquantized model."""
-    metrics = full.runs[0].metrics
-    return run.model == full.model and all(
-        name in metrics and math.isclose(value, metrics[name], rel_tol=1e-9)
-        for name, value in run.full_precision.items()
-    )
+def _scores(runs: Sequence[Run]) -> pd.DataFrame:
+    rows = [
+        (run.identity, metric, float(value), run.standard_errors.get(metric, math.nan))
+        for run in runs
+        for metric, value in run.metrics.items()
+    ]
+    single = pd.DataFrame(rows, columns=["result", "metric", "value", "standard_error"])
+    scores = []
+    for (result, metric), seeds in single.groupby(["result", "metric"], sort=False):
+        found = estimate(seeds.value.tolist(), seeds.standard_error.iloc[0])
+        scores.append({"result": result, "metric": metric, **dataclasses.asdict(found)})
+    return pd.DataFrame(scores, columns=["result", "metric", "value", "low", "high", "standard_error"])
 
 
-def _differs(results: Sequence[Result], group: str, values: Sequence[Any]) -> bool:
-    """Say whether a key differs between results with the same option of its group; ``group`` is empty for others."""
-    different: dict[Any, set[str]] = {}
-    for result, value in zip(results, values, strict=True):
-        # Without a group, None says that the method does not read the key.
-        if group or value is not None:
-            different.setdefault(result.value(group) if group else None, set()).add(repr(value))
-    return any(len(found) > 1 for found in different.values())
+def _labels(rows: pd.DataFrame, config: pd.DataFrame) -> pd.Series:
+    """Return for each result what tells it from the others of its method, and a number where nothing does."""
+    leads = ["method", "model"] if rows.model.nunique() > 1 else ["method"]
+    groups = [
+        describe(config.loc[group.index], differing_keys(config.loc[group.index]), [group[lead] for lead in leads])
+        for _, group in rows.assign(method=rows.method.map(method_name)).groupby("method", sort=False)
+    ]
+    labels = pd.concat(groups).reindex(rows.index)
+    number = labels.groupby(labels).cumcount() + 1
+    return labels.where(number == 1, labels + " (" + number.astype(str) + ")")
 
 
-def _repeats(values: Sequence[Any], found: Mapping[str, Sequence[Any]]) -> bool:
-    return any(
-        all(value is None or value == other for value, other in zip(values, others, strict=True))
-        for others in found.values()
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _joined(values: Any) -> str:
+    return " ".join(dict.fromkeys(str(value) for value in values if value is not None))

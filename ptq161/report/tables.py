@@ -2,200 +2,175 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ptq161.report.collect import FULL_PRECISION
-from ptq161.report.published import Comparison
-from ptq161.report.results import Result, baselines, differing_keys, is_quantized, method_name, metric_names, quantized
-from ptq161.report.seeds import Estimate
-from ptq161.tracking.metric_names import SIZES, is_perplexity
+import numpy as np
+import pandas as pd
 
-LATEX = {**{c: f"\\{c}" for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-LATEX |= {"±": r"$\pm$", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+from ptq161.report.keys import differing_keys
+from ptq161.report.results import FULL, QUANTIZED, Results, method_name, metric_names
+from ptq161.tracking.metric_names import SIZES, better, is_perplexity
 
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a result table.
-
-    Attributes:
-        heading: what stands above it.
-        is_number: numbers are set to the right.
-        better: 1 where larger values are better, -1 where smaller ones are, 0 where neither is.
-        is_result: False for what a printed table leaves out, such as the commit.
-    """
-
-    heading: str
-    is_number: bool = True
-    better: int = 0
-    is_result: bool = True
+_NOT_IN_PRINT = ["seconds", "GB", "commit"]
+"""Columns that say nothing of the result itself."""
+_LATEX_NAMES = {
+    "\\": "textbackslash",
+    "~": "textasciitilde",
+    "^": "textasciicircum",
+    "<": "textless",
+    ">": "textgreater",
+    "|": "textbar",
+    "±": "textpm",
+}
+_LATEX: dict[int, str] = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"} | {letter: f"\\{name}{{}}" for letter, name in _LATEX_NAMES.items()}
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A cell of a result table.
+class Table(NamedTuple):
+    """A result table: a row per result, and the same columns in all four.
 
     Attributes:
-        text: as it is read; empty where there is nothing. Of a path it is the last part.
+        text: each cell as it is read; empty where there is nothing. Of a path it is the last part.
         spread: standard error or interval beside it, as it is read.
-        value: what the column is sorted by; None sorts last.
-        is_best: whether no quantized result of the same model has a better value in the column.
+        value: what a column is sorted by; None or NaN sorts last. Columns of numbers have a numeric type.
+        better: 1 in a column where larger values are better, -1 where smaller ones are, 0 where neither is.
     """
 
-    text: str
-    spread: str = ""
-    value: float | str | None = None
-    is_best: bool = False
+    text: pd.DataFrame
+    spread: pd.DataFrame
+    value: pd.DataFrame
+    better: pd.Series
+
+    @property
+    def is_number(self) -> list[bool]:
+        """For each column, whether it holds numbers, which are set to the right."""
+        return [pd.api.types.is_numeric_dtype(kind) for kind in self.value.dtypes]
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A result table: full precision first.
-
-    Attributes:
-        columns: of the table.
-        rows: a tuple of cells for each of ``results``.
-        results: what the rows show.
-    """
-
-    columns: list[Column]
-    rows: list[tuple[Cell, ...]]
-    results: list[Result]
-
-
-def result_rows(results: Sequence[Result]) -> list[Result]:
-    """Return the rows of a result table: full precision first, then the others in their order."""
-    return [*baselines(results), *quantized(results)]
-
-
-def configuration_keys(results: Sequence[Result]) -> list[str]:
+def configuration_keys(results: Results) -> list[str]:
     """Return the columns that tell results apart: ``mask_ratio`` and what else they differ in."""
-    differing = differing_keys(quantized(results))
-    reads_mask_ratio = any(result.value("mask_ratio") is not None for result in results)
-    return [*(["mask_ratio"] if reads_mask_ratio else []), *(key for key in differing if key != "mask_ratio")]
+    differing = differing_keys(results.quantized.config)
+    first = ["mask_ratio"] if results.config["mask_ratio"].notna().any() else []
+    return [*first, *(key for key in differing if key != "mask_ratio")]
 
 
-def result_table(results: Sequence[Result], metrics: Sequence[str] | None = None) -> Table:
-    """Lay results out, a result a row.
+def has_seeds(results: Results) -> bool:
+    """Say whether a result has several seeds."""
+    return bool((results.rows.runs.map(len) > 1).any())
+
+
+def result_table(results: Results, metrics: Sequence[str] | None = None) -> Table:
+    """Lay results out.
 
     Args:
         results: to show.
         metrics: names; None takes perplexities and accuracies, ``acc_norm`` left to the CSV file.
     """
-    rows, keys = result_rows(results), configuration_keys(results)
-    names = [name for name in metric_names(rows) if not name.endswith("/acc_norm")] if metrics is None else metrics
-    has_seeds = any(len(row.runs) > 1 for row in rows)
-    columns = [Column("method", False), Column("model", False), *(Column(key, False) for key in keys)]
-    columns += [Column("seeds")] * has_seeds + [Column("bits/weight", better=-1), Column("nominal")]
-    columns += [Column(_heading(name), better=-1 if is_perplexity(name) else 1) for name in names]
-    columns += [Column("seconds", better=-1, is_result=False), Column("GB", better=-1, is_result=False)]
-    columns += [Column("commit", False, is_result=False)]
-    cells = [
-        (
-            *[_text(method_name(row.method)), _text(row.model), *(_configured(row, key) for key in keys)],
-            *[_number(len(row.seeds) or None, "{:.0f}")] * has_seeds,
-            *[_size(row, "bits_per_weight"), _size(row, "nominal_bits_per_weight")],
-            *(_score(row.estimates.get(name), name) for name in names),
-            *[_number(row.total_seconds, "{:.0f}"), _number(_gigabytes(row), "{:.2f}")],
-            _text(row.commit or ""),
-        )
-        for row in rows
-    ]
-    return Table(columns, _marked(columns, cells, rows), rows)
+    rows, text, value, order = results.rows, {}, {}, {}
+    spread: dict[str, list[str]] = {}
+
+    def add(heading: str, values: pd.Series, form: Callable[[Any], str] = str, direction: int = 0) -> None:
+        value[heading], order[heading] = values, direction
+        texts = [form(value) if is_there else "" for value, is_there in zip(values, values.notna(), strict=True)]
+        text[heading] = pd.Series(texts, rows.index, dtype=str)
+
+    add("method", rows.method.map(method_name))
+    add("model", rows.model)
+    for key in configuration_keys(results):
+        add(key, _configured(results, key), lambda value: Path(value).name if isinstance(value, str) else str(value))
+    if has_seeds(results):
+        add("seeds", rows.seeds.str.split().str.len().replace(0, np.nan).astype(float), "{:.0f}".format)
+    add("bits/weight", rows.bits, number_text, -1)
+    add("nominal", rows.nominal_bits, number_text)
+    for name in [n for n in metric_names(results) if not n.endswith("/acc_norm")] if metrics is None else metrics:
+        score, heading = results.score(name), _heading(name)
+        add(heading, score.value, functools.partial(metric_text, name), better(name))
+        text[heading] = text[heading].mask(_is_nan(score), "nan")
+        spread[heading] = [spread_text(name, row.low, row.high, row.standard_error) for row in score.itertuples()]
+    add("seconds", rows.seconds, "{:.0f}".format, -1)
+    add("GB", rows.peak_memory_bytes / 1e9, "{:.2f}".format, -1)
+    add("commit", rows.commit)
+    spreads = pd.DataFrame(spread, rows.index).reindex(columns=list(text), fill_value="")
+    return Table(pd.DataFrame(text), spreads, pd.DataFrame(value), pd.Series(order))
+
+
+def best_cells(table: Table, results: Results) -> pd.DataFrame:
+    """Say where the best value of a column is among the quantized results of each model, where there are several."""
+    ordered = table.value.loc[:, table.better != 0].astype(float) * table.better[table.better != 0]
+    rivals = ordered.where(np.isfinite(ordered)).where(results.rows.kind == QUANTIZED)
+    of_model = rivals.groupby(results.rows.model)
+    best = (rivals == of_model.transform("max")) & (of_model.transform("count") > 1)
+    return best.reindex(columns=table.text.columns, fill_value=False)
 
 
 def markdown_table(table: Table) -> str:
     """Write a result table as Markdown."""
-    lines = [_line([column.heading for column in table.columns])]
-    lines += [_line(["---:" if column.is_number else "---" for column in table.columns])]
-    lines += [_line([f"{cell.text} {cell.spread}".strip() for cell in row]) for row in table.rows]
-    return "\n".join(lines) + "\n"
+    return _markdown((table.text + " " + table.spread).map(str.strip), table.is_number)
 
 
-def latex_table(table: Table) -> str:
+def latex_table(table: Table, results: Results) -> str:
     """Write a result table as a LaTeX ``tabular`` for the booktabs package, the best values bold."""
-    shown = [i for i, column in enumerate(table.columns) if column.is_result]
-    lines = [r"% needs \usepackage{booktabs}"]
-    lines += [
-        rf"\begin{{tabular}}{{{''.join('r' if table.columns[i].is_number else 'l' for i in shown)}}}",
-        r"\toprule",
-    ]
-    lines += [_latex_line([_latex(table.columns[i].heading) for i in shown]), r"\midrule"]
-    body = [_latex_line([_latex_cell(row[i]) for i in shown]) for row in table.rows]
-    n_baselines = sum(not is_quantized(result) for result in table.results)
-    if 0 < n_baselines < len(body):
-        body.insert(n_baselines, r"\midrule")
-    lines += body
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    best = best_cells(table, results)
+    cells = table.text.map(_latex).where(~best, "\\textbf{" + table.text.map(_latex) + "}") + " "
+    cells = (cells + table.spread.map(_latex)).map(str.strip).rename(columns=_latex)
+    first = int((results.rows.kind != QUANTIZED).sum())
+    if 0 < first < len(cells):
+        cells.iloc[first, 0] = "\\midrule\n" + cells.iloc[first, 0]
+    form = pd.Series(["r" if number else "l" for number in table.is_number], cells.columns).drop(_NOT_IN_PRINT)
+    printed = cells[form.index].to_latex(index=False, escape=False, column_format="".join(form))
+    return f"% needs \\usepackage{{booktabs}}\n{printed}"
 
 
-def csv_table(results: Sequence[Result]) -> str:
+def csv_table(results: Results) -> str:
     """Lay results out as CSV: every metric with its standard error or interval, unrounded; full precision first."""
-    rows, keys = result_rows(results), configuration_keys(results)
-    names = metric_names(rows)
-    stages = list(dict.fromkeys(stage for row in rows for stage in row.seconds))
-    spreads = ["standard_error", *(["low", "high"] if any(len(row.runs) > 1 for row in rows) else [])]
-    header = ["method", "model", *keys, "seeds", *SIZES]
-    header += [column for name in names for column in (name, *(f"{name} {spread}" for spread in spreads))]
-    header += [*(f"seconds {stage}" for stage in stages), "seconds", "peak_memory_bytes", "commit", "run_dir"]
-    table: list[list[Any]] = [header]
-    for row in rows:
-        line = [
-            row.method,
+    rows = results.rows
+    spreads = ["standard_error", *(["low", "high"] if has_seeds(results) else [])]
+    table = {"method": rows.method, "model": rows.model}
+    table |= {key: results.config[key] for key in configuration_keys(results)}
+    table |= {"seeds": rows.seeds}
+    table |= {size: results.score(size).value for size in SIZES}
+    for name in metric_names(results):
+        score = results.score(name)
+        table[name] = score.value.astype(object).mask(_is_nan(score), "nan")
+        table |= {f"{name} {spread}": score[spread] for spread in spreads}
+    table |= {f"seconds {stage}": results.seconds[stage] for stage in results.seconds}
+    table |= {name: rows[name] for name in ("seconds", "peak_memory_bytes", "commit", "run_dir")}
+    # Bytes are whole numbers, which a column with gaps does not show; a mean of several seeds' may have a fraction.
+    whole = {name: values.convert_dtypes() for name, values in table.items() if name.endswith("_bytes")}
+    return str(pd.DataFrame(table | whole).to_csv(index=False))
+
+
+def markdown_comparison(compared: pd.DataFrame) -> str:
+    """Lay scores out beside the published ones, a score a row.
+
+    Args:
+        compared: of :func:`ptq161.report.published.compare`.
+    """
+    cells = [
+        (
+            method_name(row.method),
             row.model,
-            *map(row.value, keys),
-            " ".join(map(str, row.seeds)),
-            *map(row.metrics.get, SIZES),
-        ]
-        for name in names:
-            found = row.estimates.get(name)
-            line += (
-                [None] * (1 + len(spreads)) if found is None else [found.value, *(getattr(found, s) for s in spreads)]
-            )
-        line += [*map(row.seconds.get, stages), row.total_seconds, row.peak_memory_bytes, row.commit]
-        table.append([*line, " ".join(str(run.run_dir) for run in row.runs if run.run_dir)])
-    return _csv(table)
-
-
-def markdown_comparison(comparisons: Sequence[Comparison]) -> str:
-    """Lay scores out beside the published ones, a score a row."""
-    header = ["method", "model", "metric", "paper", "ours", "difference", "published in"]
-    lines = [_line(header), _line(["---", "---", "---", "---:", "---:", "---:", "---"])]
-    for entry in comparisons:
-        name, paper = entry.published.metric, entry.published.value
-        relative = f" ({100 * entry.difference / paper:+.1f} %)" if math.isfinite(entry.difference) and paper else ""
-        sign = "+" if entry.difference >= 0 else ""
-        lines.append(
-            _line(
-                [
-                    *[method_name(entry.result.method), entry.result.model, name],
-                    *[metric_text(name, paper), metric_text(name, entry.value)],
-                    f"{sign}{metric_text(name, entry.difference)}{relative}",
-                    f"{entry.published.source}, {entry.published.table}".rstrip(", "),
-                ]
-            )
+            row.metric,
+            metric_text(row.metric, row.published),
+            metric_text(row.metric, row.ours),
+            _difference(row.metric, row.difference, row.published),
+            f"{row.source}, {row.table}".rstrip(", "),
         )
-    return "\n".join(lines) + "\n"
-
-
-def csv_comparison(comparisons: Sequence[Comparison]) -> str:
-    """Lay scores out beside the published ones as CSV, unrounded."""
-    rows = [
-        [
-            *[entry.result.method, entry.result.model, entry.published.metric],
-            *[entry.published.value, entry.value, entry.difference, entry.published.source, entry.published.table],
-            " ".join(str(run.run_dir) for run in entry.result.runs),
-        ]
-        for entry in comparisons
+        for row in compared.itertuples()
     ]
-    header = ["method", "model", "metric", "published", "ours", "difference", "source", "table", "run_dir"]
-    return _csv([header, *rows])
+    columns = ["method", "model", "metric", "paper", "ours", "difference", "published in"]
+    return _markdown(pd.DataFrame(cells, columns=columns), [3 <= i < 6 for i in range(len(columns))])
+
+
+def csv_comparison(compared: pd.DataFrame) -> str:
+    """Lay scores out beside the published ones as CSV, unrounded; ``compared`` as in :func:`markdown_comparison`."""
+    columns = ["method", "model", "metric", "published", "ours", "difference", "source", "table", "run_dir"]
+    return str(compared[columns].to_csv(index=False))
 
 
 def metric_text(metric: str, value: float) -> str:
@@ -208,89 +183,38 @@ def number_text(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e5 else f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def spread_text(metric: str, found: Estimate) -> str:
-    """Return a score's interval over seeds, or its standard error, as it is read; empty where it has neither."""
-    if found.low is not None and found.high is not None:
-        return f"[{metric_text(metric, found.low)}, {metric_text(metric, found.high)}]"
-    return "" if found.standard_error is None else f"± {metric_text(metric, found.standard_error)}"
+def spread_text(metric: str, low: float, high: float, standard_error: float) -> str:
+    """Return a score's interval over seeds, or its standard error, as it is read; empty where all are NaN."""
+    if not math.isnan(low):
+        return f"[{metric_text(metric, low)}, {metric_text(metric, high)}]"
+    return "" if math.isnan(standard_error) else f"± {metric_text(metric, standard_error)}"
 
 
-def _marked(
-    columns: Sequence[Column], rows: Sequence[tuple[Cell, ...]], results: Sequence[Result]
-) -> list[tuple[Cell, ...]]:
-    """Mark the best value of each column among the quantized results of each model, where there are several."""
-    marked = [list(row) for row in rows]
-    for model in {result.model for result in results}:
-        mine = [i for i, r in enumerate(results) if r.model == model and is_quantized(r)]
-        for j, column in enumerate(columns):
-            values = {i: v for i in mine if isinstance(v := rows[i][j].value, float) and math.isfinite(v)}
-            if column.better and len(values) > 1:
-                best = max(column.better * value for value in values.values())
-                for i, value in values.items():
-                    marked[i][j] = dataclasses.replace(rows[i][j], is_best=column.better * value == best)
-    return [tuple(row) for row in marked]
-
-
-def _text(text: str) -> Cell:
-    return Cell(text, value=text)
-
-
-def _number(value: float | None, form: str) -> Cell:
-    return Cell("") if value is None else Cell(form.format(value), value=float(value))
-
-
-def _configured(result: Result, key: str) -> Cell:
-    value = result.value(key)
-    if result.method == FULL_PRECISION and key.partition(".")[0] in ("calib", "preprocess"):
-        return Cell("")  # configured, but nothing was calibrated
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Cell(str(value), value=float(value))
-    if isinstance(value, str):
-        return Cell(Path(value).name, value=value)
-    return Cell("") if value is None else _text(str(value))
-
-
-def _size(result: Result, name: str) -> Cell:
-    value = result.metrics.get(name)
-    return Cell("") if value is None else Cell(number_text(value), value=float(value))
-
-
-def _score(found: Estimate | None, metric: str) -> Cell:
-    if found is None:
-        return Cell("")
-    value = None if math.isnan(found.value) else float(found.value)
-    return Cell(metric_text(metric, found.value), spread_text(metric, found), value)
-
-
-def _gigabytes(result: Result) -> float | None:
-    return None if result.peak_memory_bytes is None else result.peak_memory_bytes / 1e9
-
-
-def _csv(table: Sequence[Sequence[Any]]) -> str:
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(table)
-    return stream.getvalue()
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    return f"{' & '.join(cells)} \\\\"
-
-
-def _latex_cell(cell: Cell) -> str:
-    text = _latex(cell.text)
-    if cell.is_best:
-        text = rf"\textbf{{{text}}}"
-    return f"{text} {_latex(cell.spread)}".strip()
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text.replace("\n", " "))
+def _configured(results: Results, key: str) -> pd.Series:
+    is_unread = (results.rows.kind == FULL) & (key.partition(".")[0] in ("calib", "preprocess"))
+    return results.config[key].mask(is_unread, None)  # configured, but nothing was calibrated
 
 
 def _heading(metric: str) -> str:
     name = metric.removeprefix("zero_shot/").replace("/", " ") if metric.startswith("zero_shot/") else metric
     return name if is_perplexity(metric) else f"{name} %"
+
+
+def _is_nan(score: pd.DataFrame) -> pd.Series:
+    """Say where a score is NaN, and not missing."""
+    return score.value.isna() & score.metric.notna()
+
+
+def _difference(metric: str, difference: float, paper: float) -> str:
+    relative = f" ({100 * difference / paper:+.1f} %)" if math.isfinite(difference) and paper else ""
+    return f"{'+' if difference >= 0 else ''}{metric_text(metric, difference)}{relative}"
+
+
+def _markdown(cells: pd.DataFrame, is_number: Sequence[bool]) -> str:
+    cells = cells.replace({r"\|": r"\\|", "\n": " "}, regex=True)
+    align = ["right" if number else "left" for number in is_number]
+    return f"{cells.to_markdown(index=False, colalign=align, disable_numparse=True)}\n"
+
+
+def _latex(text: str) -> str:
+    return " ".join(text.translate(_LATEX).split())

@@ -2,75 +2,74 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from optuna.trial import FrozenTrial, TrialState
+import pandas as pd
+import plotly.graph_objects as go
 from rich.table import Table
 
 from ptq161.files.atomic import write_atomically
-from ptq161.report.figures import COLORS, new_figure, render, score_axis
-from ptq161.search.trials import Search, outcome_of
-from ptq161.tracking.metric_names import is_perplexity
+from ptq161.report.static import render
+from ptq161.report.style import COLORS, GRAY, add, metric_axis, panels
+from ptq161.search.trials import Outcome, Search, outcome_of
 
 
-def pareto_front(search: Search) -> list[FrozenTrial]:
+def trials_frame(search: Search) -> pd.DataFrame:
+    """Lay out the trials that have begun.
+
+    Returns:
+        a row per trial, unrounded: ``trial``, the objectives, the settings, ``pareto_front`` (yes or no), ``state``,
+        ``seconds``, ``reason`` (where one failed) and ``run_dir``.
+    """
+    frame = search.study.trials_dataframe(("number", "values", "params", "state"))
+    settings = list(search.space)
+    names = {"number": "trial"} | {f"values_{i}": name for i, name in enumerate(search.objectives)}
+    frame = frame.rename(columns=names | {f"params_{key}": key for key in settings})
+    frame = frame.reindex(columns=["trial", *search.objectives, *settings, "state"])
+    frame = frame[frame.state != "WAITING"]
+    ended = frame.state.isin(["COMPLETE", "FAIL"])
+    outcomes = [outcome_of(search, n) if end else Outcome(None) for n, end in zip(frame.trial, ended, strict=True)]
+    front = [trial.number for trial in search.study.best_trials]
+    frame.insert(len(frame.columns) - 1, "pareto_front", frame.trial.isin(front).map({True: "yes", False: "no"}))
+    return frame.assign(
+        state=frame.state.str.lower(),
+        seconds=[outcome.seconds for outcome in outcomes],
+        reason=[outcome.reason for outcome in outcomes],
+        run_dir=[str(search.run_dir(number)) for number in frame.trial],
+    )
+
+
+def pareto_front(search: Search) -> pd.DataFrame:
     """Return the trials that no other one beats in both objectives, in the order of the first objective."""
-    return sorted(search.study.best_trials, key=lambda trial: trial.values)
+    trials = trials_frame(search)
+    return trials[trials.pareto_front == "yes"].sort_values(list(search.objectives))
 
 
 def front_table(search: Search) -> Table:
     """Lay the Pareto front out for a terminal, a trial a row."""
     table = Table(title="Pareto front")
-    for column in ("trial", *search.objectives, *search.space):
+    front = pareto_front(search)[["trial", *search.objectives, *search.space]]
+    for column in front:
         table.add_column(column, justify="right", overflow="fold")
-    for trial in pareto_front(search):
-        values = [*trial.values, *(trial.params[key] for key in search.space)]
-        table.add_row(str(trial.number), *map(short, values))
+    for row in front.itertuples(index=False, name=None):
+        table.add_row(*map(short, row))
     return table
 
 
-def csv_table(search: Search, trials: list[FrozenTrial]) -> str:
-    """Lay trials out as CSV, unrounded: values, settings, state, seconds, and the reason where one failed."""
-    front = {trial.number for trial in pareto_front(search)}
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["trial", *search.objectives, *search.space, "pareto_front", "state", "seconds", "reason", "run_dir"]
-    )
-    for trial in trials:
-        ended = trial.state in (TrialState.COMPLETE, TrialState.FAIL)
-        outcome = outcome_of(search, trial.number) if ended else None
-        writer.writerow(
-            [
-                *[trial.number, *(trial.values or ("", ""))],
-                *[trial.params.get(key, "") for key in search.space],
-                *["yes" if trial.number in front else "no", trial.state.name.lower()],
-                *([outcome.seconds, outcome.reason] if outcome else ["", ""]),
-                search.run_dir(trial.number),
-            ]
-        )
-    return stream.getvalue()
-
-
-def figure(search: Search) -> Figure:
-    """Draw the second objective against the first: each trial a point with its number, the front a line."""
-    drawing = new_figure(1)
-    axes = drawing.subplots()
-    front = pareto_front(search)
-    x, y = search.objectives
-    done = search.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    others = [trial for trial in done if trial.number not in {best.number for best in front}]
-    axes.plot(*_points(others), "o", color="grey", alpha=0.5, markersize=4, label="trial")
-    axes.plot(*_points(front), "o-", drawstyle="steps-post", color=COLORS[0], label="Pareto front")
-    for trial in front:
-        axes.annotate(str(trial.number), trial.values, (4, 4), textcoords="offset points", fontsize="small")
-    axes.set_xlabel(x.replace("_", " "))
-    score_axis(axes, y, is_perplexity(y))
-    axes.legend(frameon=False, fontsize="small")
-    return drawing
+def front_figure(search: Search) -> go.Figure:
+    """Draw the second objective against the first: each trial a point, the front a line with the trials' numbers."""
+    first, second = search.objectives
+    trials = trials_frame(search)
+    done, front = trials[trials.state == "complete"], pareto_front(search)
+    others = done[done.pareto_front == "no"]
+    traces = [
+        go.Scatter(x=others[first], y=others[second], mode="markers", name="trial", marker_color=GRAY, opacity=0.6),
+        go.Scatter(x=front[first], y=front[second], mode="lines", name="Pareto front", line_shape="hv"),
+        go.Scatter(x=front[first], y=front[second], mode="markers", text=front.trial.astype(str), showlegend=False),
+    ]
+    for trace in traces[1:]:
+        trace.update(line_color=COLORS[0], marker_color=COLORS[0])
+    return add(panels(1), 0, traces, metric_axis(first, done[first]), metric_axis(second, done[second]))
 
 
 def write_front(search: Search) -> list[Path]:
@@ -79,13 +78,11 @@ def write_front(search: Search) -> list[Path]:
     Raises:
         UserError: the folder cannot be written.
     """
-    front, drawing = pareto_front(search), figure(search)
-    trials = [t for t in search.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     files: dict[str, str | bytes] = {
-        "trials.csv": csv_table(search, trials),
-        "pareto.csv": csv_table(search, front),
-        **{f"pareto.{kind}": content for kind, content in render(drawing).items()},
+        "trials.csv": trials_frame(search).to_csv(index=False),
+        "pareto.csv": pareto_front(search).to_csv(index=False),
     }
+    files |= {f"pareto.{kind}": content for kind, content in render(front_figure(search)).items()}
     for name, content in files.items():
         write_atomically(search.folder / name, content)
     return [search.folder / name for name in files]
@@ -94,7 +91,3 @@ def write_front(search: Search) -> list[Path]:
 def short(value: object) -> str:
     """Write a value with as many digits as a reader needs."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _points(trials: list[FrozenTrial]) -> tuple[list[float], list[float]]:
-    return [trial.values[0] for trial in trials], [trial.values[1] for trial in trials]

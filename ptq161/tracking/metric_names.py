@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "linear_bytes", "other_bytes")
 """Results that say how much is stored, and not how well the model does."""
 
@@ -9,3 +11,8 @@ SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "line
 def is_perplexity(metric: str) -> bool:
     """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
     return metric.startswith("ppl/") or metric.endswith("/perplexity")
+
+
+def better(metric: str) -> Literal[1, -1]:
+    """Return 1 for a metric of which larger values are better, such as an accuracy, and -1 otherwise."""
+    return -1 if metric in SIZES or is_perplexity(metric) else 1

@@ -18,7 +18,7 @@ FULL = {"ppl/boolq@512": 18.0, "zero_shot/piqa/acc": 0.66, "bits_per_weight": 16
 
 @pytest.fixture
 def write_run(tmp_path: Path) -> WriteRun:
-    """Write ``tmp_path/NAME``: a finished run of a method with a perplexity, unless told otherwise."""
+    """Write ``tmp_path/NAME``: a finished run of a method with a perplexity, by default."""
 
     def write(
         name: str,
@@ -46,8 +46,12 @@ def write_run(tmp_path: Path) -> WriteRun:
             **keys,
         }
         metrics = {
-            **{"ppl/boolq@512": ppl, "zero_shot/piqa/acc": 0.55, "zero_shot/piqa/acc_norm": 0.54},
-            **{"bits_per_weight": bits, "nominal_bits_per_weight": 1.6, "checkpoint_bytes": 1000},
+            "ppl/boolq@512": ppl,
+            "zero_shot/piqa/acc": 0.55,
+            "zero_shot/piqa/acc_norm": 0.54,
+            "bits_per_weight": bits,
+            "nominal_bits_per_weight": 1.6,
+            "checkpoint_bytes": 1000,
         }
         arguments: dict[str, Any] = {
             "config": config,

@@ -32,7 +32,11 @@ def write_records(folder: Path, n_runs: int, *, with_metrics: int) -> None:
 def _write(folder: Path, method: str, seed: int, settings: dict[str, float], ppl: float) -> None:
     folder.mkdir(parents=True)
     config = {
-        **{"mask_ratio": 0.2, "block_size": 1, "seed": seed, "device": "auto", "dtype": "auto"},
+        "mask_ratio": 0.2,
+        "block_size": 1,
+        "seed": seed,
+        "device": "auto",
+        "dtype": "auto",
         "model": {"name": "tiny", "path": None, "repo": None, "asset": "tiny"},
         "method": {"name": method, "epochs": 4, "batch_size": 4, "scale_dtype": "float16", **settings},
         "calib": {"name": "squad", "n_samples": 32, "seq_len": 512},
@@ -41,16 +45,24 @@ def _write(folder: Path, method: str, seed: int, settings: dict[str, float], ppl
         "tracker": {"name": "none"},
     }
     manifest = {
-        **{"schema_version": 1, "exit_state": "finished", "start": "2026-01-01T00:00:00.000+00:00"},
-        **{"git": {"commit": "0123456789abcdef", "dirty": False}, "seeds": {"seed": seed}, "dtype": "bfloat16"},
+        "schema_version": 1,
+        "exit_state": "finished",
+        "start": "2026-01-01T00:00:00.000+00:00",
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "seeds": {"seed": seed},
+        "dtype": "bfloat16",
     }
     results = {
         "schema_version": 1,
         "metrics": {
-            **{"ppl/boolq@512": ppl, "zero_shot/piqa/acc": 0.7 - 0.02 * math.log(ppl)},
-            **{"bits_per_weight": METHODS[method] + settings["mask_ratio"], "nominal_bits_per_weight": 1.6},
+            "ppl/boolq@512": ppl,
+            "zero_shot/piqa/acc": 0.7 - 0.02 * math.log(ppl),
+            "bits_per_weight": METHODS[method] + settings["mask_ratio"],
+            "nominal_bits_per_weight": 1.6,
         },
-        **{"full_precision": FULL, "protocol": {}, "peak_memory_bytes": 2e9 + 1e6 * seed},
+        "full_precision": FULL,
+        "protocol": {},
+        "peak_memory_bytes": 2e9 + 1e6 * seed,
         "seconds": {"load": 3.0, "quantize": 100.0 + seed, "evaluate": 50.0},
     }
     # JSON is YAML.

@@ -52,7 +52,7 @@ def test_unfinished_runs_are_reported_and_skipped(tmp_path: Path, write_run: Wri
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "told"),
+    ("file", "content", "pattern"),
     [
         ("manifest.json", "{", "no run directory"),
         ("manifest.json", '{"schema_version": 99}', "schema_version 99"),
@@ -67,13 +67,13 @@ def test_unfinished_runs_are_reported_and_skipped(tmp_path: Path, write_run: Wri
     ],
 )
 def test_damaged_records_are_reported_and_the_others_kept(
-    tmp_path: Path, write_run: WriteRun, file: str, content: str, told: str
+    tmp_path: Path, write_run: WriteRun, file: str, content: str, pattern: str
 ) -> None:
     write_run("sweep/0")
     (write_run("sweep/1") / file).write_text(content)
     found = collect([tmp_path / "sweep"])
     assert [run.run_dir for run in found.runs] == [tmp_path / "sweep" / "0"]
-    assert any(re.search(told, problem) for problem in found.problems), found.problems
+    assert any(re.search(pattern, problem) for problem in found.problems), found.problems
 
 
 def test_scores_that_are_no_numbers_are_left_out(write_run: WriteRun) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pandas as pd
+
 from ptq161.report.collect import collect
 from ptq161.report.details import chosen_runs, read_details
-from ptq161.report.results import labels, results_of
+from ptq161.report.results import results_of
 from tests.report.conftest import WriteRun
 
 LINES = [
@@ -20,18 +24,35 @@ LINES = [
 ]
 
 
+def rows(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
+    return list(frame.itertuples(index=False, name=None))
+
+
 def test_what_a_run_says_of_its_blocks(write_run: WriteRun) -> None:
     run_dir = write_run("a", lines=LINES)
     with (run_dir / "metrics.jsonl").open("a") as stream:
         stream.write('{"time": 1, "name": "loss", "val')
     problems: list[str] = []
-    found = read_details(collect([run_dir]).runs[0], "a", problems)
-    assert found.loss == {0: {0: 2.0, 1: 2.0}, 1: {0: 1.0, 1: 2.0}}
-    assert found.error == {"up_proj": {0: 0.25, 1: 0.5}}
-    assert (found.salient, found.preprocess_loss) == ({"q_proj": {0: 12.0}}, {0: {10: 3.0}})
-    assert found.seconds == {0: 4.0}
+    found = read_details({"a": collect([run_dir]).runs[0]}, problems)
+    assert rows(found["loss"]) == [("a", 0, 0, 2.0), ("a", 0, 1, 2.0), ("a", 1, 0, 1.0), ("a", 1, 1, 2.0)]
+    assert rows(found["output_error"]) == [("a", "up_proj", 0, 0.25), ("a", "up_proj", 1, 0.5)]
+    assert rows(found["salient_channels"]) == [("a", "q_proj", 0, 12.0)]
+    assert rows(found["preprocess_loss"]) == [("a", 0, 10, 3.0)]
+    assert rows(found["seconds"]) == [("a", 0, 4.0)]
     (problem,) = problems
     assert f"line {len(LINES) + 1} of" in problem and "truncated" in problem
+
+
+def test_lines_of_other_shapes_are_left_out(write_run: WriteRun) -> None:
+    lines = [
+        ("loss", 1.0, {"block": "x"}),
+        ("loss", 1.0, {}),
+        ("seconds", 1.0, {"block": 1.5}),
+        ("loss", 2.0, {"block": 3}),
+    ]
+    found = read_details({"a": collect([write_run("a", lines=lines)]).runs[0]}, [])
+    assert rows(found["loss"]) == [("a", 0, 3, 2.0)]
+    assert found["seconds"].empty
 
 
 def test_of_many_runs_the_front_and_one_seed_each_go_first(write_run: WriteRun) -> None:
@@ -40,9 +61,10 @@ def test_of_many_runs_the_front_and_one_seed_each_go_first(write_run: WriteRun) 
     found = results_of(collect(folders).runs)
 
     def names(most: int) -> list[str]:
-        return [text for _, text in chosen_runs(found, labels(found), most)]
+        return list(chosen_runs(found, most))
 
     assert names(1) == ["ptq161 seed=0"]
     assert names(2) == ["rtn seed=0", "ptq161 seed=0"]
     assert len(names(4)) == 4 and all(text.endswith("seed=0") for text in names(4))
     assert len(names(100)) == 8
+    assert all(text == f"{run.method} seed={run.seed}" for text, run in chosen_runs(found).items())

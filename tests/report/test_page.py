@@ -128,7 +128,7 @@ def test_another_chart_of_a_figure_is_chosen(page: Chrome) -> None:
     drawn(page, "error")
     select = Select(page.find_element(By.CSS_SELECTOR, "#error select"))
     assert len(select.options) == 40  # of 45 runs
-    z = "return JSON.stringify(document.querySelector('#error .chart').data[0].z)"
+    z = "return JSON.stringify([...document.querySelector('#error .chart').calcdata[0][0].z].map((row) => [...row]))"
     before = page.execute_script(z)
     select.select_by_index(3)
     WebDriverWait(page, 10).until(lambda b: b.execute_script(z) != before)
@@ -145,7 +145,7 @@ def test_the_runs_behind_a_figure_tell_their_configuration_and_commit(page: Chro
     assert "calib.n_samples" in shared
 
 
-def test_what_could_not_be_read_is_told_as_text(page: Chrome) -> None:
+def test_what_could_not_be_read_is_shown_as_text(page: Chrome) -> None:
     problems = page.find_element(By.ID, "problems").text
     assert "schema_version 0" in problems and "truncated or no JSON object" in problems
     assert "<b>on is skipped: it has no results (state: running)" in problems

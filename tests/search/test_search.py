@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from ptq161.errors import UserError
 from ptq161.search import trials
 from ptq161.search.__main__ import DEFAULT_SPACE, _parser, direction, main, prepare
-from ptq161.search.front import csv_table, front_table, pareto_front, write_front
+from ptq161.search.front import front_figure, front_table, pareto_front, trials_frame, write_front
 from ptq161.search.space import as_overrides, as_value, contains, corners, ends, load_space
 from ptq161.search.trials import Search, claim_trial, command, open_search, run_trial
 
@@ -164,7 +164,7 @@ def test_hydra_reads_a_value_as_it_was(value: Any) -> None:
 # Trials
 
 
-def test_trials_are_runs_and_their_values_are_told(opened: Open) -> None:
+def test_trials_are_runs_and_the_study_has_their_values(opened: Open) -> None:
     search = opened(first={"x": 0.25, "n": 4})
     outcomes = run_all(search, 3)
     assert outcomes[0].values == (1.25, 8.75) and outcomes[0].seconds == 2.5
@@ -215,8 +215,9 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_next_one_runs(opened
     assert [(outcome.values, outcome.reason) for outcome in outcomes] == [(None, reason)] * 2
     assert states(search) == [TrialState.FAIL] * 2
     if act in ("fail", "nan"):
-        (row, _) = csv.DictReader(csv_table(search, search.study.trials).splitlines())
+        (row, _) = csv.DictReader(trials_frame(search).to_csv().splitlines())
         assert (row["state"], row["reason"], row["pareto_front"]) == ("fail", reason, "no")
+        assert (row["bits"], row["run_dir"]) == ("", str(search.run_dir(0)))
 
 
 def test_a_killed_run_is_begun_once_more(opened: Open) -> None:
@@ -281,7 +282,7 @@ def test_a_trial_is_taken_over_when_nothing_runs_it_any_more(opened: Open) -> No
     assert (search.run_dir(0) / "begun").read_text() == ".."
 
 
-def test_a_run_that_outlived_its_search_is_told_and_not_repeated(opened: Open) -> None:
+def test_a_run_that_outlived_its_search_counts_and_is_not_repeated(opened: Open) -> None:
     search = opened()
     claim = claim_trial(search, 1)
     assert claim is not None
@@ -339,22 +340,46 @@ def test_the_front_is_what_no_trial_beats(opened: Open) -> None:
     search = opened()
     run_all(search, 8)
     front = pareto_front(search)
-    done = [trial.values for trial in search.study.trials]
+    done = [tuple(trial.values) for trial in search.study.trials]
     beaten = [v for v in done if any(o != v and o[0] <= v[0] and o[1] <= v[1] for o in done)]
-    assert sorted(trial.values for trial in front) == sorted(v for v in done if v not in beaten)
-    assert [trial.values[0] for trial in front] == sorted(trial.values[0] for trial in front)
+    values = list(front[["bits", "ppl/a@8"]].itertuples(index=False, name=None))
+    assert sorted(values) == values == sorted(v for v in done if v not in beaten)
     assert front_table(search).row_count == len(front)
     files = write_front(search)
     assert {path.name for path in files} == {"trials.csv", "pareto.csv", "pareto.svg", "pareto.png"}
     rows = list(csv.DictReader((search.folder / "trials.csv").read_text().splitlines()))
+    header = "trial bits ppl/a@8 x n pareto_front state seconds reason run_dir"
+    assert list(rows[0]) == header.split()
     assert [float(row["bits"]) for row in rows] == [values[0] for values in done]
-    assert {row["trial"] for row in rows if row["pareto_front"] == "yes"} == {str(trial.number) for trial in front}
+    assert [row["n"] for row in rows] == [str(trial.params["n"]) for trial in search.study.trials]
+    assert {(row["state"], row["seconds"], row["reason"]) for row in rows} == {("complete", "2.5", "")}
+    assert {row["trial"] for row in rows if row["pareto_front"] == "yes"} == set(front.trial.astype(str))
     assert len((search.folder / "pareto.csv").read_text().splitlines()) == 1 + len(front)
-    assert (
-        b"Pareto front" in (search.folder / "pareto.svg").read_bytes()
-        or b"<svg" in (search.folder / "pareto.svg").read_bytes()
-    )
+    assert b"Pareto front" in (search.folder / "pareto.svg").read_bytes()
     assert (search.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_has_the_front_as_a_line_and_its_trials_by_number(opened: Open) -> None:
+    search = opened()
+    run_all(search, 8)
+    front = pareto_front(search)
+    others, line, points = front_figure(search).data
+    assert (others.name, line.name) == ("trial", "Pareto front")
+    assert list(line.x) == list(points.x) == list(front.bits) and list(line.y) == list(front["ppl/a@8"])
+    assert list(points.text) == [str(number) for number in front.trial]
+    assert len(others.x) == 8 - len(front)
+    assert front_figure(search).layout.yaxis.type == "log"
+
+
+def test_a_running_trial_is_in_the_table_and_not_in_the_figure(opened: Open) -> None:
+    search = opened()
+    run_all(search, 1)
+    claim = claim_trial(search, 2)
+    assert claim is not None
+    *_, row = csv.DictReader(trials_frame(search).to_csv().splitlines())
+    assert (row["state"], row["pareto_front"], row["seconds"], row["reason"]) == ("running", "no", "", "")
+    assert [len(trace.x) for trace in front_figure(search).data] == [1, 1]  # the front of one trial
+    os.close(claim.lock)
 
 
 # The program
@@ -363,8 +388,11 @@ def test_the_front_is_what_no_trial_beats(opened: Open) -> None:
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        *[("bits_per_weight", "minimize"), ("checkpoint_bytes", "minimize"), ("ppl/boolq@512", "minimize")],
-        *[("zero_shot/lambada/perplexity", "minimize"), ("zero_shot/piqa/acc", "maximize")],
+        ("bits_per_weight", "minimize"),
+        ("checkpoint_bytes", "minimize"),
+        ("ppl/boolq@512", "minimize"),
+        ("zero_shot/lambada/perplexity", "minimize"),
+        ("zero_shot/piqa/acc", "maximize"),
     ],
 )
 def test_which_way_a_result_improves(metric: str, expected: str) -> None:
