@@ -1,6 +1,6 @@
 """Text of the Hugging Face hub that the papers calibrate and score on, as a table of pinned files.
 
-``datasets`` runs no data set scripts any more, so each text is a list of plain files at a fixed revision. A file that
+``datasets`` runs no data set scripts anymore, so each text is a list of plain files at a fixed revision. A file that
 is in the local hub cache is used without the network (a compute node behind a firewall needs nothing else).
 
 Verified without the hub: each layout, on a small local copy (``root``). Not verified: that the hub still serves these

@@ -1,9 +1,9 @@
 """lm-eval's Hugging Face model, scoring faster and in float32.
 
-lm-eval runs the context of a question once for every answer, computes logits for every position and normalises them
+lm-eval runs the context of a question once for every answer, computes logits for every position and normalizes them
 in the model's dtype; with a vocabulary of 49k in bfloat16 that costs time and digits. Here answers to one question
 share the keys and values of their context, the output head sees only the positions that predict an answer, and the
-normalisation is in float32. Requests, tokenization, truncation and metrics stay lm-eval's.
+normalization is in float32. Requests, tokenization, truncation and metrics stay lm-eval's.
 """
 
 from __future__ import annotations

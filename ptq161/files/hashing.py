@@ -50,7 +50,7 @@ def sha256_of_file(path: Path | str) -> str:
 def sha256_of_sources(package: Path = PACKAGE) -> str:
     """Hash the sources and data files below a package's folder (``SOURCES``): their relative paths and bytes.
 
-    ``ONLOOKERS`` are left out: a change of a report's colours leaves every result what it is.
+    ``ONLOOKERS`` are left out: a change of a report's colors leaves every result what it is.
     """
     digest = hashlib.sha256()
     for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCES):

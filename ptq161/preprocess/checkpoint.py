@@ -1,7 +1,7 @@
 """Checkpoints of restorative training: a killed run goes on from them, and ends in the same bytes.
 
 A folder belongs to one training, which ``fingerprint.json`` in it describes by content. Each round has one file, whole
-or not at all, that the next one replaces: what is trained, the optimiser, the schedule, the random state and the
+or not at all, that the next one replaces: what is trained, the optimizer, the schedule, the random state and the
 numbers so far. A finished round keeps the trained weights alone, and is not trained again.
 """
 

@@ -1,4 +1,4 @@
-"""What restorative training minimises, as functions of tensors.
+"""What restorative training minimizes, as functions of tensors.
 
 A vocabulary is wide: the logits of one batch of 8 x 512 tokens over 49,152 entries take 0.8 GB in float32. So a loss
 over logits is taken a few tokens at a time, its gradient with it (:func:`chunked_mean`).

@@ -45,7 +45,7 @@ class Restoration:
         lr: learning rate at the end of the warm-up; it falls to zero along a cosine.
         warmup_share: share of the steps over which the rate rises.
         max_grad_norm: gradients are scaled down to this norm.
-        steps: optimiser steps per round.
+        steps: optimizer steps per round.
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
         seq_len: tokens per sequence; documents are packed without padding.

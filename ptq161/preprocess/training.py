@@ -160,7 +160,7 @@ def _run(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, 
     """Run a model without its head on ``tokens [b, seq_len]``.
 
     Returns:
-        the last hidden states ``[b, seq_len, hidden]``, and the output of each block (the last one's normalised).
+        the last hidden states ``[b, seq_len, hidden]``, and the output of each block (the last one's normalized).
     """
     with _autocast(model, tokens.device):
         output = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)

@@ -98,7 +98,7 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
 
     Raises:
-        UserError: the configuration cannot be run any more (its model has gone, its schema has changed), or the run
+        UserError: the configuration cannot be run anymore (its model has gone, its schema has changed), or the run
             fails.
     """
     from ptq161.run.pipeline import run  # takes seconds, which a wrong directory need not wait for

@@ -1,7 +1,7 @@
 """The trials of a search: an Optuna study in the search's folder, a recorded run of run.py for each trial.
 
 Any number of processes, on any machines that share the folder, may work on one search. A trial belongs to the process
-that holds its lock; its run inherits the lock, so that a trial is given up only when nothing runs it any more. Then
+that holds its lock; its run inherits the lock, so that a trial is given up only when nothing runs it anymore. Then
 whoever comes next takes it over, and run.py goes on in its directory.
 """
 
@@ -152,7 +152,7 @@ def open_search(
 
 
 def claim_trial(search: Search, n_trials: int) -> Claim | None:
-    """Take over a trial that nobody runs any more, or begin a new one; None where the search has all it wants.
+    """Take over a trial that nobody runs anymore, or begin a new one; None where the search has all it wants.
 
     Args:
         search: an open one.

@@ -20,7 +20,7 @@ class RunLog(logging.FileHandler):
         """Say once that the log ends here, where logging would print a traceback for every line."""
         error = sys.exc_info()[1]
         self.setLevel(logging.CRITICAL + 1)
-        print(f"{self.baseFilename} cannot be written any more: {error}", file=sys.stderr)
+        print(f"{self.baseFilename} cannot be written anymore: {error}", file=sys.stderr)
 
     def traceback(self, error: BaseException) -> None:
         """Write an exception with its traceback into the file and nowhere else: the terminal gets one sentence."""

@@ -74,7 +74,7 @@ def test_every_architecture(tiny_model: TinyModel, architecture: str, update: st
         if name == "preprocess_loss":
             losses.append(value)
 
-    # One batch over and over: it must be learnt.
+    # One batch over and over: it must be learned.
     one = TRAINING[:2]
     restoration = short(update=update, steps=6)
     merged, _ = restore(model, one, CALIBRATION, COARSE, restoration, on_metric=listen)
@@ -190,7 +190,7 @@ def test_a_finished_training_is_not_run_again(tiny_model: TinyModel, tmp_path: P
     expected = restored(model, short(), folder=tmp_path)
     (file,) = tmp_path.glob("round_0.pt")
     written = file.stat().st_mtime_ns
-    assert set(torch.load(file)) == {"done", "rows", "trained"}  # no optimiser state is kept for good
+    assert set(torch.load(file)) == {"done", "rows", "trained"}  # no optimizer state is kept for good
     assert same(restored(model, short(), folder=tmp_path), expected)
     assert file.stat().st_mtime_ns == written
 

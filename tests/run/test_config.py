@@ -137,8 +137,8 @@ def test_every_key_is_needed(key: str) -> None:
         ({"device": ["cpu"]}, "device=['cpu']: use auto, cpu, cuda or cuda:N."),
         ({"device": "cuda:99"}, f"device=cuda:99: this machine has {torch.cuda.device_count()} GPUs that torch"),
         (
-            {"colour": 1},
-            "unknown key 'colour': known are model, method, calib, preprocess, eval, tracker, seed, device, dtype, "
+            {"color": 1},
+            "unknown key 'color': known are model, method, calib, preprocess, eval, tracker, seed, device, dtype, "
             "cache, force, mask_ratio, block_size, on_error.",
         ),
         # what follows from others cannot be set
