@@ -28,7 +28,7 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
 from typing import TYPE_CHECKING
 
 from ptq161.errors import UserError
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
@@ -59,8 +59,8 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-# The model library takes seconds to import, an error in a setting should not.
-__getattr__ = lazily(
+# transformers takes seconds to import; an error in a setting must not wait for it.
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.driver.quantization": ["quantize"],

@@ -3,9 +3,9 @@
 Imports the ground floor alone.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.data.settings": ["CALIBRATION_SETS", "CORPORA", "CalibConfig"],

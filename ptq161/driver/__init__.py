@@ -3,9 +3,9 @@
 The library ends here: nothing at or below this room knows Hydra, W&B or lm-eval. Imports ``methods/`` and below.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.driver.quantization": ["quantize"],

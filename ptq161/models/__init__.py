@@ -3,9 +3,9 @@
 Imports ``data/`` (the embedded model is one of its assets), ``files/`` and the ground floor.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.models.settings": ["ModelConfig"],

@@ -9,9 +9,9 @@
 Imports ``driver/`` and below.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.preprocess.restoration": ["Restoration"],

@@ -12,9 +12,9 @@ Usage::
 Imports ``files/`` and the ground floor; the report needs this room alone.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.tracking.layout": ["SCHEMA_VERSION"],
