@@ -103,10 +103,14 @@ class Store:
 
 
 class Entry:
-    """An entry that this process holds; made by :meth:`Store.entry`."""
+    """An entry that this process holds; made by :meth:`Store.entry`.
+
+    Args:
+        folder: of the finished entry; an unfinished one has the suffix ``.unfinished``.
+        fingerprint: everything that the content depends on.
+    """
 
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
-        """Take the folder that the entry has when it is finished."""
         self._finished_folder = folder
         self._unfinished_folder = folder.with_name(folder.name + UNFINISHED)
         self._fingerprint = fingerprint

@@ -28,7 +28,14 @@ Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
-    """An already built model behind lm-eval's interface; dtype, device and modules stay as they are."""
+    """An already built model behind lm-eval's interface; dtype, device and modules stay as they are.
+
+    Args:
+        model: a causal language model; it is put into evaluation mode.
+        tokenizer: its tokenizer; a copy is used, since lm-eval gives it a padding token.
+        batch_size: sequences per forward pass.
+        progress: label of the progress bar; None shows none.
+    """
 
     def __init__(
         self,
@@ -38,14 +45,6 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         batch_size: int,
         progress: str | None = None,
     ) -> None:
-        """Hand the model over to lm-eval.
-
-        Args:
-            model: a causal language model; it is put into evaluation mode.
-            tokenizer: its tokenizer; a copy is used, since lm-eval gives it a padding token.
-            batch_size: sequences per forward pass.
-            progress: label of the progress bar; None shows none.
-        """
         tokenizer = copy.deepcopy(tokenizer)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.progress = progress

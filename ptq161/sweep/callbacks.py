@@ -65,11 +65,13 @@ def _task_config(config: DictConfig) -> DictConfig:
 
 
 class SweepFailures(Callback):
-    """Prints the table when the sweep's process ends, and ends it at the first failure with ``on_error=stop``."""
+    """Prints the table of failures when the sweep's process ends; ``on_error=stop`` ends it at the first failure.
+
+    Hydra also creates its callbacks in the processes of a sweep's jobs, where this one has nothing to do.
+    """
 
     def __init__(self) -> None:
-        """Change nothing: this is also made in the processes of a sweep's jobs."""
-        self._sweep_process: int | None = None
+        self._sweep_process: int | None = None  # id of the process in which on_multirun_start was called
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Begin without the failures of a sweep that used this directory before."""

@@ -26,14 +26,17 @@ STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
 
 
 class FailedRunError(CompactHydraException):
-    """A failed job, as Hydra sees it: printed without a traceback (the run's log has that), exit status 1.
+    """The exception of a failed job: Hydra prints it without a traceback (the run's log has that) and exits with 1.
+
+    Args:
+        message: what Hydra prints after the last job.
+        sentence: why the job failed, where the message does not say it.
 
     Attributes:
-        sentence: why it failed.
+        sentence: why the job failed.
     """
 
     def __init__(self, message: str, sentence: str | None = None) -> None:
-        """Take what Hydra prints after the last job, and the job's own sentence where that is another one."""
         super().__init__(message)
         self.sentence = sentence or message
 
@@ -55,7 +58,7 @@ class Failure:
     run_dir: str
 
     def error(self) -> FailedRunError:
-        """Return what Hydra is told."""
+        """Return the exception with which the job ends."""
         return FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.", self.sentence)
 
 

@@ -17,13 +17,15 @@ class Interrupted(KeyboardInterrupt):
 
     A ``KeyboardInterrupt``, because libraries clean up after that and do not mistake it for an error of their own.
 
+    Args:
+        number: of the signal.
+
     Attributes:
-        signal: which one.
+        signal: the signal.
         exit_code: the status with which the process should end: 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
-        """Take the signal's number."""
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number
         super().__init__(self.signal.name)
@@ -40,10 +42,12 @@ def ending_with_a_sentence() -> Iterator[None]:
 
 
 class Interrupts:
-    """Raises :class:`Interrupted` in the main thread when a signal arrives, unless :meth:`deferred`."""
+    """Raises :class:`Interrupted` in the main thread when SIGINT or SIGTERM arrives, unless :meth:`deferred`.
+
+    The handlers are in place only inside :meth:`installed`.
+    """
 
     def __init__(self) -> None:
-        """Change nothing yet."""
         self._deferring = False
         self._pending: int | None = None
 

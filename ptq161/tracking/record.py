@@ -33,7 +33,6 @@ class RunRecord:
     """
 
     def __init__(self, run_dir: Path, manifest: dict[str, Any], metrics: TextIO, mirror: Mirror) -> None:
-        """Take what :meth:`open` has opened."""
         self.run_dir = run_dir
         self.manifest = manifest
         self._metrics = metrics

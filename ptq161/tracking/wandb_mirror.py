@@ -29,35 +29,41 @@ log = logging.getLogger(__name__)
 
 
 class Mirror(Protocol):
-    """Hears what a record hears. None of its methods raises."""
+    """Receives what a record receives. None of its methods raises."""
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Take one number."""
+        """Mirror one metric; ``where`` says to what it belongs (block, epoch, linear)."""
 
     def sample(self, name: str, text: str) -> None:
-        """Take one text sample."""
+        """Mirror one text sample."""
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Take the results."""
+        """Mirror the content of ``results.json``."""
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
-        """End the mirrored run in the state of the real one."""
+        """End the mirrored run.
+
+        Args:
+            state: ``exit_state`` of the manifest.
+            exit_code: 0 for a finished run.
+            exception: type and message of what ended the run; None for a finished one.
+        """
 
 
 class NullMirror:
-    """The mirror of a run that is not mirrored."""
+    """The mirror of a run that is recorded in its directory alone: it drops everything."""
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Do nothing."""
+        """Drop the metric."""
 
     def sample(self, name: str, text: str) -> None:
-        """Do nothing."""
+        """Drop the text sample."""
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Do nothing."""
+        """Drop the results."""
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
-        """Do nothing."""
+        """Return at once: there is no mirrored run to end."""
 
 
 def open_mirror(
@@ -83,10 +89,14 @@ def open_mirror(
 
 
 class WandbMirror:
-    """One W&B run. At the first failure it says so in one line and is silent from then on."""
+    """One W&B run. The first failure is logged in one line, and nothing is sent after it.
+
+    Args:
+        run: a started ``wandb.Run``.
+        run_dir: of the record; its files are uploaded when the run ends.
+    """
 
     def __init__(self, run: Any, run_dir: Path) -> None:
-        """Mirror to a ``wandb.Run`` that has been started."""
         self._run = run
         self._run_dir = run_dir
         self._axes: set[str] = set()
