@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ptq161.tracking.interrupts import ending_with_a_sentence
+from ptq161.tracking.interrupts import exit_on_interrupt
 
 
 class Verb(NamedTuple):
@@ -19,7 +19,7 @@ class Verb(NamedTuple):
     Attributes:
         module: has ``main(arguments) -> exit status``.
         summary: what it does.
-        first: arguments that go before those that are typed.
+        first: arguments that go before the user's.
     """
 
     module: str
@@ -54,17 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"{verb!r} is no verb of ptq161.\n{_usage()}" if verb else _usage(), file=sys.stderr)
         return 2
-    chosen = VERBS[verb]
+    selected = VERBS[verb]
     try:
-        module = importlib.import_module(chosen.module)
+        module = importlib.import_module(selected.module)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] == "ptq161":
             raise
         print(f"ptq161 {verb} needs {error.name}, which is not installed: pip install 'ptq161[run]'.", file=sys.stderr)
         return 1
     sys.argv[0] = f"ptq161 {verb}"
-    with ending_with_a_sentence():
-        status: int = module.main([*chosen.first, *rest])
+    with exit_on_interrupt():
+        status: int = module.main([*selected.first, *rest])
     return status
 
 

@@ -26,10 +26,10 @@ def passages(name: str) -> list[str]:
     """Return the unique passages of an embedded data set, in the order in which they first appear.
 
     Args:
-        name: ``squad``, ``drop``, ``coqa``, ``boolq`` or ``lambada`` (with the last word, which its task asks for).
+        name: ``squad``, ``drop``, ``coqa``, ``boolq`` or ``lambada`` (with the last word, which its task predicts).
 
     Raises:
-        UserError: the name is unknown, or the asset cannot be had.
+        UserError: the name is unknown, or the asset cannot be fetched.
     """
     check_choice("passages", name, tuple(EMBEDDED))
     text = EMBEDDED[name]
@@ -67,7 +67,7 @@ def _requests(path: Path) -> Iterator[Mapping[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedText:
-    """A data set in the asset: its place, the split that it was taken from, and how its passages are read."""
+    """A data set in the asset: its path, the split that it is, and the function that reads its passages."""
 
     path: str
     split: str

@@ -24,13 +24,13 @@ _CHECKSUM = "model.safetensors.sha256"
 
 
 def dense_folder(asset: str) -> Path:
-    """Return a folder with the asset's model in float32 and its tokenizer; make it where it is missing or damaged.
+    """Return a folder with the asset's model in float32 and its tokenizer; convert it if it is missing or damaged.
 
     Raises:
         UserError: the asset cannot be fetched.
     """
     gguf = sorted(assets.fetch(asset).rglob("*.gguf"))[0]
-    # What transformers makes of a GGUF file belongs to its version.
+    # The converted model depends on the version of transformers.
     name = f"{asset}-{assets.ASSETS[asset].version}-transformers-{transformers.__version__}"
     folder = assets.cache_dir() / "dense" / name
     folder.parent.mkdir(parents=True, exist_ok=True)

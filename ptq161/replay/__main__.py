@@ -28,7 +28,7 @@ from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
-from ptq161.tracking.interrupts import ending_with_a_sentence
+from ptq161.tracking.interrupts import exit_on_interrupt
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
 
@@ -235,5 +235,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with ending_with_a_sentence():
+    with exit_on_interrupt():
         sys.exit(main())

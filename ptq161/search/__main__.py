@@ -31,7 +31,7 @@ from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
-from ptq161.tracking.interrupts import Interrupts, ending_with_a_sentence
+from ptq161.tracking.interrupts import Interrupts, exit_on_interrupt
 from ptq161.tracking.metric_names import SIZES, is_perplexity
 
 DEFAULT_SPACE = CONF / "search.yaml"
@@ -186,5 +186,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with ending_with_a_sentence():
+    with exit_on_interrupt():
         sys.exit(main())

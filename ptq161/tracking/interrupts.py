@@ -32,8 +32,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def ending_with_a_sentence() -> Iterator[None]:
-    """End the process with one sentence, and the status of its signal, where an interruption leaves the body."""
+def exit_on_interrupt() -> Iterator[None]:
+    """Turn a ``KeyboardInterrupt`` that leaves the context into one line on stderr and the signal's exit status."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
