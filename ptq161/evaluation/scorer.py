@@ -2,8 +2,8 @@
 
 lm-eval runs the context of a question once for every answer, computes logits for every position and normalizes them
 in the model's dtype; with a vocabulary of 49k in bfloat16 that costs time and digits. Here answers to one question
-share the keys and values of their context, the output head sees only the positions that predict an answer, and the
-normalization is in float32. Requests, tokenization, truncation and metrics stay lm-eval's.
+share the keys and values of their context, logits are computed only at the positions that predict an answer, and the
+normalization is in float32. Requests, tokenization, truncation and metrics are lm-eval's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-# ((context, continuation), context tokens, continuation tokens): what lm-eval hands to a model.
+# What lm-eval passes to a model: ((context, continuation), context tokens, continuation tokens).
 TokenizedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-# (log-likelihood in nats, whether every token is the most likely one): what it wants back.
+# What it expects back: (log-likelihood in nats, whether every token is the most likely one).
 Answer = tuple[float, bool]
 # Context -> the requests (index, continuation) that follow it.
 Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
@@ -58,7 +58,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def _loglikelihood_tokens(
         self, requests: list[TokenizedRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        """Score tokenized requests, the longest first, so that little is padded and a lack of memory shows at once."""
+        """Score tokenized requests, the longest first: little padding, and a lack of memory shows at once."""
         shared, single = group_by_context(requests, self.max_length)
         answers: dict[int, Answer] = {}
         with tqdm(total=len(requests), desc=self.progress, unit="request", disable=self.progress is None) as bar:
@@ -73,7 +73,7 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
 def group_by_context(requests: list[TokenizedRequest], max_length: int) -> tuple[list[Group], list[Group]]:
     """Separate the contexts that several requests share from those of a single request.
 
-    What is longer than the model's ``max_length`` positions loses its beginning, as in lm-eval, and shares nothing.
+    A request of more than ``max_length`` tokens loses its beginning, as in lm-eval, and shares nothing.
     """
     together: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
     single: list[Group] = []
@@ -109,7 +109,7 @@ def _batches(groups: list[Group], batch_size: int) -> Iterator[list[Group]]:
 def _score_single(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
     """Score groups of one request each: one forward pass over context and continuation."""
     texts = [[*context, *requests[0][1]][:-1] for context, requests in batch]
-    # Padding stands on the right, where a causal model's earlier positions do not see it.
+    # Padding on the right does not change the logits of a causal model at earlier positions.
     inputs, _ = _pad(texts, "right", model.device)
     firsts = [len(context) - 1 for context, _ in batch]
     kept = inputs.shape[1] - min(firsts)
@@ -122,8 +122,8 @@ def _score_single(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[
 def _score_shared(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
     """Score groups of several requests: a pass over the contexts, then one over all continuations after them.
 
-    Contexts are padded on the left and continuations on the right, as in generation, so that a sliding window
-    reaches over the same tokens as without padding.
+    Contexts are padded on the left and continuations on the right, as in generation, so that a sliding window spans the
+    same tokens as without padding.
     """
     contexts, seen = _pad([list(context) for context, _ in batch], "left", model.device)
     positions = (seen.cumsum(1) - 1).clamp(min=0)
@@ -139,7 +139,7 @@ def _score_shared(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[
     owners = torch.tensor([i for i, (_, requests) in enumerate(batch) for _ in requests], device=model.device)
     requests = [request for _, group in batch for request in group]
     logits = output.logits[owners]
-    # The last token of a continuation is predicted, never read; one of a single token is known already.
+    # The last token of a continuation is predicted, never an input; a single token needs no second pass.
     texts = [continuation[:-1] for _, continuation in requests]
     if any(texts):
         cache.batch_select_indices(owners)

@@ -42,7 +42,7 @@ class OpenTasks:
     """Tasks with their documents loaded.
 
     Attributes:
-        names: as they were asked for; a group of lm-eval's stands for its tasks.
+        names: as given to :func:`open_tasks`; a group of lm-eval's is one name for its tasks.
         limit: first documents of each task that are scored; None scores all.
         loaded: lm-eval's ``tasks`` and ``groups``.
     """
@@ -54,7 +54,7 @@ class OpenTasks:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotScore:
-    """One metric of one task, and what it was taken over.
+    """One metric of one task, and the documents that it was measured on.
 
     Attributes:
         value: as lm-eval reports it (accuracies are in [0, 1]).
@@ -104,8 +104,8 @@ def open_tasks(names: Sequence[str], limit: int | None = None) -> OpenTasks:
     return OpenTasks(names, limit, {"tasks": tasks, "groups": groups})
 
 
-def separately(tasks: OpenTasks) -> Iterator[OpenTasks]:
-    """Yield opened tasks one by one, a group with all its tasks, so that each can be scored on its own."""
+def split_tasks(tasks: OpenTasks) -> Iterator[OpenTasks]:
+    """Split opened tasks into single ones, a group with all its tasks, so that each can be scored on its own."""
     loaded, groups = tasks.loaded["tasks"], tasks.loaded["groups"]
     inner = {child.name for group in groups.values() for child in group.get_all_groups()}
     for name, group in groups.items():
@@ -120,7 +120,7 @@ def separately(tasks: OpenTasks) -> Iterator[OpenTasks]:
 
 
 def sha256_of_documents(tasks: OpenTasks) -> str:
-    """Hash the documents that scoring reads, those that serve as examples among them."""
+    """Hash the documents that scoring reads, few-shot examples included."""
     digest = hashlib.sha256()
     for name in sorted(tasks.loaded["tasks"]):
         task = tasks.loaded["tasks"][name]
@@ -156,7 +156,7 @@ def score_tasks(
     if not tasks.loaded["tasks"]:
         return {}
     for task in tasks.loaded["tasks"].values():
-        # Here and not when it is opened: a score must not depend on how often the task was scored before.
+        # Seeded before each scoring: a score must not depend on how often the task was scored before.
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     with _quiet():
         scorer = Scorer(model, tokenizer, batch_size=batch_size, progress=progress)
@@ -237,7 +237,7 @@ def _load_from_hub(names: list[str]) -> list[Any]:
 def _load_one(manager: TaskManager, name: str, reachable: bool) -> Any:
     try:
         return manager.load([name])
-    # lm-eval's tasks are code: what they raise when their data is missing is anything.
+    # lm-eval's tasks are code, which may raise anything when their data is missing.
     except Exception as error:
         embedded = ", ".join(EMBEDDED_TASKS)
         if not reachable:

@@ -94,10 +94,14 @@ def test_lm_is_the_librarys_loss(tiny_model: TinyModel, architecture: str) -> No
 def test_distillation_against_plain_autograd(tiny_model: TinyModel, architecture: str, name: str) -> None:
     model, teacher = tiny_model(architecture), tiny_model(architecture, seed=1)
     loss = objective(model, teacher, Restoration(objective=name, hidden_weight=0.7))(TOKENS)
-    own, told = (m(TOKENS, output_hidden_states=True) for m in (model, teacher))
-    expected = (told.logits.softmax(-1) * (told.logits.log_softmax(-1) - own.logits.log_softmax(-1))).sum(-1).mean()
+    student_out, teacher_out = (m(TOKENS, output_hidden_states=True) for m in (model, teacher))
+    expected = (
+        (teacher_out.logits.softmax(-1) * (teacher_out.logits.log_softmax(-1) - student_out.logits.log_softmax(-1)))
+        .sum(-1)
+        .mean()
+    )
     if name == "kl_hidden":
-        pairs = list(zip(own.hidden_states, told.hidden_states, strict=True))[1:]
+        pairs = list(zip(student_out.hidden_states, teacher_out.hidden_states, strict=True))[1:]
         expected = expected + 0.7 * sum(((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs) / len(
             pairs
         )
