@@ -1,4 +1,4 @@
-"""sweep.yaml: what a W&B agent would hand to run.py is a configuration that can run, and its metric is measured."""
+"""sweep.yaml: what a W&B agent passes to run.py is a configuration that can run, and its metric is measured."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def test_every_corner_is_a_configuration_that_can_run(sweep: dict[str, Any]) -> 
     assert len(corners) == 8
     for corner in corners:
         arguments = {name: {"value": value} for name, value in zip(names, corner, strict=True)}
-        config = configured(create_sweep_command_args({"args": arguments})["args_no_hyphens"])
-        method: Any = config.method
-        assert (config.mask_ratio, method.epochs, method.scale_lr, method.angle_lr) == corner
+        method: Any = configured(create_sweep_command_args({"args": arguments})["args_no_hyphens"]).method
+        assert (method.mask_ratio, method.epochs, method.scale_lr, method.angle_lr) == corner
 
 
 def test_the_program_and_the_arguments_are_hydras(sweep: dict[str, Any]) -> None:
