@@ -2,13 +2,13 @@
 
 ::
 
-    python -m ptq161.cache                                      # what is there
-    python -m ptq161.cache --prune --older-than 30              # delete what was not used for 30 days
-    python -m ptq161.cache --prune --kind blocks --unfinished   # delete what killed runs left of one kind
+    python -m ptq161.cache                                      # list the entries by kind
+    python -m ptq161.cache --prune --older-than 30              # delete entries that were not used for 30 days
+    python -m ptq161.cache --prune --kind blocks --unfinished   # delete entries that killed runs left unfinished
     python -m ptq161.cache --prune                              # delete everything
 
-What a process is using is kept. Records in run directories stay whole: a checkpoint that one of them shares with the
-store goes on taking its place on the disk.
+Entries that a process is using are kept. Records in run directories stay complete: deleting an entry does not free the
+disk space of a checkpoint that a run directory shares with it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.prune and (options.older_than is not None or options.unfinished):
             raise UserError("--older-than and --unfinished say what to delete: use them with --prune.")
-        entries = _chosen(stored_entries(root), options.kind, options.older_than, options.unfinished)
+        entries = _select(stored_entries(root), options.kind, options.older_than, options.unfinished)
         if options.prune:
             _prune(entries, root)
         else:
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(entries: list[StoredEntry], kind: str | None, days: float | None, unfinished: bool) -> list[StoredEntry]:
+def _select(entries: list[StoredEntry], kind: str | None, days: float | None, unfinished: bool) -> list[StoredEntry]:
     kinds = {entry.kind for entry in entries}
     if kind is not None and kinds and kind not in kinds:
         raise UserError(f"--kind={kind}: the store holds {', '.join(sorted(kinds))}.")

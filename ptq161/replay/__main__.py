@@ -1,4 +1,4 @@
-"""Run a recorded run again, and say what differs.
+"""Run a recorded run again, and report the differences.
 
 Usage::
 
@@ -40,18 +40,18 @@ NOT_QUANTIZED: Mapping[str, Any] = {
     "calib": {"name": "squad", "n_samples": 1, "seq_len": 2},
     "preprocess": {"name": "none"},
 }
-"""What the schema asks for and the record of a packed checkpoint's evaluation leaves out: nothing was quantized."""
+"""Settings that the schema requires but the record of a packed checkpoint's evaluation lacks; they have no effect."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status: 0 where everything is equal; 1 where something differs, or, with one sentence on stderr, where
-        the run cannot be replayed.
+        the exit status: 0 if everything is equal; 1 if something differs, or if the run cannot be replayed (then with
+        one sentence on stderr).
     """
     options = _parser().parse_args(arguments)
     try:
@@ -74,7 +74,7 @@ def read_finished(run_dir: Path | str) -> RunData:
     """Read a record that can be replayed.
 
     Raises:
-        UserError: it is none, of another layout version, damaged, or its run has not finished.
+        UserError: there is no record, it is damaged or of another layout version, or its run has not finished.
     """
     run = read_run(run_dir)
     if run.results is None or run.manifest.get("exit_state") != "finished":
@@ -90,12 +90,12 @@ def read_finished(run_dir: Path | str) -> RunData:
 def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     """Run a recorded configuration again, compare, and write ``replay.json`` beside the new record.
 
-    Paths that the configuration gives relative are taken from the working directory of then, where that still exists.
+    Relative paths of the configuration are resolved in the recorded working directory, if that still exists.
 
     Args:
-        recorded: of :func:`read_finished`.
+        recorded: from :func:`read_finished`.
         out: directory of the new record.
-        tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
+        tolerance: relative difference up to which two numbers count as equal; 0 requires the same bits.
 
     Raises:
         UserError: the configuration cannot be run anymore (its model has gone, its schema has changed), or the run
@@ -106,8 +106,8 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     from ptq161.run.session import RunContext
 
     resolved = replayed_config(recorded)
-    then = recorded.manifest.get("working_directory")
-    with contextlib.chdir(then if then and Path(then).is_dir() else "."):
+    recorded_cwd = recorded.manifest.get("working_directory")
+    with contextlib.chdir(recorded_cwd if recorded_cwd and Path(recorded_cwd).is_dir() else "."):
         try:
             config = checked_config(OmegaConf.create(resolved), [])
         except UserError as error:
@@ -123,9 +123,9 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
 
 
 def replayed_config(recorded: RunData) -> dict[str, Any]:
-    """Return the recorded configuration with nothing that would keep the run from being computed here and now.
+    """Return the recorded configuration without mirror and cache, so that the run is computed again.
 
-    The dtype that ``auto`` meant is part of the configuration; the device that it meant is the machine's.
+    A dtype of ``auto`` becomes the recorded one; a device of ``auto`` is resolved on this machine.
     """
     config = {**NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
     method, dtype = config["method"], recorded.manifest.get("dtype")
@@ -137,7 +137,7 @@ def replayed_config(recorded: RunData) -> dict[str, Any]:
 
 
 def print_comparison(comparison: Comparison, out: Path) -> None:
-    """Print what was compared, what differs, and what may explain it."""
+    """Print a table of the metrics, the missing ones, the hashes, the differences in environment, and the verdict."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_metrics_table(comparison))
     for place in comparison.missing:
@@ -146,8 +146,8 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         names = sorted({place.name for place in comparison.extra})
         console.print(f"Only the replay has {', '.join(names)}.", highlight=False)
     for name, (before, after) in comparison.hashes.items():
-        says = "equal" if before == after else f"was {before}, is {after}"
-        console.print(f"{name}: {says}", highlight=False, soft_wrap=True)
+        verdict = "equal" if before == after else f"was {before}, is {after}"
+        console.print(f"{name}: {verdict}", highlight=False, soft_wrap=True)
     if comparison.environment:
         console.print(_environment_table(comparison))
     else:
@@ -197,7 +197,7 @@ def _check_new(out: Path) -> None:
 
 
 def _restart_with_recorded_threads(recorded: RunData, arguments: Sequence[str]) -> None:
-    """Start this program anew where the recorded run's thread settings are others: libraries read them as they load."""
+    """Restart this process if the recorded thread variables differ: libraries read them when they are imported."""
     from ptq161.tracking.environment import THREAD_VARIABLES  # imports torch, which a wrong directory need not wait for
 
     plain = {name: value for name, value in os.environ.items() if not name.startswith(THREAD_VARIABLES)}

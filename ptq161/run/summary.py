@@ -1,4 +1,4 @@
-"""The one table that a run ends in: full precision, restored where it was, and quantized."""
+"""The table that a run prints at its end: full precision, restored (if it was), and quantized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ptq161.tracking.metric_names import SIZES
 
 
 def print_results(results: Mapping[str, Any], run_dir: str) -> None:
-    """Print a run's results, where its record lies, and how to look at it."""
+    """Print a run's results, the path of its record, and the command of its report."""
     # A file or a pipe has no width of its own; a narrow terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(results_table(results))
@@ -24,7 +24,7 @@ def print_results(results: Mapping[str, Any], run_dir: str) -> None:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Lay a run's results out, a metric a row.
+    """Return a table of a run's results, a metric a row.
 
     Args:
         results: the content of ``results.json``.

@@ -6,9 +6,8 @@ Usage::
     python -m ptq161.search --trials 50 --out DIR --space my_space.yaml eval=ppl  # what to vary; settings of run.py
     python -m ptq161.search --trials 50 --out DIR --objectives bits_per_weight zero_shot/piqa/acc
 
-The same command again goes on where a killed search stopped, or adds trials up to a larger ``--trials``; typed in
-several terminals, or on machines that share the folder, it is one search in several processes. Each trial is a recorded
-run.
+The same command again continues a killed search, or adds trials up to a larger ``--trials``; in several terminals, or
+on machines that share the folder, it is one search in several processes. Each trial is a recorded run.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ from ptq161.tracking.metric_names import SIZES, is_perplexity
 
 DEFAULT_SPACE = CONF / "search.yaml"
 OWN_KEYS = ("hydra", "study")
-"""Keys of run.py that a trial cannot take: the search says where runs go, and a study is a sweep."""
+"""Keys of run.py that a search does not accept: it sets the run directories itself, and a study is a sweep."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status: 1, with one sentence on stderr, for bad input, or where no trial has finished.
+        the exit status: 0, or 1, with one sentence on stderr, for bad input or if no trial has finished.
     """
     options = _parser().parse_intermixed_args(arguments)
     try:
@@ -60,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def prepare(options: argparse.Namespace) -> Search:
-    """Check everything that can be wrong with a search, and open it.
+    """Check the arguments of a search, and open it.
 
     Raises:
-        UserError: something is; nothing has been written then.
+        UserError: an argument is wrong; nothing has been written then.
     """
     if options.trials < 1:
         raise UserError(f"--trials {options.trials}: use at least 1.")
@@ -90,7 +89,7 @@ def prepare(options: argparse.Namespace) -> Search:
 
 
 def direction(metric: str) -> Direction:
-    """Return which way a result improves: ``minimize`` for sizes and perplexities, ``maximize`` for accuracies."""
+    """Return the direction of an objective: ``minimize`` for sizes and perplexities, ``maximize`` for accuracies."""
     return "minimize" if metric in SIZES or is_perplexity(metric) else "maximize"
 
 
@@ -114,33 +113,33 @@ def _check_keys(space: Space, overrides: Sequence[str]) -> None:
             raise UserError(f"{override} fixes what the search varies: leave it out, here or in the space's file.")
 
 
-def _objectives(named: Sequence[str] | None, config: RunConfig) -> tuple[str, str]:
+def _objectives(names: Sequence[str] | None, config: RunConfig) -> tuple[str, str]:
     perplexities = [f"ppl/{corpus}@{config.eval.seq_len}" for corpus in config.eval.corpora]
-    if named is None:
+    if names is None:
         if not perplexities:
             raise UserError("eval.corpora is empty, so there is no perplexity: name two results with --objectives.")
         return "bits_per_weight", perplexities[0]
-    if named[0] == named[1]:
-        raise UserError(f"--objectives {named[0]} {named[1]}: name two different results.")
+    if names[0] == names[1]:
+        raise UserError(f"--objectives {names[0]} {names[1]}: name two different results.")
     known = [*SIZES, *perplexities]
     tasks = [f"zero_shot/{task}/" for task in config.eval.tasks]
-    for name in named:
+    for name in names:
         if name not in known and not name.startswith(tuple(tasks)):
             offered = ", ".join([*known, *(f"{task}METRIC" for task in tasks)])
             raise UserError(f"--objectives {name}: no run with these settings measures it; choose from {offered}.")
-    return named[0], named[1]
+    return names[0], names[1]
 
 
 def _run_trials(search: Search, n_trials: int) -> None:
     try:
         while claim := claim_trial(search, n_trials):
-            _tell(search, claim, run_trial(search, claim))
+            _print_trial(search, claim, run_trial(search, claim))
     except KeyboardInterrupt:
         print("The search goes on when the same command is typed again.", file=sys.stderr)
         raise
 
 
-def _tell(search: Search, claim: Claim, outcome: Outcome) -> None:
+def _print_trial(search: Search, claim: Claim, outcome: Outcome) -> None:
     point = " ".join(f"{key}={short(value)}" for key, value in claim.values.items())
     if outcome.values is None:
         print(f"Trial {claim.number} ({point}) failed: {outcome.reason}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a search varies: a YAML file in, Optuna's distributions and Hydra's overrides out."""
+"""The space of a search: a YAML file in, Optuna's distributions and Hydra's overrides out."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load_space(file: Path) -> Space:
     """Read a search space.
 
     Returns:
-        key of run.py -> where its values come from.
+        key of run.py -> distribution of its values.
 
     Raises:
-        UserError: there is no such file, or an entry has none of the forms of ``search.yaml``.
+        UserError: the file cannot be read, or an entry has none of the forms of ``conf/search.yaml``.
     """
     try:
         entries = OmegaConf.to_container(OmegaConf.load(file))
@@ -51,9 +51,9 @@ def ends(distribution: BaseDistribution) -> list[Any]:
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """Yield each end of each key, once with the others at their first end and once with them at their last.
+    """Yield points to check: each end of each key, with the other keys once at their first and once at their last end.
 
-    All combinations would be too many to compose; what only one of those can show fails as a trial.
+    All combinations would be too many to compose; an error that only another combination has fails its trial.
     """
     seen = []
     for side in (0, -1):
@@ -67,23 +67,23 @@ def corners(space: Space) -> Iterator[dict[str, Any]]:
 
 
 def contains(space: Space, values: Mapping[str, Any]) -> bool:
-    """Say whether ``values`` is a point of the space."""
+    """Return whether ``values`` is a point of the space."""
     return set(values) == set(space) and all(_has(space[key], value) for key, value in values.items())
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Write a point of a space as Hydra reads it."""
+    """Return a point of a space as overrides of Hydra."""
     return [f"{key}={as_value(value)}" for key, value in values.items()]
 
 
 def as_value(value: Any) -> str:
-    """Write a plain value as Hydra's grammar reads it."""
+    """Return a plain value in the grammar of Hydra's overrides."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
     if not isinstance(value, str) or PLAIN.fullmatch(text):
         return text
-    # Within quotes, Hydra takes backslashes before a quote, or at the end, for escapes.
+    # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 

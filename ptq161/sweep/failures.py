@@ -1,7 +1,7 @@
-"""What becomes of a sweep's failures: told as they happen, once more in a table at the end, and ``on_error``.
+"""The failures of a sweep: printed as they happen, and once more in a table at the end.
 
-Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra hands on only the first failure,
-and that after the last job. So each failing job adds a line to a file of the sweep's directory.
+Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra raises only the first failure,
+after the last job. So each failing job appends a line to a file in the sweep's directory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ptq161.sweep.overrides import own_overrides
 FAILURES = "failures.jsonl"
 STOPPED = "The sweep ends at its first failure (on_error=stop); what is finished is kept."
 STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
-"""Launchers that begin a job after another one has ended; the others hand all jobs to a queue at once."""
+"""Launchers that start jobs one after the other, and so can stop; the others queue all jobs at once."""
 
 
 class FailedRunError(CompactHydraException):
@@ -47,8 +47,8 @@ class Failure:
 
     Attributes:
         job: its number.
-        overrides: what was typed for it.
-        sentence: why.
+        overrides: of the command line, for this job.
+        sentence: why it failed.
         run_dir: its directory.
     """
 
@@ -69,13 +69,13 @@ def record_failure(sweep_dir: str, failure: Failure) -> None:
         UserError: the file cannot be written.
     """
     path = Path(sweep_dir, FAILURES)
-    # One short write at the file's end is not mixed with that of another process.
+    # One short write in append mode is not interleaved with that of another process.
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(encode_json(dataclasses.asdict(failure)) + "\n")
 
 
 def read_failures(sweep_dir: Path | str) -> list[Failure]:
-    """Return a sweep's failures in the order of its jobs; lines that are damaged are left out."""
+    """Return a sweep's failures in the order of its jobs; damaged lines are skipped."""
     try:
         lines = Path(sweep_dir, FAILURES).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -91,12 +91,12 @@ def read_failures(sweep_dir: Path | str) -> list[Failure]:
 
 
 def print_failure(failure: Failure) -> None:
-    """Tell one failure on stderr."""
+    """Print one failure on stderr."""
     print(f"Job {failure.job} ({' '.join(failure.overrides)}) failed: {failure.sentence}", file=sys.stderr, flush=True)
 
 
 def print_failures(sweep_dir: str, sweep: DictConfig) -> None:
-    """Print the table of a sweep's failures on stderr, or nothing where there are none."""
+    """Print the table of a sweep's failures on stderr; nothing if there are none."""
     if not (failures := read_failures(sweep_dir)):
         return
     table = Table(title=f"{len(failures)} failed: {sweep_dir}", title_justify="left")

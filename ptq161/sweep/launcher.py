@@ -1,8 +1,8 @@
 """``hydra/launcher=local``: a sweep on one machine, one subprocess per job, as many at a time as there are slots.
 
 The processes are forked from one that has imported everything and done nothing else (the standard library's fork
-server), so that a job begins without the seconds that the imports take. It never asks for a GPU, as CUDA cannot be used
-after a fork.
+server), so that a job starts without the seconds that the imports take. That process never initializes CUDA, which
+cannot be used after a fork.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 GRACE_SECONDS = 30.0
-"""For which an interrupted job may close its record."""
+"""Time in which an interrupted job may close its record before it is killed."""
 # Apple's libraries are not safe after a fork: there, each process imports everything anew.
 CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
 
@@ -50,9 +50,9 @@ class Settings:
 
     Attributes:
         slots: jobs at a time; None is one for each ``gpus_per_job`` GPUs, and one without a GPU.
-        gpus_per_job: GPUs that a job sees.
+        gpus_per_job: GPUs that are visible to a job.
         threads: threads of a job; None is cores // slots.
-        retries: how often a job that was killed by a signal is begun again.
+        retries: how often a job that was killed by a signal is started again.
     """
 
     slots: int | None = None
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A share of the machine, which one job has at a time.
+    """A share of the machine, used by one job at a time.
 
     Attributes:
         gpus: ``CUDA_VISIBLE_DEVICES`` of its jobs; None leaves it as it is.
@@ -80,11 +80,11 @@ class Slot:
 
 
 def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
-    """Divide the machine.
+    """Divide the machine into slots.
 
     Args:
         settings: of the launcher.
-        gpus: the names of all GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them.
+        gpus: names of all GPUs, as in ``CUDA_VISIBLE_DEVICES``.
 
     Raises:
         UserError: a job is to have more GPUs than there are.
@@ -109,7 +109,7 @@ def visible_gpus() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What Hydra hands to a launcher, checked.
+    """A sweep as Hydra passes it to a launcher, checked.
 
     Attributes:
         settings: of the launcher.
@@ -148,14 +148,14 @@ class Sweep:
         return self.settings.threads or max(1, cores // len(self.slots))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run jobs, and tell how each ended.
+        """Run jobs, and log how each ended.
 
         Args:
             job_overrides: of each job.
             first: number of the first one.
 
         Returns:
-            what Hydra's own launcher would: one ``JobReturn`` for each job, in their order.
+            one ``JobReturn`` for each job, in their order, as Hydra's own launcher does.
 
         Raises:
             SystemExit: a job failed, and ``on_error`` is ``stop``.
@@ -165,18 +165,18 @@ class Sweep:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         count = len(job_overrides)
         log.info("Launching %d jobs, %d at a time with %d threads each", count, len(self.slots), self.threads)
-        # Composing takes a moment, which the first jobs need not wait for.
+        # A generator, so that the first jobs start before the last ones are composed.
         jobs = (self._compose(first + i, overrides) for i, overrides in enumerate(job_overrides))
         returns: dict[int, JobReturn] = {}
         with (
             Interrupts().installed(),
-            # Threads are counted when a library is imported, which happens once, in the fork server.
+            # Set before the fork server starts: libraries read these when they are imported, once, in that process.
             env_override(dict.fromkeys(THREAD_COUNTS, str(self.threads))),
             contextlib.closing(run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
         ):
             for job, result, seconds in ended:
                 returns[job.number] = result
-                self._tell(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
+                self._report(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
         return [returns[number] for number in sorted(returns)]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> Job:
@@ -186,8 +186,8 @@ class Sweep:
         folder = os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
         return Job(number, list(filter_overrides(overrides)), config, folder)
 
-    def _tell(self, job: Job, result: JobReturn, where: str) -> None:
-        # What is the same for all jobs need not be told again and again.
+    def _report(self, job: Job, result: JobReturn, where: str) -> None:
+        # Only the overrides in which this job differs from the others.
         label = " ".join(own_overrides(job.overrides, self.config))
         log.info("\t#%d : %s %s (%s)", job.number, label, result.status.name.lower(), where)
         if result.status == JobStatus.COMPLETED:
@@ -212,8 +212,8 @@ def run_jobs(
 ) -> Generator[tuple[Job, JobReturn, float], None, None]:
     """Run jobs in processes of their own, one per slot at a time.
 
-    A process that a signal killed is begun again, at most ``retries`` times. Closing the iterator, or an exception
-    while it waits, ends all that run: each closes its record as ``interrupted``.
+    A job whose process was killed by a signal is started again, at most ``retries`` times. Closing the iterator, or an
+    exception while it waits, interrupts all running jobs: each closes its record as ``interrupted``.
 
     Yields:
         each job as it ends, with what it returned and the seconds that it took.
@@ -227,7 +227,7 @@ def run_jobs(
                 workers.append(_start(job, free.popleft(), task))
             if not workers:
                 return
-            # A result arrives, or its pipe ends with the process that holds it.
+            # Ready when a result arrives, or when the process that holds the other end has gone.
             ready = wait([worker.results for worker in workers])
             for worker in [worker for worker in workers if worker.results in ready]:
                 result = _receive(worker)
@@ -251,7 +251,7 @@ def _start(job: Job, slot: Slot, task: TaskReference) -> _Worker:
 
 
 def _receive(worker: _Worker) -> JobReturn | None:
-    """Return what a job has sent, None where its process ended before; the process is gone in any case."""
+    """Return the result of a job, or None if its process ended without one; then join the process."""
     try:
         result: JobReturn | None = worker.results.recv()
     except (EOFError, OSError):
@@ -268,7 +268,7 @@ def _interrupt(workers: Sequence[_Worker]) -> None:
 
 
 def _join(processes: Sequence[BaseProcess]) -> None:
-    """Wait for processes that are about to end, and kill those that do not."""
+    """Wait for processes that should be ending, and kill those that still run after ``GRACE_SECONDS``."""
     deadline = time.monotonic() + GRACE_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""What a sweep did, in one line at its end: how many runs were computed, found finished, failed or cut off."""
+"""The summary of a sweep at its end: how many runs were computed, reused, failed or interrupted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ OUTCOMES = ("computed", "found finished", "failed", "cut off")
 
 
 def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
-    """Count the runs of a sweep by what became of them, one of ``OUTCOMES``.
+    """Count the runs of a sweep by their outcome, one of ``OUTCOMES``.
 
     Args:
-        sweep_dir: with a directory for each run, however deep.
-        since: leaves out what began before this time (UTC, ISO 8601), another sweep in the same directory.
+        sweep_dir: holds the run directories, at any depth.
+        since: runs that began before this time (UTC, ISO 8601) are those of an earlier sweep in the same directory.
     """
     outcomes: Counter[str] = Counter()
     for path in sweep_dir.rglob("manifest.json"):
@@ -37,8 +37,8 @@ def _outcome(manifest: dict[str, Any]) -> str:
 
 
 def print_summary(sweep_dir: Path, since: str) -> None:
-    """Print the line; ``since`` as in :func:`count_outcomes`."""
+    """Print the summary; ``since`` as in :func:`count_outcomes`."""
     outcomes = count_outcomes(sweep_dir, since)
-    told = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
-    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}")
+    counts = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
+    print(f"Sweep of {outcomes.total()} runs: {', '.join(counts)}. Records: {sweep_dir}")
     print(f"Report: python -m ptq161.report {sweep_dir} --out FOLDER", flush=True)

@@ -1,4 +1,4 @@
-"""What a run ran on: commit, package versions, hardware, threads."""
+"""The environment of a run: commit, package versions, hardware, threads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def git_state(source: Path = Path(__file__)) -> dict[str, Any] | None:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Return the versions of everything that a result may depend on; None is not installed."""
+    """Return the versions of the packages that a result may depend on; None for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -72,7 +72,7 @@ def hardware() -> dict[str, Any]:
 
 
 def threads() -> dict[str, Any]:
-    """Return the thread counts; they decide the order of float sums and so the bytes of a result."""
+    """Return the thread counts: the order of float sums, and so the bytes of a result, depend on them."""
     return {
         "torch": torch.get_num_threads(),
         "torch_interop": torch.get_num_interop_threads(),

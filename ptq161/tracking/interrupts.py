@@ -53,7 +53,10 @@ class Interrupts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals inside, and put the handlers before back. Only the main thread can: others do nothing."""
+        """Handle the signals inside the context, and restore the earlier handlers after it.
+
+        Python sets handlers in the main thread alone; in another thread the context has no effect.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -62,12 +65,12 @@ class Interrupts:
             yield
         finally:
             for number, handler in before.items():
-                # None stands for a handler that was not set from Python and cannot be put back.
+                # None is a handler that was not set from Python, which cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back while something short and important happens; raise the last of them after it."""
+        """Hold signals back inside the context, which must be short, and raise the last of them after it."""
         self._deferring = True
         try:
             yield

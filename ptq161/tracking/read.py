@@ -12,22 +12,22 @@ from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json
 from ptq161.tracking.layout import SCHEMA_VERSION
 
-# The C parser takes a fiftieth of the time; PyYAML is built without it on some platforms.
+# The C parser is 50 times as fast; PyYAML is built without it on some platforms.
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """Everything that a run directory says about its run.
+    """The content of a run directory.
 
     Attributes:
-        run_dir: where it was read.
+        run_dir: the directory.
         config: the resolved configuration.
-        manifest: what ran where, and how it ended.
-        metrics: one entry per number: time, name, value and what it belongs to.
+        manifest: the environment of the run, and how it ended.
+        metrics: one entry per metric: time, name, value and what it belongs to (block, epoch, linear).
         samples: one entry per text sample: time, name, text.
-        results: what the run found; None where it did not finish.
-        problems: one sentence for each thing that could not be read.
+        results: the content of ``results.json``; None for a run that did not finish.
+        problems: one sentence for each part that could not be read.
     """
 
     run_dir: Path
@@ -40,13 +40,13 @@ class RunData:
 
 
 def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
-    """Read a record, of a run that has ended or still goes on.
+    """Read the record of a run, which may still be running.
 
     Damage to a part of it, such as the last line of a killed run, is reported in ``problems``.
 
     Args:
         run_dir: the directory.
-        with_lines: read metrics and samples too, which take most of the time; otherwise both are empty.
+        with_lines: read metrics and samples too, which takes most of the time; otherwise both are empty.
 
     Raises:
         UserError: the directory holds no record, or one of another layout version.
@@ -65,11 +65,11 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
 
 
 def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any]]:
-    """Read a record's numbers as they arose.
+    """Read a record's metrics, in the order in which they were written.
 
     Args:
         run_dir: the directory.
-        problems: takes one sentence for each line that cannot be read.
+        problems: receives one sentence for each line that cannot be read.
     """
     return _read_lines(Path(run_dir) / "metrics.jsonl", ("time", "name", "value"), problems)
 

@@ -1,4 +1,4 @@
-"""The record that a run writes about itself, complete without any service."""
+"""The record of a run: local files that are complete without any service, and their mirror."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
 class RunRecord:
     """The files of one run directory; made by :meth:`open`.
 
-    ``config.yaml`` (the resolved config), ``manifest.json`` (what ran where, and how it ended), ``metrics.jsonl``
-    (every number as it arises), ``samples.jsonl`` (text samples), ``results.json`` (what the run found) and
-    ``run.log``. Every JSON file carries ``schema_version``, the two line files through the manifest.
+    ``config.yaml`` (the resolved config), ``manifest.json`` (the environment of the run, and how it ended),
+    ``metrics.jsonl`` (every metric as it arises), ``samples.jsonl`` (text samples), ``results.json`` (the scores) and
+    ``run.log``. Every JSON file has a ``schema_version``; for the two line files it is in the manifest.
     """
 
     def __init__(self, run_dir: Path, manifest: dict[str, Any], metrics: TextIO, mirror: Mirror) -> None:
@@ -53,18 +53,18 @@ class RunRecord:
         group: str | None = None,
         tags: Sequence[str] = (),
     ) -> Iterator[RunRecord]:
-        """Begin a record, and end it with the state in which the body is left.
+        """Begin a record, and close it with the state in which the context ends.
 
-        ``finished`` after :meth:`finish`; ``interrupted`` by SIGINT, SIGTERM or ``KeyboardInterrupt``; ``failed``
-        by any other exception, or for lack of results. Inside, both signals raise :class:`Interrupted`. A record
-        that the directory already holds is replaced.
+        The state is ``finished`` after :meth:`finish`; ``interrupted`` after SIGINT, SIGTERM or a
+        ``KeyboardInterrupt``; ``failed`` after any other exception, or without results. Inside, both signals raise
+        :class:`Interrupted`. A record that the directory already holds is replaced.
 
         Args:
             run_dir: is made where it does not exist.
             config: the resolved configuration, plain containers and values.
-            tracker: where the record is mirrored; its ``group`` goes before ``group``, its ``tags`` join ``tags``.
+            tracker: where the record is mirrored; its ``group`` replaces ``group``, its ``tags`` join ``tags``.
             seeds: name -> seed.
-            job_name: what the mirror calls the run.
+            job_name: name of the run in the mirror.
             group: the sweep that the run belongs to.
             tags: labels of the run in the mirror.
 
@@ -91,7 +91,7 @@ class RunRecord:
                 yield record
             except BaseException as error:
                 log.traceback(error)
-                # A full disk may be why the run ends: its sentence must not be replaced by a second one.
+                # A full disk may be why the run ends: closing fails as well then, and must not hide the first error.
                 with contextlib.suppress(Exception):
                     record._close(interrupts, _state_after(error), error)
                 raise
@@ -107,16 +107,16 @@ class RunRecord:
         self._write_manifest()
 
     def metric(self, name: str, value: float, /, **where: int | str) -> None:
-        """Write one number as a line of ``metrics.jsonl``; a :class:`ptq161.methods.base.OnMetric`.
+        """Write one metric as a line of ``metrics.jsonl``; a :class:`ptq161.methods.base.OnMetric`.
 
         Args:
-            name: of the number.
+            name: of the metric.
             value: any number; NaN and infinities are kept (see :func:`ptq161.files.strict_json.encode_json`).
             where: what it belongs to, such as block, epoch, linear.
 
         Raises:
             UserError: the file cannot be written.
-            ValueError: a key of ``where`` is one of the line's own.
+            ValueError: a key of ``where`` is a key of the line itself.
         """
         if clash := RESERVED & where.keys():
             raise ValueError(f"a metric cannot be placed by {sorted(clash)[0]!r}: that is a key of the line itself")
@@ -130,8 +130,8 @@ class RunRecord:
         """
         self._sample(_now(), name, text)
 
-    def take_over(self, metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Record numbers and text samples of a run that was the same, with the times at which they arose.
+    def copy_lines(self, metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record the metrics and text samples of an identical run, with their original times.
 
         Args:
             metrics: lines of its ``metrics.jsonl``, as :func:`ptq161.tracking.read.read_run` returns them.
@@ -147,11 +147,11 @@ class RunRecord:
             self._sample(line["time"], line["name"], line["text"])
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write ``results.json``; a run that comes here and raises nothing after is ``finished``.
+        """Write ``results.json``; the run's state is ``finished`` unless an exception follows.
 
         Args:
             results: ``metrics`` and ``full_precision`` (both flat, name -> number), ``protocol`` (metric ->
-                settings), and what else the run has to say.
+                settings), and other results.
 
         Raises:
             UserError: the file cannot be written.
@@ -222,7 +222,7 @@ def _exit_code(state: str, error: BaseException | None) -> int:
 
 
 def _close_quietly(file: TextIO) -> None:
-    # Every line is flushed when it is written; what cannot be flushed now was already reported then.
+    # Every line is flushed when it is written, so an error here was reported before.
     with contextlib.suppress(OSError):
         file.close()
 

@@ -1,4 +1,4 @@
-"""Where a run's record is mirrored."""
+"""The settings of the mirror of a run's record."""
 
 from __future__ import annotations
 

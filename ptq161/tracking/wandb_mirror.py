@@ -1,4 +1,4 @@
-"""The record mirrored to Weights & Biases. Nothing that goes wrong there reaches the run."""
+"""The mirror of a record in Weights & Biases. A failure there is logged and never ends the run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 from ptq161.tracking.settings import TrackerConfig
 
-# W&B's own limits are 90 s and none at all. What does not arrive in time stays on disk for `wandb sync`.
+# W&B's own limits are 90 s and none at all. What is not sent in time stays on disk for `wandb sync`.
 INIT_TIMEOUT_SECONDS = 30
 FINISH_TIMEOUT_SECONDS = 120
-# W&B keeps its own limits only while its service process lives and answers.
+# Added to both limits: W&B itself keeps them only while its service process responds.
 GRACE_SECONDS = 15
 MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
 
@@ -74,7 +74,7 @@ def open_mirror(
     group: str | None,
     tags: list[str],
 ) -> Mirror:
-    """Return the mirror that ``tracker`` asks for; where W&B cannot be had, say so once and mirror nothing."""
+    """Return the mirror of ``tracker.name``; where W&B cannot start, log that once and mirror nothing."""
     if tracker.name == "none":
         return NullMirror()
     try:
@@ -148,7 +148,7 @@ class WandbMirror:
         if axis not in self._axes:
             self._run.define_metric(axis, hidden=True, summary="none")
             self._axes.add(axis)
-        # The summary is a row of the project's table: results belong there, hundreds of curves' ends do not.
+        # The summary is a row of the project's table: it gets the results, and not the last value of each curve.
         self._run.define_metric(key, step_metric=axis, summary="none")
         self._defined.add(key)
 
@@ -203,11 +203,11 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 def _init(
     tracker: TrackerConfig, run_dir: Path, config: Mapping[str, Any], job_name: str, group: str | None, tags: list[str]
 ) -> Any:
-    """Start a W&B run; None where the user has switched W&B off by its own means."""
-    # W&B reads both when it is first used in a process; whoever wants its messages sets WANDB_SILENT=false.
+    """Start a W&B run; None where ``WANDB_MODE=disabled``."""
+    # W&B reads it when it is first used in a process; set WANDB_SILENT=false to see its messages.
     os.environ.setdefault("WANDB_SILENT", "true")
-    # Importing takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it starts
-    # the service while it holds a lock that its own error path takes again, so a service that is missing hangs it.
+    # Imported here: it takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it
+    # starts the service while it holds a lock that its own error path takes again, so a missing service hangs it.
     import wandb
 
     with _untouched_hooks():
@@ -215,7 +215,7 @@ def _init(
         if mode == "disabled":
             return None
         if mode == "offline":
-            # W&B's telemetry heeds the mode of the process and not of the run; offline is to mean: talks to nobody.
+            # W&B's telemetry ignores the mode of the run; an offline run must not use the network at all.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run = wandb.init(
             project=tracker.project,
@@ -243,7 +243,7 @@ def _init(
 
 
 def _automatic_mode() -> Mode:
-    """Return what WANDB_MODE says, else online where a login exists. Neither asks the user nor the network."""
+    """Return ``WANDB_MODE`` if it is set, else online where a login exists, without a prompt or a request."""
     import wandb
 
     configured = os.environ.get("WANDB_MODE")
@@ -258,24 +258,24 @@ def _automatic_mode() -> Mode:
 def _give_up(action: str, error: Exception) -> None:
     sentence = " ".join(str(error).split()) or type(error).__name__
     log.warning("W&B failed to %s (%s); the run goes on without it, its local record is complete.", action, sentence)
-    # What is broken may also break, or hang, while it is taken down.
+    # A broken service may also fail, or hang, while it is shut down.
     with contextlib.suppress(Exception):
         _within(GRACE_SECONDS, _teardown)
 
 
 def _teardown() -> None:
-    """End W&B's service process and threads, which otherwise live, or hang, until the process ends."""
+    """End W&B's service process and threads, which would otherwise live until this process ends."""
     import wandb
 
     wandb.teardown()
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what ``call`` returns, on a thread that is left behind when it hangs.
+    """Return the value of ``call``, made on a thread of its own that is abandoned after ``seconds``.
 
     Raises:
         TimeoutError: it has not returned in time.
-        Exception: what it raises.
+        Exception: whatever ``call`` raises.
     """
     outcome: Future[T] = Future()
 
@@ -296,7 +296,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _untouched_hooks() -> Iterator[None]:
-    """Undo what W&B replaces for good: its excepthook prints tracebacks where run.py prints a sentence."""
+    """Restore ``sys.excepthook`` and ``sys.exit``, which W&B replaces: its hook prints tracebacks of user errors."""
     excepthook, leave = sys.excepthook, sys.exit
     try:
         yield

@@ -42,26 +42,26 @@ STYLES = {
     "waiting": "dim",
     "finished": "green",
 }
-"""Of each state, in the order in which a terminal that is too small for all of them shows the rows."""
+"""State -> style, in the order in which rows are kept where a terminal is too small for all."""
 ACTIVE = ("running", "starting", "waiting")
 LOSSES = ("loss", "preprocess_loss", "preprocess_quantize_loss")
 TAIL_BYTES = 1 << 16
-"""Read from the end of a running job's numbers: far more than one window's."""
+"""Read from the end of a running job's metrics: far more than one window emits."""
 CLOCK_SECONDS = 60.0
-"""By which a process may seem to begin after its own record."""
+"""Tolerance for clocks that disagree, by which a process may seem to have started after its own record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is shown of one run.
+    """One run, as the table shows it.
 
     Attributes:
         job: its directory below the watched one.
         label: its overrides.
         state: one of ``STYLES``.
-        progress: what it was last heard of.
-        loss: the last one.
-        seconds: since its start, or how long it took.
+        progress: its stage, block or step, by the last metric.
+        loss: the last loss.
+        seconds: since its start; its duration once it has ended.
         outcome: its perplexities, or why it failed.
     """
 
@@ -76,7 +76,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What a folder holds at a moment.
+    """The runs of a folder at one moment.
 
     Attributes:
         rows: of all runs, in the order of their directories.
@@ -88,7 +88,7 @@ class Snapshot:
 
     @property
     def ended(self) -> bool:
-        """Whether there is nothing to wait for."""
+        """Whether all runs have ended."""
         return bool(self.rows) and not any(row.state in ACTIVE for row in self.rows)
 
 
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Look at all runs in a folder: those of its sweeps that have not begun too."""
+    """Read the state of all runs in a folder, and of the jobs of its sweeps that have not started."""
     problems: list[str] = []
     rows: dict[str, Row] = {}
     for name, folders, files in os.walk(folder):
@@ -139,7 +139,7 @@ def snapshot(folder: Path) -> Snapshot:
             planned = rows.get(_relative(path, folder), Row(_relative(path, folder), "", "waiting"))
             if planned.state == "waiting":
                 rows[planned.job] = dataclasses.replace(planned, state="starting")
-    return Snapshot([rows[job] for job in sorted(rows, key=_naturally)], problems)
+    return Snapshot([rows[job] for job in sorted(rows, key=_natural_order)], problems)
 
 
 def render(shot: Snapshot, height: int | None = None) -> Group:
@@ -147,7 +147,7 @@ def render(shot: Snapshot, height: int | None = None) -> Group:
 
     Args:
         shot: what is drawn.
-        height: rows that there is room for; where they do not suffice, what has ended is left out first.
+        height: most rows; if there are more runs, those that have ended are left out first.
     """
     counts = collections.Counter(row.state for row in shot.rows)
     total = ", ".join(f"{counts[state]} {state}" for state in STYLES if counts[state])
@@ -179,7 +179,7 @@ def _follow(folder: Path, console: Console, every: float) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             shot = snapshot(folder)
-            # A title, a header and four lines; a label may take two.
+            # Six lines are the title, the header and rules; a row may take two lines.
             live.update(render(shot, height=(console.height - 6) // 2), refresh=True)
             if shot.ended:
                 live.update(render(shot), refresh=True)
@@ -188,13 +188,13 @@ def _follow(folder: Path, console: Console, every: float) -> None:
 
 
 def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
-    """Yield a row for each job that a sweep's configuration names: waiting, or failed before its record began."""
+    """Yield a row for each job of a sweep's configuration: waiting, or failed before its record began."""
     try:
         config = OmegaConf.load(sweep / "multirun.yaml")
         assert isinstance(config, DictConfig)
         jobs = list(sweep_jobs(config, loader=None))
         labels = [" ".join(own_overrides(overrides, config)) for overrides in jobs]
-    # A file that is being written, or another program's, holds anything; the jobs' own directories tell enough.
+    # The file may be half-written, or another program's; then only the jobs that have directories are shown.
     except Exception:
         return
     failed = {failure.job: failure.sentence for failure in read_failures(sweep)}
@@ -218,11 +218,11 @@ def _row(run_dir: Path, folder: Path) -> Row:
         return dataclasses.replace(row, seconds=_number(manifest.get("duration_seconds")), outcome=_outcome(run))
     if _is_gone(manifest):
         return dataclasses.replace(row, state="lost", outcome="its process has gone; type its command again")
-    numbers = _last_numbers(run_dir / "metrics.jsonl")
-    losses = [_number(number.get("value")) for number in numbers if number.get("name") in LOSSES]
+    metrics = _last_metrics(run_dir / "metrics.jsonl")
+    losses = [_number(metric.get("value")) for metric in metrics if metric.get("name") in LOSSES]
     return dataclasses.replace(
         row,
-        progress=_progress(numbers[-1], manifest.get("n_blocks")) if numbers else "loading",
+        progress=_progress(metrics[-1], manifest.get("n_blocks")) if metrics else "loading",
         loss=losses[-1] if losses else None,
         seconds=_since(manifest.get("start")),
     )
@@ -230,7 +230,7 @@ def _row(run_dir: Path, folder: Path) -> Row:
 
 @functools.lru_cache(maxsize=4096)
 def _read(run_dir: Path, changed: int) -> tuple[RunData, str]:
-    """Read a record once for each state of its manifest (``changed``, when it was last written), and tell that."""
+    """Read a record and its state, once for each version of its manifest (``changed``: time of its last change)."""
     run = read_run(run_dir, with_lines=False)
     state = str(run.manifest.get("exit_state"))
     if state not in STYLES:
@@ -239,14 +239,14 @@ def _read(run_dir: Path, changed: int) -> tuple[RunData, str]:
 
 
 def _is_gone(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the process of a running record has gone; of another machine's processes, nothing is known."""
+    """Return whether the process of a running record has ended; False for a process of another machine."""
     hardware, pid = manifest.get("hardware"), manifest.get("pid")
     if not isinstance(hardware, Mapping) or hardware.get("host") != platform.node() or not isinstance(pid, int):
         return False
     try:
         process = psutil.Process(pid)
         began = _time(manifest.get("start"))
-        # A number is given again: the process of a later day is not this run's.
+        # The operating system reuses process ids: a process that started after the record is not this run's.
         reused = began is not None and process.create_time() > began.timestamp() + CLOCK_SECONDS
         return reused or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -255,8 +255,8 @@ def _is_gone(manifest: Mapping[str, Any]) -> bool:
         return False
 
 
-def _last_numbers(path: Path) -> list[dict[str, Any]]:
-    """Read the numbers at the end of a file that grows; half a line, at either end of what is read, is left out."""
+def _last_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the metrics at the end of a growing file; an incomplete first or last line is skipped."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -264,28 +264,28 @@ def _last_numbers(path: Path) -> list[dict[str, Any]]:
             lines = file.read().split(b"\n")
     except OSError:
         return []
-    numbers = []
+    metrics = []
     for line in lines:
         try:
-            number = decode_json(line.decode("utf-8"))
+            metric = decode_json(line.decode("utf-8"))
         except ValueError:
             continue
-        if "name" in number:
-            numbers.append(number)
-    return numbers
+        if "name" in metric:
+            metrics.append(metric)
+    return metrics
 
 
-def _progress(number: Mapping[str, Any], n_blocks: int | None) -> str:
-    name = str(number["name"])
+def _progress(metric: Mapping[str, Any], n_blocks: int | None) -> str:
+    name = str(metric["name"])
     stage = "preprocess: " if name.startswith("preprocess_") else ""
-    if "step" in number:
-        return f"{stage}step {number['step']}"
-    if "block" in number or "linear" in number:
-        block = number["block"] if "block" in number else str(number["linear"]).partition(".")[0]
+    if "step" in metric:
+        return f"{stage}step {metric['step']}"
+    if "block" in metric or "linear" in metric:
+        block = metric["block"] if "block" in metric else str(metric["linear"]).partition(".")[0]
         total = f" of {n_blocks}" if n_blocks else ""
-        epoch = f", epoch {number['epoch']}" if "epoch" in number else ""
+        epoch = f", epoch {metric['epoch']}" if "epoch" in metric else ""
         return f"{stage}block {block}{total}{epoch}"
-    return f"{number['model']}: {name}" if "model" in number else name
+    return f"{metric['model']}: {name}" if "model" in metric else name
 
 
 def _outcome(run: RunData) -> str:
@@ -301,8 +301,8 @@ def _relative(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path != folder else path.absolute().name
 
 
-def _naturally(name: str) -> list[tuple[int, str]]:
-    """Order 2 before 10."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key by which 2 comes before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.replace("-", "/").split("/")]
 
 

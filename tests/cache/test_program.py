@@ -47,7 +47,7 @@ def test_what_is_there(store: Store, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "left", "told"),
+    ("options", "left", "message"),
     [
         ("", [], "4 entries"),
         ("--kind scores", ["blocks", "results"], "2 entries"),
@@ -57,11 +57,11 @@ def test_what_is_there(store: Store, capsys: pytest.CaptureFixture[str]) -> None
         ("--kind results --unfinished", ["blocks", "results", "scores", "scores"], "0 entries"),
     ],
 )
-def test_pruning(options: str, left: list[str], told: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pruning(options: str, left: list[str], message: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--prune", *options.split()]) == 0
     assert kinds(store) == left
     out = capsys.readouterr().out
-    assert told in out and "freed" in out
+    assert message in out and "freed" in out
     assert ("2.00 MB freed" in out) is ("results" not in left)
 
 

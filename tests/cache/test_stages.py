@@ -381,7 +381,7 @@ def test_identity_is_content(settings: list[str], tmp_path: Path, model_dir: Pat
     base = of()
     copy, text = tmp_path / "copy", tmp_path / "other" / "text.txt"
     shutil.copytree(model_dir, copy)
-    (copy / "README.md").write_text("about it")
+    (copy / "README.md").write_text("no source")
     text.parent.mkdir()
     shutil.copy(tmp_path / "text.txt", text)
     same = [

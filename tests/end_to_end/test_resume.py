@@ -52,8 +52,8 @@ def test_a_sweep_skips_what_is_finished_and_redoes_what_failed(program: Program)
     command = ["-m", *program.tiny, "tracker=none", "method=rtn", "mask_ratio=0.1,0.2", "calib.seq_len=64,600"]
     first = program(*command, "hydra.sweep.dir=first")
     assert first.status == 1
-    told = "Sweep of 4 runs: 1 computed, 1 found finished, 2 failed. Records:"
-    assert told in first.stdout
+    summary = "Sweep of 4 runs: 1 computed, 1 found finished, 2 failed. Records:"
+    assert summary in first.stdout
     assert "nothing is computed again" in first.stdout
     second = program(*command, "hydra.sweep.dir=second")
     assert "Sweep of 4 runs: 0 computed, 2 found finished, 2 failed. Records:" in second.stdout

@@ -88,7 +88,7 @@ def test_results_hold_scores_sizes_and_protocol_of_both_models(tiny_run: Recorde
     assert results["metrics"]["bits_per_weight"] == pytest.approx(8 * linear_bytes / weights)
 
 
-def test_the_table_and_the_samples_are_told(tiny_run: Recorded) -> None:
+def test_the_table_and_the_samples_are_printed(tiny_run: Recorded) -> None:
     ended, run_dir = tiny_run
     results = json.loads((run_dir / "results.json").read_text())
     (row,) = [line for line in ended.stdout.splitlines() if PPL in line]

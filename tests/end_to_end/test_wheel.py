@@ -63,13 +63,13 @@ def test_the_default_model_in_an_empty_folder(scripts: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     (run_dir,) = tmp_path.glob("outputs/*/*")
     assert (run_dir / "checkpoint" / "packed.safetensors").is_file()
-    for verb, said in (
+    for verb, output in (
         (["report", str(run_dir), "--out", "page"], "page"),
         (["watch", "outputs", "--once"], "1 finished"),
         (["cache"], "results"),
     ):
         done = start(scripts, tmp_path, "ptq161", *verb)
-        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and output in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "page" / "index.html").is_file()
 
 

@@ -92,7 +92,7 @@ def test_the_last_bit_of_a_result_counts(record: Record, path: tuple[str, ...]) 
     assert compare(record("a"), record("b", changed(RESULTS, *path, to=math.nextafter(value, math.inf))), 1e-9).equal
 
 
-def test_the_largest_difference_of_a_name_is_told_with_its_place(record: Record) -> None:
+def test_the_largest_difference_of_a_name_is_reported_with_its_place(record: Record) -> None:
     lines = [("loss", 0.5 * 1.01, {"block": 0, "epoch": 0}), ("loss", 0.25 / 2, {"block": 0, "epoch": 1})]
     comparison = compare(record("a"), record("b", lines=lines), tolerance=0.1)
     (loss,) = [metric for metric in comparison.metrics if metric.name == "loss"]
@@ -128,7 +128,7 @@ def test_the_checkpoint_must_be_the_same_unless_a_tolerance_is_given(record: Rec
     assert compare(before, after, tolerance=1e-6).equal
 
 
-def test_what_may_explain_a_difference_is_told(record: Record) -> None:
+def test_differences_of_the_environment_are_reported(record: Record) -> None:
     before = record("a", device="cuda", versions={"torch": "2.9", "peft": "1"}, git={"commit": "abc", "dirty": False})
     after = record("b", versions={"torch": "2.10", "peft": "1"}, git=None)
     assert compare(before, after).environment == {
@@ -148,9 +148,9 @@ def test_the_report_is_json_and_the_table_names_what_differs(record: Record, cap
     assert document["environment"]["dtype"] == {"recorded": "float32", "replayed": "bfloat16"}
     assert document["missing"] == [{"source": "metrics.jsonl", "name": "loss", "where": "block=0 epoch=1"}]
     print_comparison(comparison, Path("out"))
-    said = capsys.readouterr().out
-    assert "Not reproduced: 1 of 7 values differ, 1 were not found again; checkpoint_sha256 differ." in said
-    assert "The replay has no loss block=0 epoch=1 (metrics.jsonl)." in said and "decaf" in said
+    printed = capsys.readouterr().out
+    assert "Not reproduced: 1 of 7 values differ, 1 were not found again; checkpoint_sha256 differ." in printed
+    assert "The replay has no loss block=0 epoch=1 (metrics.jsonl)." in printed and "decaf" in printed
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -186,9 +186,9 @@ def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored_or_f
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     assert main(arguments) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    (sentence,) = said.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (sentence,) = printed.err.splitlines()
     return sentence
 
 

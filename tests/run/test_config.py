@@ -94,7 +94,7 @@ def test_hydras_own_node_is_no_key() -> None:
     assert load(hydra={"job": {}}) == load()
 
 
-def test_integers_are_floats_where_a_float_is_asked_for() -> None:
+def test_integers_are_floats_where_a_float_is_expected() -> None:
     config = load(mask_ratio=0, **{"method.scale_lr": 1})
     assert isinstance(config.method, PTQ161)
     assert type(config.method.scale_lr) is float and type(config.method.mask_ratio) is float

@@ -164,7 +164,7 @@ def test_hydra_reads_a_value_as_it_was(value: Any) -> None:
 # Trials
 
 
-def test_trials_are_runs_and_their_values_are_told(opened: Open) -> None:
+def test_trials_are_runs_and_their_values_are_in_the_study(opened: Open) -> None:
     search = opened(first={"x": 0.25, "n": 4})
     outcomes = run_all(search, 3)
     assert outcomes[0].values == (1.25, 8.75) and outcomes[0].seconds == 2.5
@@ -281,7 +281,7 @@ def test_a_trial_is_taken_over_when_nothing_runs_it_any_more(opened: Open) -> No
     assert (search.run_dir(0) / "begun").read_text() == ".."
 
 
-def test_a_run_that_outlived_its_search_is_told_and_not_repeated(opened: Open) -> None:
+def test_a_run_that_outlived_its_search_is_counted_and_not_repeated(opened: Open) -> None:
     search = opened()
     claim = claim_trial(search, 1)
     assert claim is not None
@@ -406,9 +406,9 @@ def test_what_is_wrong_is_one_sentence_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], sentence: str
 ) -> None:
     assert main(["--out", str(tmp_path / "out"), *arguments]) == 1
-    said = capsys.readouterr()
-    assert len(said.err.splitlines()) == 1 and said.out == ""
-    assert re.search(sentence, said.err)
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1 and printed.out == ""
+    assert re.search(sentence, printed.err)
     assert not (tmp_path / "out").exists()
 
 

@@ -151,7 +151,7 @@ def test_a_process_that_ends_by_itself_is_not_begun_again(launch: Launch, tmp_pa
     assert "status 3" in failure.sentence and "attempt" not in failure.sentence
 
 
-def test_a_failure_is_told_and_the_others_run(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_printed_and_the_others_run(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
     failed, *finished = launch(fail_at_zero, range(3))
     assert failed.status == JobStatus.FAILED
     assert [result.return_value for result in finished] == [1, 2]
@@ -250,7 +250,7 @@ from pathlib import Path
 import torch
 
 def refuse(*args):
-    raise SystemExit("a GPU was asked for")
+    raise SystemExit("CUDA was initialized")
 
 for name in ("is_available", "device_count", "init", "_lazy_init"):
     setattr(torch.cuda, name, refuse)

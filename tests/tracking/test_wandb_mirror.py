@@ -82,8 +82,8 @@ def test_two_runs_in_one_process_are_two_whole_wandb_runs(
         assert {"manifest.json", "results.json", "run.log"} <= set(seen.files)
     assert ids[0] != ids[1]
     assert (sys.excepthook, sys.exit, threading.active_count()) == hooks
-    said = [entry.getMessage() for entry in caplog.records if entry.name.startswith("ptq161")]
-    assert ["offline" in line for line in said] == [True, True]
+    messages = [entry.getMessage() for entry in caplog.records if entry.name.startswith("ptq161")]
+    assert ["offline" in line for line in messages] == [True, True]
     assert capfd.readouterr() == ("", "")
 
 

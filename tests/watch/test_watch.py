@@ -112,7 +112,7 @@ def test_of_many_numbers_only_the_last_are_read(tmp_path: Path, monkeypatch: pyt
     assert only_row(tmp_path).progress == "block 8, epoch 1"
 
 
-def test_blocks_are_told_with_their_number(tmp_path: Path) -> None:
+def test_blocks_are_shown_with_their_number(tmp_path: Path) -> None:
     write_metrics(write_run(tmp_path / "0", "running", n_blocks=30), LOSS)
     assert only_row(tmp_path).progress == "block 3 of 30, epoch 1"
 
