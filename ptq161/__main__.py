@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     if verb not in VERBS:
-        print(f"{verb!r} is no verb of ptq161.\n{_usage()}" if verb else _usage(), file=sys.stderr)
+        print(f"{verb!r} is not a verb of ptq161.\n{_usage()}" if verb else _usage(), file=sys.stderr)
         return 2
     selected = VERBS[verb]
     try:

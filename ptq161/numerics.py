@@ -39,8 +39,8 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[str, str]:
         return name, "as configured"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU multiplies bfloat16"
-        return "float16", "the GPU does not multiply bfloat16"
+            return "bfloat16", "the GPU supports bfloat16"
+        return "float16", "the GPU does not support bfloat16"
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16", "the CPU multiplies bfloat16"
-    return "float32", "the CPU does not multiply bfloat16"
+        return "bfloat16", "the CPU supports bfloat16"
+    return "float32", "the CPU does not support bfloat16"

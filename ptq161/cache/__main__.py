@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = store_dir()
     try:
         if not options.prune and (options.older_than is not None or options.unfinished):
-            raise UserError("--older-than and --unfinished say what to delete: use them with --prune.")
+            raise UserError("--older-than and --unfinished select entries to delete: use them with --prune.")
         entries = _select(stored_entries(root), options.kind, options.older_than, options.unfinished)
         if options.prune:
             _prune(entries, root)
@@ -52,17 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ptq161.cache", description="Show the store of computed results, or delete from it."
     )
-    parser.add_argument("--prune", action="store_true", help="delete the entries that the other options choose")
-    parser.add_argument("--kind", help="only this kind of entries, such as results, blocks or scores")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only what was not used for so many days")
-    parser.add_argument("--unfinished", action="store_true", help="only what runs that were cut off have left")
+    parser.add_argument(
+        "--prune", action="store_true", help="delete all entries, or those that match the options below"
+    )
+    parser.add_argument("--kind", help="only entries of this kind, such as results, blocks or scores")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries not used for DAYS days")
+    parser.add_argument("--unfinished", action="store_true", help="only entries that interrupted runs left unfinished")
     return parser
 
 
 def _select(entries: list[StoredEntry], kind: str | None, days: float | None, unfinished: bool) -> list[StoredEntry]:
     kinds = {entry.kind for entry in entries}
     if kind is not None and kinds and kind not in kinds:
-        raise UserError(f"--kind={kind}: the store holds {', '.join(sorted(kinds))}.")
+        raise UserError(f"--kind={kind}: the store has no such entries; use one of {', '.join(sorted(kinds))}.")
     before = time.time() - (days or 0) * SECONDS_PER_DAY
     return [
         entry

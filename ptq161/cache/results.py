@@ -92,7 +92,7 @@ def reuse_result(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
     origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
     facts = {key: value for key, value in manifest.items() if key not in OWN_FACTS}
     record.describe(**facts, reused_from={"run_dir": manifest["run_dir"], **origin})
-    log.info("the same run was finished in %s: nothing is computed again", manifest["run_dir"])
+    log.info("an identical run finished in %s: its results are reused", manifest["run_dir"])
     return {key: value for key, value in original.results.items() if key != "schema_version"}
 
 
@@ -102,7 +102,7 @@ def _intact(entry: Entry) -> RunData | None:
         problem = run.problems[0] if run.problems else None
         weights, expected = _weights(entry.folder), run.manifest.get("checkpoint_sha256")
         if weights and sha256_of_file(weights) != expected:
-            problem = f"{weights} does not have its checksum"
+            problem = f"{weights} has a wrong checksum"
     except (OSError, UserError) as error:
         problem = str(error)
     if problem is None:

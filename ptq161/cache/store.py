@@ -239,7 +239,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("waiting for another process that makes the same %s", folder.parent.name)
+            log.info("waiting for another process that computes the same %s", folder.parent.name)
             began = time.monotonic()
             lock.acquire(poll_interval=0.2)
             log.info("waited %.0f s", time.monotonic() - began)

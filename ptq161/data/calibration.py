@@ -65,7 +65,7 @@ def _windows_of_text(tokens: Tensor, config: CalibConfig, generator: torch.Gener
     if n < config.seq_len:
         raise UserError(
             f"calib.seq_len={config.seq_len} is more than the {n} tokens of calib={config.name}: "
-            f"set calib.seq_len to at most {n} or take a longer text."
+            f"set calib.seq_len to at most {n}, or use a longer text."
         )
     wanted = config.n_samples * config.seq_len
     if wanted > n:

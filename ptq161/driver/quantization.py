@@ -320,5 +320,6 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     longest = max_seq_len(model.config)
     if tokens.shape[1] > longest:
         raise UserError(
-            f"calib.seq_len={tokens.shape[1]}: the model holds at most {longest} tokens; use a shorter one."
+            f"calib.seq_len={tokens.shape[1]}: the model takes at most {longest} tokens; "
+            f"set calib.seq_len to at most {longest}."
         )

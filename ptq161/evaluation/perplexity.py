@@ -49,10 +49,14 @@ def check_windows(n_tokens: int, seq_len: int, max_length: int | None, text: str
         UserError: the text is too short, or the window too long.
     """
     if max_length is not None and seq_len > max_length:
-        raise UserError(f"eval.seq_len={seq_len}: the model holds {max_length} positions, use at most that many.")
+        raise UserError(
+            f"eval.seq_len={seq_len}: the model takes at most {max_length} tokens; "
+            f"set eval.seq_len to at most {max_length}."
+        )
     if n_tokens < seq_len:
         raise UserError(
-            f"eval.seq_len={seq_len}: {text} has only {n_tokens} tokens, use at most that many or a longer text."
+            f"eval.seq_len={seq_len}: {text} has only {n_tokens} tokens; "
+            f"set eval.seq_len to at most {n_tokens}, or use a longer text."
         )
 
 
@@ -113,7 +117,7 @@ def _summarize(losses: Tensor, seq_len: int) -> Perplexity:
     if not torch.isfinite(losses).all():
         raise UserError(
             f"the loss of window {int((~torch.isfinite(losses)).nonzero()[0])} is not finite: the model's weights or "
-            "activations overflow, use dtype=float32 or dtype=bfloat16."
+            "activations overflow; use dtype=float32 or dtype=bfloat16."
         )
     n_windows = len(losses)
     mean = float(losses.mean())

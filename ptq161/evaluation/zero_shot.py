@@ -170,7 +170,10 @@ def score_tasks(
                 continue
             label = metric if metric_filter == "none" else f"{metric}/{metric_filter}"
             if math.isnan(value):
-                raise UserError(f"zero_shot/{name}/{label} is not a number: the model's activations overflow.")
+                raise UserError(
+                    f"zero_shot/{name}/{label} is not a number: the model's activations overflow; "
+                    "use dtype=float32 or dtype=bfloat16."
+                )
             error = _standard_error(tasks, results, name, metric, metric_filter, value)
             scores[f"zero_shot/{name}/{label}"] = _score(tasks, results, name, value, error)
     return scores

@@ -96,7 +96,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, kind: str, shape: str) 
         raise UserError(f"{kind} tokens have shape {list(tokens.shape)}: use integers {shape}.")
     vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")
+        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")
 
 
 def check_quantizable(model: PreTrainedModel) -> None:

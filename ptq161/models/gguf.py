@@ -46,7 +46,7 @@ def _intact(folder: Path) -> bool:
         return False
     if sha256_of_file(weights) == checksum.read_text(encoding="utf-8"):
         return True
-    log.warning("%s does not have its checksum; it is made again", weights)
+    log.warning("%s has a wrong checksum; the GGUF file is converted again", weights)
     return False
 
 

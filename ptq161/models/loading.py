@@ -92,7 +92,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         # transformers would fill these in at random.
         wrong = sorted(loading["missing_keys"]) + [key for key, *_ in sorted(loading["mismatched_keys"])]
         if wrong:
-            raise ValueError(f"tensor {wrong[0]} is missing in its weights or has another shape than its config says")
+            raise ValueError(f"tensor {wrong[0]} is missing from the weights or has another shape than in the config")
     model.eval()
     model.config.use_cache = False
     if config.n_blocks is not None:
@@ -104,7 +104,9 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.path:
         path = Path(config.path)
         if not (path / "config.json").is_file():
-            raise UserError(f"model.path={config.path}: no Hugging Face model (config.json) is there.")
+            raise UserError(
+                f"model.path={config.path}: no config.json is there; give the folder of a Hugging Face model."
+            )
         return str(path), {"local_files_only": True}
     if config.asset:
         return str(dense_folder(config.asset)), {"local_files_only": True}
@@ -137,7 +139,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # not JSON, not UTF-8
-        raise UserError(f"{file} is not readable JSON: {error}.") from error
+        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a model's configuration: it holds no JSON object.")
+        raise UserError(f"{file} is not the configuration of a model: it holds no JSON object.")
     return content

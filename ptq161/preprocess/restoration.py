@@ -122,7 +122,8 @@ def check_seq_len(restoration: Restoration, longest: int) -> None:
     """
     if restoration.seq_len > longest:
         raise UserError(
-            f"preprocess.seq_len={restoration.seq_len}: the model holds at most {longest} tokens; use a shorter one."
+            f"preprocess.seq_len={restoration.seq_len}: the model takes at most {longest} tokens; "
+            f"set preprocess.seq_len to at most {longest}."
         )
 
 

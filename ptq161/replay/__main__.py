@@ -83,7 +83,7 @@ def read_finished(run_dir: Path | str) -> RunData:
             f"{run_dir} did not finish (state: {state}): only a finished run can be compared with its replay."
         )
     if run.problems:
-        raise UserError(f"{run_dir} cannot be replayed: its record is damaged ({run.problems[0]})")
+        raise UserError(f"{run_dir} cannot be replayed: its record is damaged ({run.problems[0].rstrip('.')}).")
     return dataclasses.replace(run, run_dir=run.run_dir.absolute())
 
 
@@ -157,10 +157,10 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
 
 
 def _verdict(comparison: Comparison) -> str:
-    missing = f", {len(comparison.missing)} were not found again" if comparison.missing else ""
+    missing = f", {len(comparison.missing)} are missing from the replay" if comparison.missing else ""
     within = f" by more than {comparison.tolerance:g}" if comparison.tolerance else ""
     numbers = f"{comparison.n_different} of {comparison.n_values} values differ{within}{missing}"
-    hashes = f"; {', '.join(comparison.differing_hashes)} differ" if comparison.differing_hashes else ""
+    hashes = f"; hashes that differ: {', '.join(comparison.differing_hashes)}" if comparison.differing_hashes else ""
     return f"{'Reproduced' if comparison.equal else 'Not reproduced'}: {numbers}{hashes}."
 
 

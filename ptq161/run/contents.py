@@ -142,4 +142,4 @@ def _sha256(path: Path, store: Store | None) -> str:
         version = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
         return str(store.remember("hashes", version, lambda: {"sha256": sha256_of_file(path)})["sha256"])
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that can.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a readable file.") from error

@@ -71,12 +71,12 @@ def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
     _check_file("preprocess.text_file", file)
     scored = evaluation.text_file if "text_file" in evaluation.corpora else None
     if file and scored and Path(file).expanduser().samefile(Path(scored).expanduser()):
-        raise UserError(f"preprocess.text_file={file} is what eval.text_file scores: train on another text.")
+        raise UserError(f"preprocess.text_file={file} is the file of eval.text_file as well: train on another text.")
 
 
 def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model.path={folder}: no Hugging Face model (config.json) is there.")
+        raise UserError(f"model.path={folder}: no config.json is there; give the folder of a Hugging Face model.")
     explicit = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] in QUANTIZATION]
     if not explicit:
         return
@@ -84,6 +84,6 @@ def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
 
     if is_packed_folder(folder):
         raise UserError(
-            f"{explicit[0]}: the model {folder} is already quantized; leave this out to evaluate it as it is, "
-            "or quantize a full-precision model."
+            f"{explicit[0]}: the model {folder} is already quantized; leave this setting out to evaluate the model, "
+            "or give a full-precision model."
         )

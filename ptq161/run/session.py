@@ -142,7 +142,7 @@ def _computed(session: Session, compute: Callable[[Session], Results]) -> Result
     config, record = session.config, session.record
     for folder in FOLDERS:  # left by an earlier run in this directory
         shutil.rmtree(record.run_dir / folder, ignore_errors=True)
-    log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
+    log.info("dtype of evaluation and storage: %s (%s)", config.dtype, config.dtype_reason)
     record.describe(device=str(config.device), dtype=config.dtype)
     results = compute(session)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -153,4 +153,4 @@ def _store(entry: Entry, run_dir: Path) -> None:
     try:
         store_result(entry, run_dir)
     except UserError as error:
-        log.warning("the result is complete, but not kept for later runs: %s", error)
+        log.warning("the result is complete, but was not stored for later runs: %s", error)

@@ -106,7 +106,7 @@ def load_model(session: Session) -> Weights:
 @timed("load")
 def load_packed(session: Session, folder: str) -> tuple[Weights, Texts]:
     """Load a packed checkpoint, and open the texts and tasks that it is evaluated on."""
-    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", folder)
+    log.info("%s is a packed checkpoint: it is evaluated, and nothing is quantized", folder)
     model, tokenizer = load(folder)
     return _packed(session, model, Path(folder) / WEIGHTS_FILE), _texts(session, tokenizer, model.config)
 
@@ -117,7 +117,8 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
     config = session.config
     if config.calib.seq_len > texts.longest:
         raise UserError(
-            f"calib.seq_len={config.calib.seq_len}: the model holds at most {texts.longest} tokens; use a shorter one."
+            f"calib.seq_len={config.calib.seq_len}: the model takes at most {texts.longest} tokens; "
+            f"set calib.seq_len to at most {texts.longest}."
         )
     drawn = identity.tokens(model=session.identity["model"], text=session.identity["calibration"], seed=config.seed)
     tokens = session.stages.tensor(
@@ -274,7 +275,7 @@ def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
             lambda: {"text": greedy_sample(model, texts.tokenizer, prompt, n_tokens)},
         )["text"]
         if not prepare.cache_info().currsize:
-            log.info("%s: every score was known", label)
+            log.info("%s: all scores were found in the cache", label)
     record.sample(label, text)
     log.info("%s sample: %s", label, " ".join(text.split()))
     return scores

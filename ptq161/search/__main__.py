@@ -108,9 +108,9 @@ def _check_keys(space: Space, overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         if key.partition(".")[0].partition("/")[0] in OWN_KEYS:
-            raise UserError(f"{override}: a search has no use for {key}; leave it out.")
+            raise UserError(f"{override}: a search does not accept {key}; leave it out.")
         if key in space:
-            raise UserError(f"{override} fixes what the search varies: leave it out, here or in the space's file.")
+            raise UserError(f"{override}: the search varies {key}; leave it out, here or in the file of --space.")
 
 
 def _objectives(names: Sequence[str] | None, config: RunConfig) -> tuple[str, str]:
@@ -126,7 +126,7 @@ def _objectives(names: Sequence[str] | None, config: RunConfig) -> tuple[str, st
     for name in names:
         if name not in known and not name.startswith(tuple(tasks)):
             offered = ", ".join([*known, *(f"{task}METRIC" for task in tasks)])
-            raise UserError(f"--objectives {name}: no run with these settings measures it; choose from {offered}.")
+            raise UserError(f"--objectives {name}: no run with these settings measures it; use one of {offered}.")
     return names[0], names[1]
 
 
@@ -135,7 +135,7 @@ def _run_trials(search: Search, n_trials: int) -> None:
         while claim := claim_trial(search, n_trials):
             _print_trial(search, claim, run_trial(search, claim))
     except KeyboardInterrupt:
-        print("The search goes on when the same command is typed again.", file=sys.stderr)
+        print("Run the same command again to continue the search.", file=sys.stderr)
         raise
 
 
@@ -153,12 +153,12 @@ def _show(search: Search, n_trials: int) -> int:
     states = [trial.state for trial in search.study.get_trials(deepcopy=False)]
     finished, failed = states.count(TrialState.COMPLETE), states.count(TrialState.FAIL)
     if not finished:
-        raise UserError(f"none of the {failed} trials in {search.folder} finished; their runs say why.")
+        raise UserError(f"none of the {failed} trials in {search.folder} finished; the output.log of each says why.")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(front_table(search))
     written = ", ".join(path.name for path in write_front(search))
     running = states.count(TrialState.RUNNING)
-    elsewhere = f", {running} still run in other processes" if running else ""
+    elsewhere = f", {running} still running in other processes" if running else ""
     print(f"{finished} of {n_trials} trials finished, {failed} failed{elsewhere}.")
     print(f"Written to {search.folder}: {written}.")
     return 0
@@ -172,15 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the search; trial N is recorded in DIR/N"
     )
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones counted (20)")
-    parser.add_argument("--space", default=str(DEFAULT_SPACE), metavar="FILE", help="what varies (%(default)s)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones included (20)")
+    parser.add_argument("--space", default=str(DEFAULT_SPACE), metavar="FILE", help="keys that vary (%(default)s)")
     parser.add_argument(
         "--objectives",
         nargs=2,
         metavar="RESULT",
-        help="two names of results (bits_per_weight and the first perplexity)",
+        help="names of two results (bits_per_weight and the first perplexity)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of trials (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampler (0)")
     return parser
 
 

@@ -228,7 +228,9 @@ def outcome_of(search: Search, number: int, status: int | None = None) -> Outcom
     metrics = (run.results or {}).get("metrics", {})
     for name in search.objectives:
         if name not in metrics:
-            raise UserError(f"--objectives {name}: trial {number} did not measure it; it has {', '.join(metrics)}.")
+            raise UserError(
+                f"--objectives {name}: trial {number} did not measure it; it measured {', '.join(metrics)}."
+            )
     first, second = (float(metrics[name]) for name in search.objectives)
     seconds = run.manifest.get("duration_seconds")
     for name, value in zip(search.objectives, (first, second), strict=True):
@@ -301,5 +303,5 @@ def _check_same(folder: Path, stored: dict[str, Any], requested: dict[str, Any])
         if stored[part] != requested[part]:
             was = json.dumps(stored[part])
             raise UserError(
-                f"--out {folder} holds a search with another value of {flag}, {was}: repeat it or choose a new folder."
+                f"--out {folder} holds a search with another value of {flag}, {was}: use that, or another folder."
             )

@@ -93,9 +93,7 @@ class SweepFailures(Callback):
 def _check_launcher(config: DictConfig) -> None:
     launcher = str(config.hydra.launcher.get("_target_"))
     if launcher not in Plugins.instance().class_name_to_class:
-        raise UserError(
-            f"hydra/launcher: {launcher} is not installed; its extra brings it: pip install -e '.[cluster]'."
-        )
+        raise UserError(f"hydra/launcher: {launcher} is not installed; install it with pip install -e '.[cluster]'.")
     if config.on_error == "stop" and not launcher.endswith(STOPPABLE):
         raise UserError(
             f"on_error=stop: {launcher.rpartition('.')[2]} queues all jobs at once; "

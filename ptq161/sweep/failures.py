@@ -20,7 +20,7 @@ from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.sweep.overrides import own_overrides
 
 FAILURES = "failures.jsonl"
-STOPPED = "The sweep ends at its first failure (on_error=stop); what is finished is kept."
+STOPPED = "The sweep stops at its first failure (on_error=stop); finished runs are kept."
 STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
 """Launchers that start jobs one after the other, and so can stop; the others queue all jobs at once."""
 
@@ -59,7 +59,8 @@ class Failure:
 
     def error(self) -> FailedRunError:
         """Return the exception with which the job ends."""
-        return FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.", self.sentence)
+        message = "One or more jobs of this sweep failed; the table of failures gives the reason of each."
+        return FailedRunError(message, self.sentence)
 
 
 def record_failure(sweep_dir: str, failure: Failure) -> None:

@@ -93,7 +93,9 @@ def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
     if not gpus:
         return [Slot(None)] * (settings.slots or 1)
     if per_job > len(gpus):
-        raise UserError(f"hydra.launcher.gpus_per_job={per_job}: this machine has {len(gpus)} GPUs; use at most those.")
+        raise UserError(
+            f"hydra.launcher.gpus_per_job={per_job}: this machine has {len(gpus)} GPUs; use at most {len(gpus)}."
+        )
     if per_job == 0:
         return [Slot("")] * (settings.slots or 1)
     groups = [",".join(gpus[i : i + per_job]) for i in range(0, len(gpus) - per_job + 1, per_job)]
@@ -234,7 +236,7 @@ def run_jobs(
                 workers.remove(worker)
                 free.append(worker.slot)
                 if result is None and _was_killed(worker) and worker.job.attempt <= retries:
-                    log.info("\t#%d : %s; it is begun again", worker.job.number, _how_it_ended(worker))
+                    log.info("\t#%d : %s; it is started again", worker.job.number, _how_it_ended(worker))
                     again.append(dataclasses.replace(worker.job, attempt=worker.job.attempt + 1))
                 else:
                     yield worker.job, result or _without_result(worker), time.monotonic() - worker.began
@@ -285,13 +287,13 @@ def _how_it_ended(worker: _Worker) -> str:
     code = worker.process.exitcode
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"its process ended with status {code} before it had a result"
+    return f"its process exited with status {code} without a result"
 
 
 def _without_result(worker: _Worker) -> JobReturn:
     job = worker.job
     attempts = f" in attempt {job.attempt}" if job.attempt > 1 else ""
-    sentence = f"{_how_it_ended(worker)}{attempts}; {os.path.join(job.run_dir, CONSOLE)} holds its output."
+    sentence = f"{_how_it_ended(worker)}{attempts}; its output is in {os.path.join(job.run_dir, CONSOLE)}."
     failure = Failure(job.number, job.overrides, sentence, job.run_dir)
     record_failure(job.config.hydra.sweep.dir, failure)
     result = JobReturn(overrides=job.overrides, cfg=job.config, task_name=job.config.hydra.job.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ptq161.files.strict_json import decode_json
 
-OUTCOMES = ("computed", "found finished", "failed", "cut off")
+OUTCOMES = ("computed", "reused", "failed", "interrupted")
 
 
 def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
@@ -23,7 +23,7 @@ def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
         try:
             manifest = decode_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            outcomes["cut off"] += 1
+            outcomes["interrupted"] += 1
             continue
         if str(manifest.get("start")) >= since:
             outcomes[_outcome(manifest)] += 1
@@ -32,8 +32,8 @@ def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
 
 def _outcome(manifest: dict[str, Any]) -> str:
     if manifest.get("exit_state") == "finished":
-        return "found finished" if manifest.get("reused_from") else "computed"
-    return "failed" if manifest.get("exit_state") == "failed" else "cut off"
+        return "reused" if manifest.get("reused_from") else "computed"
+    return "failed" if manifest.get("exit_state") == "failed" else "interrupted"
 
 
 def print_summary(sweep_dir: Path, since: str) -> None:

@@ -78,7 +78,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = decode_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.parent} is no run directory: its manifest.json cannot be read ({error}).") from error
+        raise UserError(f"{path.parent} is not a run directory: its manifest.json cannot be read ({error}).") from error
     _check_version(path, manifest)
     return manifest
 

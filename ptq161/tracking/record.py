@@ -119,7 +119,7 @@ class RunRecord:
             ValueError: a key of ``where`` is a key of the line itself.
         """
         if clash := RESERVED & where.keys():
-            raise ValueError(f"a metric cannot be placed by {sorted(clash)[0]!r}: that is a key of the line itself")
+            raise ValueError(f"{sorted(clash)[0]!r} cannot say where a metric belongs: it is a key of the line itself")
         self._metric(_now(), name, float(value), where)
 
     def sample(self, name: str, text: str) -> None:

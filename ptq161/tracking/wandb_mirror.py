@@ -257,7 +257,7 @@ def _automatic_mode() -> Mode:
 
 def _give_up(action: str, error: Exception) -> None:
     sentence = " ".join(str(error).split()) or type(error).__name__
-    log.warning("W&B failed to %s (%s); the run goes on without it, its local record is complete.", action, sentence)
+    log.warning("W&B failed to %s (%s); the run continues without it; its record is complete.", action, sentence)
     # A broken service may also fail, or hang, while it is shut down.
     with contextlib.suppress(Exception):
         _within(GRACE_SECONDS, _teardown)

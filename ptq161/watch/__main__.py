@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     folder, console = Path(options.folder), Console(markup=False, highlight=False)
     if not folder.is_dir():
-        print(f"{folder} is no folder: name the directory of a sweep or of a run.", file=sys.stderr)
+        print(f"{folder} is not a folder: give the directory of a sweep or of a run.", file=sys.stderr)
         return 1
     if options.once or not console.is_terminal:
         shot = snapshot(folder)
@@ -217,7 +217,7 @@ def _row(run_dir: Path, folder: Path) -> Row:
     if state != "running":
         return dataclasses.replace(row, seconds=_number(manifest.get("duration_seconds")), outcome=_outcome(run))
     if _is_gone(manifest):
-        return dataclasses.replace(row, state="lost", outcome="its process has gone; type its command again")
+        return dataclasses.replace(row, state="lost", outcome="its process is gone; run its command again")
     metrics = _last_metrics(run_dir / "metrics.jsonl")
     losses = [_number(metric.get("value")) for metric in metrics if metric.get("name") in LOSSES]
     return dataclasses.replace(
@@ -234,7 +234,7 @@ def _read(run_dir: Path, changed: int) -> tuple[RunData, str]:
     run = read_run(run_dir, with_lines=False)
     state = str(run.manifest.get("exit_state"))
     if state not in STYLES:
-        raise UserError(f"its manifest has exit_state {state!r}")
+        raise UserError(f"its manifest has the unknown exit_state {state!r}")
     return run, state
 
 
@@ -331,8 +331,8 @@ def _duration(seconds: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ptq161.watch", description="Follow a sweep, or a run.")
     parser.add_argument("folder", metavar="DIR", help="directory of a sweep or a run, or any folder above them")
-    parser.add_argument("--once", action="store_true", help="print one table and end (as where stdout is no terminal)")
-    parser.add_argument("--every", type=_positive, default=2.0, metavar="SECONDS", help="between two looks (2)")
+    parser.add_argument("--once", action="store_true", help="print one table and exit (as without a terminal)")
+    parser.add_argument("--every", type=_positive, default=2.0, metavar="SECONDS", help="time between two updates (2)")
     return parser
 
 

@@ -81,8 +81,8 @@ def test_an_entry_is_not_old_once_it_is_used_again(store: Store) -> None:
 
 def test_mistakes_are_one_sentence(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in [
-        (["--kind=x"], "--kind=x: the store holds blocks, results, scores."),
-        (["--unfinished"], "--older-than and --unfinished say what to delete: use them with --prune."),
+        (["--kind=x"], "--kind=x: the store has no such entries; use one of blocks, results, scores."),
+        (["--unfinished"], "--older-than and --unfinished select entries to delete: use them with --prune."),
     ]:
         assert main(arguments) == 1
         assert capsys.readouterr().err.strip() == sentence

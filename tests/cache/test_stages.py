@@ -270,7 +270,7 @@ def test_a_result_that_cannot_be_kept_is_complete(
         patched.setattr("ptq161.cache.results.shutil.copyfile", full)
         first = run("first")
     scores(first)
-    assert "not kept for later runs" in caplog.text and "disk is full" in caplog.text
+    assert "not stored for later runs" in caplog.text and "disk is full" in caplog.text
     assert "reused_from" not in run("second").manifest
 
 

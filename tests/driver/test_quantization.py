@@ -377,7 +377,7 @@ def test_the_generators_follow_the_seed_and_the_window(tiny_model: TinyModel) ->
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.zeros(1, 513, dtype=torch.long), r"calib\.seq_len=513: the model holds at most 512 tokens"),
+        (torch.zeros(1, 513, dtype=torch.long), r"calib\.seq_len=513: the model takes at most 512 tokens"),
         (torch.full((2, 8), 256), "outside the model's vocabulary of 256"),
         (torch.full((2, 8), -1), "outside the model's vocabulary of 256"),
         (torch.rand(2, 8), r"shape \[2, 8\]: use integers \[n_samples, seq_len\]"),

@@ -32,7 +32,7 @@ def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program
     stdout, stderr = running.communicate(timeout=SECONDS)
     assert (running.returncode, len(killed)) == (0, KILLS), stdout + stderr
     # A worker that is killed when its job is done already needs no second attempt.
-    late = KILLS - stdout.count("killed by SIGKILL; it is begun again")
+    late = KILLS - stdout.count("killed by SIGKILL; it is started again")
     assert 0 <= late < KILLS // 2
 
     sweep = program.folder / "sweep"

@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
         ),
         (
             ["preprocess.seq_len=1024"],
-            "preprocess.seq_len=1024: the model holds at most 512 tokens; use a shorter one.",
+            "preprocess.seq_len=1024: the model takes at most 512 tokens; set preprocess.seq_len to at most 512.",
         ),
         (["+preprocess.color=1"], "unknown key preprocess.color: known are update, rank, alpha, dropout, targets, "),
     ],
@@ -136,7 +136,8 @@ def test_refusals_are_one_sentence(program: Program, training: list[str], overri
 def test_training_on_what_is_scored_is_refused(program: Program, training: list[str]) -> None:
     scored = next(o.partition("=")[2] for o in program.tiny if o.startswith("eval.text_file="))
     ended = program(*program.tiny, *training, f"preprocess.text_file={scored}")
-    assert ended.sentences == [f"preprocess.text_file={scored} is what eval.text_file scores: train on another text."]
+    sentence = "is the file of eval.text_file as well: train on another text."
+    assert ended.sentences == [f"preprocess.text_file={scored} {sentence}"]
 
 
 def test_packed_checkpoints_are_not_restored(

@@ -85,6 +85,6 @@ def test_a_model_that_has_gone_is_one_sentence(tmp_path: Path, tiny_run: Recorde
     config = (recorded / "config.yaml").read_text()
     path = read_run(recorded).config["model"]["path"]
     (recorded / "config.yaml").write_text(config.replace(path, "gone"))
-    with pytest.raises(UserError, match=r"cannot be replayed: model\.path=gone: no Hugging Face model"):
+    with pytest.raises(UserError, match=r"cannot be replayed: model\.path=gone: no config\.json is there"):
         replay(read_finished(recorded), tmp_path / "again")
     assert not (tmp_path / "again").exists()

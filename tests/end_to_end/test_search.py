@@ -42,7 +42,7 @@ def test_a_killed_search_goes_on_and_ends_in_its_front(tmp_path: Path, tiny: lis
     os.kill(search.pid, signal.SIGTERM)
     _, printed = search.communicate(timeout=SECONDS)
     assert search.returncode == 143
-    assert "goes on when the same command is typed again" in printed and "Traceback" not in printed
+    assert "Run the same command again to continue the search." in printed and "Traceback" not in printed
 
     search = start(tmp_path, *settings)
     out, printed = search.communicate(timeout=SECONDS)

@@ -105,5 +105,5 @@ def test_without_the_packages_of_a_verb_one_sentence(scripts: Path, tmp_path: Pa
 def test_no_verb_and_a_wrong_one(scripts: Path, tmp_path: Path) -> None:
     assert start(scripts, tmp_path, "ptq161").returncode == 2
     done = start(scripts, tmp_path, "ptq161", "quantify")
-    assert done.returncode == 2 and done.stderr.startswith("'quantify' is no verb of ptq161.")
+    assert done.returncode == 2 and done.stderr.startswith("'quantify' is not a verb of ptq161.")
     assert os.listdir(tmp_path) == []

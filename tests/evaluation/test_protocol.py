@@ -210,7 +210,7 @@ def test_a_group_is_scored_with_its_tasks(tiny_model, tiny_tokenizer):
     ("settings", "max_length", "message"),
     [
         ({"seq_len": 901}, 2048, r"eval\.seq_len=901: corpus text_file has only 900 tokens"),
-        ({"seq_len": 600}, 512, r"eval\.seq_len=600: the model holds 512 positions"),
+        ({"seq_len": 600}, 512, r"eval\.seq_len=600: the model takes at most 512 tokens"),
     ],
 )
 def test_refusals_before_any_work(settings, max_length, message, tiny_tokenizer, text_file):

@@ -316,7 +316,8 @@ def test_tokens_that_do_not_fit(tiny_model: TinyModel, tokens: Tensor, part: str
 
 def test_sequences_that_the_model_cannot_hold(tiny_model: TinyModel) -> None:
     sentence = refused(lambda: restored(tiny_model("llama"), short(seq_len=1024)))
-    assert sentence == "preprocess.seq_len=1024: the model holds at most 512 tokens; use a shorter one."
+    expected = "preprocess.seq_len=1024: the model takes at most 512 tokens; set preprocess.seq_len to at most 512."
+    assert sentence == expected
 
 
 def test_a_packed_model_is_refused(tiny_model: TinyModel) -> None:

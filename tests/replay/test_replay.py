@@ -149,7 +149,8 @@ def test_the_report_is_json_and_the_table_names_what_differs(record: Record, cap
     assert document["missing"] == [{"source": "metrics.jsonl", "name": "loss", "where": "block=0 epoch=1"}]
     print_comparison(comparison, Path("out"))
     printed = capsys.readouterr().out
-    assert "Not reproduced: 1 of 7 values differ, 1 were not found again; checkpoint_sha256 differ." in printed
+    verdict = "Not reproduced: 1 of 7 values differ, 1 are missing from the replay; "
+    assert verdict + "hashes that differ: checkpoint_sha256." in printed
     assert "The replay has no loss block=0 epoch=1 (metrics.jsonl)." in printed and "decaf" in printed
 
 
@@ -195,7 +196,7 @@ def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
 def test_what_cannot_be_replayed_is_refused_in_one_sentence(
     record: Record, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert "is no run directory" in refusal(capsys, str(tmp_path / "nowhere"))
+    assert "is not a run directory" in refusal(capsys, str(tmp_path / "nowhere"))
     record("unfinished", results=None)
     assert "did not finish (state: failed)" in refusal(capsys, str(tmp_path / "unfinished"))
     record("old")

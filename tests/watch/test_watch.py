@@ -214,7 +214,8 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(tmp_path)]) == 0
     assert "0 runs: none yet" in capsys.readouterr().out
     assert main([str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err == f"{tmp_path / 'none'} is no folder: name the directory of a sweep or of a run.\n"
+    sentence = f"{tmp_path / 'none'} is not a folder: give the directory of a sweep or of a run.\n"
+    assert capsys.readouterr().err == sentence
 
 
 def test_following_ends_with_the_last_run(tmp_path: Path) -> None:
