@@ -71,7 +71,11 @@ def _windows_of_text(tokens: Tensor, config: CalibConfig, generator: torch.Gener
     if wanted > n:
         log.warning(
             "calib.n_samples=%d x calib.seq_len=%d = %d tokens are more than the %d of calib=%s: windows overlap",
-            *(config.n_samples, config.seq_len, wanted, n, config.name),
+            config.n_samples,
+            config.seq_len,
+            wanted,
+            n,
+            config.name,
         )
     starts = torch.randint(n - config.seq_len + 1, (config.n_samples,), generator=generator)
     return torch.stack([tokens[start : start + config.seq_len] for start in starts.tolist()])

@@ -46,4 +46,4 @@ def offline_unless_reachable() -> Iterator[bool]:
 def _switches() -> list[ModuleType]:
     """Return the modules that hold the libraries' copies of ``HF_HUB_OFFLINE``; ``datasets`` only if it is imported."""
     config = sys.modules.get("datasets.config")
-    return [huggingface_hub.constants, *([] if config is None else [config])]
+    return [huggingface_hub.constants] if config is None else [huggingface_hub.constants, config]

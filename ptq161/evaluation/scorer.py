@@ -162,9 +162,9 @@ def _pad(texts: list[list[int]], side: str, device: torch.device) -> tuple[Tenso
     longest = max(map(len, texts))
     tokens, mask = [], []
     for text in texts:
-        padding = [0] * (longest - len(text))
-        tokens.append([*padding, *text] if side == "left" else [*text, *padding])
-        mask.append([*padding, *[1] * len(text)] if side == "left" else [*[1] * len(text), *padding])
+        padding, seen = [0] * (longest - len(text)), [1] * len(text)
+        tokens.append(padding + text if side == "left" else text + padding)
+        mask.append(padding + seen if side == "left" else seen + padding)
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 

@@ -183,7 +183,7 @@ def _environment_table(comparison: Comparison) -> Table:
     for column in ("manifest", "recorded", "replayed"):
         table.add_column(column, overflow="fold")
     for key, (before, after) in comparison.environment.items():
-        table.add_row(key, *("-" if value is None else str(value) for value in (before, after)))
+        table.add_row(key, "-" if before is None else str(before), "-" if after is None else str(after))
     return table
 
 

@@ -98,7 +98,10 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """Return the comparison as the content of ``replay.json``."""
-        pairs = {"hashes": self.hashes, "environment": self.environment}
+
+        def named(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
+            return {key: {"recorded": recorded, "replayed": replayed} for key, (recorded, replayed) in pairs.items()}
+
         return {
             "equal": self.equal,
             "tolerance": self.tolerance,
@@ -107,10 +110,8 @@ class Comparison:
             "metrics": [dataclasses.asdict(metric) for metric in self.metrics],
             "missing": [place._asdict() for place in self.missing],
             "extra": [place._asdict() for place in self.extra],
-            **{
-                name: {key: {"recorded": a, "replayed": b} for key, (a, b) in pair.items()}
-                for name, pair in pairs.items()
-            },
+            "hashes": named(self.hashes),
+            "environment": named(self.environment),
         }
 
 

@@ -290,10 +290,10 @@ def _dense_size(session: Session, model: PreTrainedModel) -> dict[str, float]:
 
 def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
     size, nominal = measure(model), stored_nominal_bits(file.parent)
-    return {
-        "bits_per_weight": size.bits_per_weight,
-        **({} if nominal is None else {"nominal_bits_per_weight": nominal}),
-        "checkpoint_bytes": file.stat().st_size,
-        "linear_bytes": size.linear_bytes,
-        "other_bytes": size.other_bytes,
-    }
+    sizes = {"bits_per_weight": size.bits_per_weight}
+    if nominal is not None:
+        sizes["nominal_bits_per_weight"] = nominal
+    sizes["checkpoint_bytes"] = file.stat().st_size
+    sizes["linear_bytes"] = size.linear_bytes
+    sizes["other_bytes"] = size.other_bytes
+    return sizes

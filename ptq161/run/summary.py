@@ -32,20 +32,22 @@ def results_table(results: Mapping[str, Any]) -> Table:
     metrics, full, protocol = results["metrics"], results["full_precision"], results["protocol"]
     merged = results.get("merged")
     table = Table(title="Full precision against quantized")
-    columns = ("metric", "full precision", *(["merged"] if merged else []), "quantized", "± se", "scored on")
+    columns = ["metric", "full precision", "merged", "quantized", "± se", "scored on"]
+    if not merged:
+        columns.remove("merged")
     for column in columns:
         table.add_column(column, justify="left" if column in ("metric", "scored on") else "right", no_wrap=True)
-    for name in [*(n for n in metrics if n not in SIZES), *(n for n in SIZES if n in metrics)]:
+    scores, sizes = [n for n in metrics if n not in SIZES], [n for n in SIZES if n in metrics]
+    for name in scores + sizes:
         settings = protocol.get(name, {})
         error = settings.get("standard_error")
-        table.add_row(
-            name,
-            _format(name, full.get(name)),
-            *([_format(name, merged.get(name))] if merged else []),
-            "" if metrics == full else _format(name, metrics[name]),
-            "" if error is None else f"{error:.3g}",
-            _scored_on(settings),
-        )
+        cells = [name, _format(name, full.get(name))]
+        if merged:
+            cells.append(_format(name, merged.get(name)))
+        cells.append("" if metrics == full else _format(name, metrics[name]))
+        cells.append("" if error is None else f"{error:.3g}")
+        cells.append(_scored_on(settings))
+        table.add_row(*cells)
     return table
 
 

@@ -125,7 +125,7 @@ def _objectives(names: Sequence[str] | None, config: RunConfig) -> tuple[str, st
     tasks = [f"zero_shot/{task}/" for task in config.eval.tasks]
     for name in names:
         if name not in known and not name.startswith(tuple(tasks)):
-            offered = ", ".join([*known, *(f"{task}METRIC" for task in tasks)])
+            offered = ", ".join(known + [f"{task}METRIC" for task in tasks])
             raise UserError(f"--objectives {name}: no run with these settings measures it; use one of {offered}.")
     return names[0], names[1]
 

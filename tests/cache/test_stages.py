@@ -52,9 +52,20 @@ def settings(model_dir: Path, tmp_path: Path) -> list[str]:
     text.write_text("".join(f"Line {i}: {i**2} squares and {i**3} cubes. " for i in range(200)))
     return [
         f"model.path={model_dir}",
-        *f"calib=text_file calib.text_file={text} calib.n_samples=4 calib.seq_len=32".split(),
-        *f"eval=ppl eval.corpora=[text_file] eval.text_file={text} eval.seq_len=32 eval.max_windows=4".split(),
-        *["eval.sample_tokens=2", "method.epochs=1", "tracker=none", "device=cpu", "dtype=float32"],
+        "calib=text_file",
+        f"calib.text_file={text}",
+        "calib.n_samples=4",
+        "calib.seq_len=32",
+        "eval=ppl",
+        "eval.corpora=[text_file]",
+        f"eval.text_file={text}",
+        "eval.seq_len=32",
+        "eval.max_windows=4",
+        "eval.sample_tokens=2",
+        "method.epochs=1",
+        "tracker=none",
+        "device=cpu",
+        "dtype=float32",
     ]
 
 

@@ -31,7 +31,7 @@ def test_help_explains_every_top_level_key(program: Program) -> None:
 
 
 def test_the_config_of_a_job_can_be_shown(program: Program) -> None:
-    ended = program(*["--cfg", "job", "--resolve", "mask_ratio=0.3", "method=ptq161_paper"])
+    ended = program("--cfg", "job", "--resolve", "mask_ratio=0.3", "method=ptq161_paper")
     assert (ended.status, ended.stderr) == (0, "")
     config = yaml.safe_load(ended.stdout)
     assert config["method"]["mask_ratio"] == 0.3

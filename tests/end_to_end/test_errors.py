@@ -105,14 +105,17 @@ def test_a_damaged_asset_names_file_and_checksum(program: Program) -> None:
     wheel = program.folder / "cache" / "wheels" / asset.wheel
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"damaged")
-    ended = program(*["debug=smoke", "tracker=none", "hydra.run.dir=run"], PTQ161_CACHE=str(program.folder / "cache"))
+    cache = str(program.folder / "cache")
+    ended = program("debug=smoke", "tracker=none", "hydra.run.dir=run", PTQ161_CACHE=cache)
     assert_sentence(ended, str(wheel), asset.sha256)
     assert_failed(program.folder / "run", asset.sha256)
 
 
 def test_an_asset_without_network_says_what_to_do(program: Program) -> None:
     ended = program(
-        *["debug=smoke", "tracker=none", "hydra.run.dir=run"],
+        "debug=smoke",
+        "tracker=none",
+        "hydra.run.dir=run",
         PTQ161_CACHE=str(program.folder / "cache"),
         PIP_INDEX_URL="http://127.0.0.1:9/simple",
         PIP_CONFIG_FILE="/dev/null",
@@ -125,7 +128,11 @@ def test_an_asset_without_network_says_what_to_do(program: Program) -> None:
 
 def test_an_unreachable_hub_is_said_at_once(program: Program) -> None:
     ended = program(
-        *["model=llama2_7b", "calib=wikitext2", "eval=paper", "tracker=none", "hydra.run.dir=run"],
+        "model=llama2_7b",
+        "calib=wikitext2",
+        "eval=paper",
+        "tracker=none",
+        "hydra.run.dir=run",
         HF_HUB_OFFLINE=None,
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(program.folder / "hf"),
@@ -138,7 +145,7 @@ def test_an_unreachable_hub_is_said_at_once(program: Program) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_as_interrupted(program: Program, number: signal.Signals) -> None:
-    process = program.start(*program.tiny, *["method.epochs=1000000", "tracker=none", "hydra.run.dir=run"])
+    process = program.start(*program.tiny, "method.epochs=1000000", "tracker=none", "hydra.run.dir=run")
     metrics = program.folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + SECONDS
     while not (metrics.exists() and '"loss"' in metrics.read_text()):

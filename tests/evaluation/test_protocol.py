@@ -55,7 +55,14 @@ def test_paper_uses_no_validation_split_of_its_own():
     paper = load("paper")
     assert (paper.corpora, paper.seq_len) == (["wikitext2", "c4"], 2048)
     assert paper.tasks == [
-        *("piqa", "arc_easy", "hellaswag", "winogrande", "race", "arc_challenge", "lambada_openai", "lambada_standard")
+        "piqa",
+        "arc_easy",
+        "hellaswag",
+        "winogrande",
+        "race",
+        "arc_challenge",
+        "lambada_openai",
+        "lambada_standard",
     ]
 
 

@@ -20,8 +20,16 @@ CPU = torch.device("cpu")
 
 
 def quantization(**changes: Any) -> dict[str, Any]:
-    facts = {"weights": "w", "config": "c", "calibration": "t", "method": RTN(), "salient_masks": None, "seed": 0}
-    return identity.quantization(**{**facts, "device": CPU, **changes})
+    facts: dict[str, Any] = {
+        "weights": "w",
+        "config": "c",
+        "calibration": "t",
+        "method": RTN(),
+        "salient_masks": None,
+        "seed": 0,
+        "device": CPU,
+    }
+    return identity.quantization(**(facts | changes))
 
 
 def test_a_quantization_depends_on_each_of_its_arguments_and_on_the_threads() -> None:

@@ -28,7 +28,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**changes: object) -> Restoration:
-    return short(**{"corpora": EMBEDDED, "seq_len": 5, "steps": 3, "batch_size": 2, **changes})
+    values: dict[str, object] = {"corpora": EMBEDDED, "seq_len": 5, "steps": 3, "batch_size": 2}
+    return short(**(values | changes))
 
 
 def test_documents_follow_each_other_without_padding(few: None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -38,7 +38,8 @@ def record(tmp_path: Path) -> Record:
         config = {"dtype": "auto", "method": {"name": "ptq161", "compute_dtype": "auto"}, "tracker": {"name": "wandb"}}
         tracker = TrackerConfig("none")
         with RunRecord.open(tmp_path / name, config=config, tracker=tracker, seeds={}, job_name="demo") as run:
-            run.describe(**{"checkpoint_sha256": "c0ffee", "device": "cpu", "dtype": "float32", **facts})
+            run.describe(checkpoint_sha256="c0ffee", device="cpu", dtype="float32")
+            run.describe(**facts)
             for key, value, where in lines:
                 run.metric(key, value, **where)
             if results is not None:
@@ -169,9 +170,17 @@ def test_a_relative_difference_is_symmetric_and_zero_for_equal_numbers_only(a: f
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        *[(1.0, 2.0, 0.5), (-1.0, 1.0, 2.0), (0.0, 1e-300, 1.0), (0, 0.0, 0.0)],
-        *[(math.nan, math.nan, 0.0), (math.nan, 1.0, math.inf), (math.inf, math.inf, 0.0), (math.inf, 1.0, math.inf)],
-        *[("a", "a", 0.0), ("a", "b", math.inf), (None, 1.0, math.inf)],
+        (1.0, 2.0, 0.5),
+        (-1.0, 1.0, 2.0),
+        (0.0, 1e-300, 1.0),
+        (0, 0.0, 0.0),
+        (math.nan, math.nan, 0.0),
+        (math.nan, 1.0, math.inf),
+        (math.inf, math.inf, 0.0),
+        (math.inf, 1.0, math.inf),
+        ("a", "a", 0.0),
+        ("a", "b", math.inf),
+        (None, 1.0, math.inf),
     ],
 )
 def test_relative_differences(a: Any, b: Any, expected: float) -> None:

@@ -363,8 +363,11 @@ def test_the_front_is_what_no_trial_beats(opened: Open) -> None:
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        *[("bits_per_weight", "minimize"), ("checkpoint_bytes", "minimize"), ("ppl/boolq@512", "minimize")],
-        *[("zero_shot/lambada/perplexity", "minimize"), ("zero_shot/piqa/acc", "maximize")],
+        ("bits_per_weight", "minimize"),
+        ("checkpoint_bytes", "minimize"),
+        ("ppl/boolq@512", "minimize"),
+        ("zero_shot/lambada/perplexity", "minimize"),
+        ("zero_shot/piqa/acc", "maximize"),
     ],
 )
 def test_which_way_a_result_improves(metric: str, expected: str) -> None:
