@@ -27,7 +27,7 @@ from rich.table import Table
 from ptq161.cache.store import StoredEntry, delete_entry, store_dir, stored_entries
 from ptq161.errors import UserError
 
-SECONDS_PER_DAY = 86400
+_SECONDS_PER_DAY = 86400
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +65,7 @@ def _select(entries: list[StoredEntry], kind: str | None, days: float | None, un
     kinds = {entry.kind for entry in entries}
     if kind is not None and kinds and kind not in kinds:
         raise UserError(f"--kind={kind}: the store has no such entries; use one of {', '.join(sorted(kinds))}.")
-    before = time.time() - (days or 0) * SECONDS_PER_DAY
+    before = time.time() - (days or 0) * _SECONDS_PER_DAY
     return [
         entry
         for entry in entries

@@ -19,16 +19,16 @@ from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
 
-FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
+_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
 CHECKPOINT = "checkpoint"
 """The folder of a run's packed model."""
 MERGED = "merged"
 """The folder of its restored model."""
 FOLDERS = (CHECKPOINT, MERGED)
-SHARED = ".safetensors"
+_SHARED = ".safetensors"
 """Suffix of the files of these folders that are linked and not copied, so that records of one result share them."""
 
-OWN_FACTS = (
+_OWN_FACTS = (
     "schema_version",
     "exit_state",
     "exception",
@@ -57,7 +57,7 @@ def store_result(entry: Entry, run_dir: Path) -> None:
     manifest = decode_json((run_dir / "manifest.json").read_text(encoding="utf-8"))
     entry.write("manifest.json", encode_json({**manifest, "run_dir": run_dir}, indent=2) + "\n")
     with writing(entry.folder, ADVICE):
-        for name in FILES:
+        for name in _FILES:
             if (run_dir / name).exists():
                 shutil.copyfile(run_dir / name, entry.folder / name)
         for name in FOLDERS:
@@ -90,7 +90,7 @@ def reuse_result(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
     record.copy_lines(original.metrics, original.samples)
     manifest = original.manifest
     origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
-    facts = {key: value for key, value in manifest.items() if key not in OWN_FACTS}
+    facts = {key: value for key, value in manifest.items() if key not in _OWN_FACTS}
     record.describe(**facts, reused_from={"run_dir": manifest["run_dir"], **origin})
     log.info("an identical run finished in %s: its results are reused", manifest["run_dir"])
     return {key: value for key, value in original.results.items() if key != "schema_version"}
@@ -112,7 +112,7 @@ def _intact(entry: Entry) -> RunData | None:
 
 
 def _weights(folder: Path) -> Path | None:
-    return next((folder / "checkpoint").glob(f"*{SHARED}"), None)
+    return next((folder / "checkpoint").glob(f"*{_SHARED}"), None)
 
 
 def _link_folder(source: Path, target: Path) -> None:
@@ -122,7 +122,7 @@ def _link_folder(source: Path, target: Path) -> None:
         return
     target.mkdir()
     for path in source.iterdir():
-        if path.suffix == SHARED:
+        if path.suffix == _SHARED:
             with contextlib.suppress(OSError):  # another file system, or one without links
                 os.link(path, target / path.name)
                 continue

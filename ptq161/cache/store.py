@@ -32,8 +32,8 @@ from ptq161.files.strict_json import decode_json, encode_json
 log = logging.getLogger(__name__)
 
 ADVICE = "set the environment variable PTQ161_STORE to a writable folder, or cache=false"
-VALUE = "value.json"
-UNFINISHED = ".unfinished"
+_VALUE = "value.json"
+_UNFINISHED = ".unfinished"
 
 
 def store_dir() -> Path:
@@ -93,11 +93,11 @@ class Store:
         with self.entry(kind, fingerprint) as entry:
             if entry.finished:
                 try:
-                    return decode_json((entry.folder / VALUE).read_text(encoding="utf-8"))
+                    return decode_json((entry.folder / _VALUE).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     entry.restart_damaged(error)
             text = encode_json(compute(), indent=2)
-            entry.write(VALUE, text)
+            entry.write(_VALUE, text)
             entry.finish()
         return decode_json(text)
 
@@ -112,7 +112,7 @@ class Entry:
 
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
         self._finished_folder = folder
-        self._unfinished_folder = folder.with_name(folder.name + UNFINISHED)
+        self._unfinished_folder = folder.with_name(folder.name + _UNFINISHED)
         self._fingerprint = fingerprint
 
     @property
@@ -199,7 +199,7 @@ def stored_entries(root: Path) -> list[StoredEntry]:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
             nbytes = sum(path.stat().st_size for path in _files(folder))
-            finished = not folder.name.endswith(UNFINISHED)
+            finished = not folder.name.endswith(_UNFINISHED)
             found.append(StoredEntry(folder.parent.name, folder, finished, nbytes, folder.stat().st_mtime))
     return found
 
@@ -213,7 +213,7 @@ def delete_entry(entry: StoredEntry) -> int | None:
     Raises:
         UserError: it cannot be deleted.
     """
-    folder = entry.folder.with_name(entry.folder.name.removesuffix(UNFINISHED))
+    folder = entry.folder.with_name(entry.folder.name.removesuffix(_UNFINISHED))
     with writing(entry.folder, ADVICE):
         try:
             with FileLock(f"{folder}.lock", timeout=0):

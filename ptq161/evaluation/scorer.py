@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # What lm-eval passes to a model: ((context, continuation), context tokens, continuation tokens).
-TokenizedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+_TokenizedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 # What it expects back: (log-likelihood in nats, whether every token is the most likely one).
-Answer = tuple[float, bool]
+_Answer = tuple[float, bool]
 # Context -> the requests (index, continuation) that follow it.
-Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
+_Group = tuple[tuple[int, ...], list[tuple[int, list[int]]]]
 
 
 class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
@@ -49,18 +49,18 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.progress = progress
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[_Answer]:
         """Score lm-eval's ``(context, continuation)`` requests, with one progress bar instead of lm-eval's two."""
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
+        answers: list[_Answer] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
 
     @torch.no_grad()
     def _loglikelihood_tokens(
-        self, requests: list[TokenizedRequest], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[Answer]:
+        self, requests: list[_TokenizedRequest], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[_Answer]:
         """Score tokenized requests, the longest first: little padding, and a lack of memory shows at once."""
-        shared, single = group_by_context(requests, self.max_length)
-        answers: dict[int, Answer] = {}
+        shared, single = _group_by_context(requests, self.max_length)
+        answers: dict[int, _Answer] = {}
         with tqdm(total=len(requests), desc=self.progress, unit="request", disable=self.progress is None) as bar:
             for groups, score in ((shared, _score_shared), (single, _score_single)):
                 for batch in _batches(groups, self.batch_size):
@@ -70,13 +70,13 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         return [answers[request] for request in range(len(requests))]
 
 
-def group_by_context(requests: list[TokenizedRequest], max_length: int) -> tuple[list[Group], list[Group]]:
+def _group_by_context(requests: list[_TokenizedRequest], max_length: int) -> tuple[list[_Group], list[_Group]]:
     """Separate the contexts that several requests share from those of a single request.
 
     A request of more than ``max_length`` tokens loses its beginning, as in lm-eval, and shares nothing.
     """
     together: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
-    single: list[Group] = []
+    single: list[_Group] = []
     for index, (_, context, continuation) in enumerate(requests):
         if len(context) + len(continuation) > max_length:
             kept = (context + continuation)[-(max_length + 1) : -len(continuation)]
@@ -88,13 +88,13 @@ def group_by_context(requests: list[TokenizedRequest], max_length: int) -> tuple
     return shared, single
 
 
-def _batches(groups: list[Group], batch_size: int) -> Iterator[list[Group]]:
+def _batches(groups: list[_Group], batch_size: int) -> Iterator[list[_Group]]:
     """Yield groups of similar length, the longest first, with at most ``batch_size`` continuations in a batch."""
 
-    def length(group: Group) -> int:
+    def length(group: _Group) -> int:
         return len(group[0]) + max(len(continuation) for _, continuation in group[1])
 
-    batch: list[Group] = []
+    batch: list[_Group] = []
     n_continuations = 0
     for group in sorted(groups, key=lambda group: (-length(group), group[0])):
         if batch and n_continuations + len(group[1]) > batch_size:
@@ -106,7 +106,7 @@ def _batches(groups: list[Group], batch_size: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def _score_single(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
+def _score_single(model: PreTrainedModel, batch: list[_Group]) -> Iterator[tuple[int, _Answer]]:
     """Score groups of one request each: one forward pass over context and continuation."""
     texts = [[*context, *requests[0][1]][:-1] for context, requests in batch]
     # Padding on the right does not change the logits of a causal model at earlier positions.
@@ -119,7 +119,7 @@ def _score_single(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[
         yield request, _answer(row[start : start + len(continuation)], continuation)
 
 
-def _score_shared(model: PreTrainedModel, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
+def _score_shared(model: PreTrainedModel, batch: list[_Group]) -> Iterator[tuple[int, _Answer]]:
     """Score groups of several requests: a pass over the contexts, then one over all continuations after them.
 
     Contexts are padded on the left and continuations on the right, as in generation, so that a sliding window spans the
@@ -168,7 +168,7 @@ def _pad(texts: list[list[int]], side: str, device: torch.device) -> tuple[Tenso
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 
 
-def _answer(logits: Tensor, continuation: list[int]) -> Answer:
+def _answer(logits: Tensor, continuation: list[int]) -> _Answer:
     """Score a continuation from the logits ``[its length, vocabulary]`` that predict it."""
     log_probs = logits.float().log_softmax(-1)
     wanted = torch.tensor(continuation, device=logits.device)

@@ -34,7 +34,7 @@ from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS, write_task_files
 from ptq161.evaluation.scorer import Scorer
 
-FEWSHOT_SEED = 1234  # lm-eval's default
+_FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ def score_tasks(
         return {}
     for task in tasks.loaded["tasks"].values():
         # Seeded before each scoring: a score must not depend on how often the task was scored before.
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     with _quiet():
         scorer = Scorer(model, tokenizer, batch_size=batch_size, progress=progress)
         # No bootstrap: lm-eval's draws 100,000 samples in pure Python for every perplexity.

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from ptq161.errors import UserError
 
-RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
+_RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
 
 
-def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADVICE) -> None:
+def write_atomically(path: Path, content: str | bytes, advice: str = _RUN_DIR_ADVICE) -> None:
     """Write a file so that a reader, and a crash at any moment, leave the old content or the new one, never a part.
 
     Args:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADV
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str = RUN_DIR_ADVICE) -> Iterator[None]:
+def writing(path: Path, advice: str = _RUN_DIR_ADVICE) -> Iterator[None]:
     """Turn an ``OSError`` inside the context into a ``UserError`` that names ``path``.
 
     Args:

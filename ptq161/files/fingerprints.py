@@ -69,14 +69,14 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> KeyedFolder:
         found = decode_json(text)
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): delete {folder}.") from error
-    if different := differences(fingerprint, found):
+    if different := _differences(fingerprint, found):
         raise UserError(
             f"{folder} belongs to another computation ({'; '.join(different)}): use another folder, or delete it."
         )
     return claimed
 
 
-def differences(expected: Fingerprint, found: Fingerprint) -> list[str]:
+def _differences(expected: Fingerprint, found: Fingerprint) -> list[str]:
     """List the differences of two fingerprints, as in ``method.epochs is 20 here and 4 there``."""
     # Through JSON, since a fingerprint that was read back has lists in the place of tuples.
     here, there = _flat(json.loads(json.dumps(expected))), _flat(json.loads(json.dumps(found)))

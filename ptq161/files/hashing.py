@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (".py", ".yaml", ".json")
+_SOURCES = (".py", ".yaml", ".json")
 _NOT_HASHED = ("__main__.py", "conf", "replay", "report", "search", "sweep", "watch")
 """Rooms that start runs and show them: no module that computes a number imports them (a test reads the import graph).
 
@@ -48,12 +48,12 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_of_sources(package: Path = PACKAGE) -> str:
-    """Hash the sources and data files below a package's folder (``SOURCES``): their relative paths and bytes.
+    """Hash the sources and data files below a package's folder (``_SOURCES``): their relative paths and bytes.
 
     ``_NOT_HASHED`` is left out: a change of a report's colors changes no result.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCES):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in _SOURCES):
         name = path.relative_to(package)
         if name.parts[0] in _NOT_HASHED:
             continue

@@ -24,10 +24,10 @@ from ptq161.files.hashing import sha256_of_file, sha256_of_sources
 SOURCES = sha256_of_sources()
 """Hash of the package's sources, taken at import: a source may be edited while this process runs."""
 
-LIBRARY = ("torch", "transformers")
+_LIBRARY = ("torch", "transformers")
 """Packages whose version can change what is quantized."""
-EVALUATION = (*LIBRARY, "tokenizers", "lm_eval")
-TRAINING = ("peft", "accelerate")
+_EVALUATION = (*_LIBRARY, "tokenizers", "lm_eval")
+_TRAINING = ("peft", "accelerate")
 
 _WITHOUT_EFFECT = ("checkpoint_every", "save_merged", "score_merged", "text_file")
 """Settings of a restoration that do not change the restored weights (the text counts by its content)."""
@@ -69,7 +69,7 @@ def run(
         "seed": seed,
         "device": device.type,
         "dtype": dtype,
-        **_code(*EVALUATION, *TRAINING),
+        **_code(*_EVALUATION, *_TRAINING),
     }
 
 
@@ -81,7 +81,7 @@ def tokens(*, model: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> d
         text: by content, with the number and the length of the windows.
         seed: of the draw.
     """
-    return {"model": model, "text": text, "seed": seed, **_code(*EVALUATION)}
+    return {"model": model, "text": text, "seed": seed, **_code(*_EVALUATION)}
 
 
 def quantization(
@@ -112,10 +112,10 @@ def quantization(
         "method": describe(method),
         "salient_masks": salient_masks,
         "seed": seed,
-        "device": device_name(device),
+        "device": _device_name(device),
         # The order of sums, and so the last bits of a result, depend on it.
         "threads": torch.get_num_threads(),
-        **_code(*LIBRARY),
+        **_code(*_LIBRARY),
     }
 
 
@@ -133,7 +133,7 @@ def restoration(quantized: Fingerprint, *, training: str, settings: Any) -> dict
         "quantization": quantized,
         "training_tokens": training,
         "preprocess": {key: value for key, value in describe(settings).items() if key not in without_effect},
-        "versions": _versions(*TRAINING),
+        "versions": _versions(*_TRAINING),
     }
 
 
@@ -155,7 +155,7 @@ def score(
         "device": device.type,
         "dtype": dtype,
         "measured": measured,
-        **_code(*EVALUATION),
+        **_code(*_EVALUATION),
     }
 
 
@@ -174,7 +174,7 @@ def describe(settings: Any) -> dict[str, Any]:
     return name | {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def device_name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """Name the processor whose arithmetic a result comes from, by its instruction set or as a GPU."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 128
 
 LossSum = Callable[..., Tensor]
 
@@ -43,7 +43,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (difference / size.clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
-def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int = _CHUNK_TOKENS) -> Tensor:
     """Return the mean over tokens of a loss that is a sum over tokens, with a few tokens in memory at a time.
 
     The gradient is computed chunk by chunk in the forward pass, so that no chunk is computed twice and none is kept.

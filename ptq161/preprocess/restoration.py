@@ -9,10 +9,10 @@ from ptq161.checks import check_choice
 from ptq161.data.settings import CALIBRATION_SETS
 from ptq161.errors import UserError
 
-UPDATES = ("lora", "full")
-OBJECTIVES = ("lm", "kl", "kl_hidden")
-MASKS = ("first", "fresh")
-TRAINING_DTYPES = ("float32", "bfloat16")
+_UPDATES = ("lora", "full")
+_OBJECTIVES = ("lm", "kl", "kl_hidden")
+_MASKS = ("first", "fresh")
+_TRAINING_DTYPES = ("float32", "bfloat16")
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj",),
@@ -87,10 +87,10 @@ class Restoration:
 
     def __post_init__(self) -> None:
         """Reject values outside their range."""
-        check_choice("preprocess.update", self.update, UPDATES)
-        check_choice("preprocess.objective", self.objective, OBJECTIVES)
-        check_choice("preprocess.mask", self.mask, MASKS)
-        check_choice("preprocess.compute_dtype", self.compute_dtype, TRAINING_DTYPES)
+        check_choice("preprocess.update", self.update, _UPDATES)
+        check_choice("preprocess.objective", self.objective, _OBJECTIVES)
+        check_choice("preprocess.mask", self.mask, _MASKS)
+        check_choice("preprocess.compute_dtype", self.compute_dtype, _TRAINING_DTYPES)
         _check_list("preprocess.targets", self.targets, tuple(ROLES))
         _check_list("preprocess.corpora", self.corpora, CALIBRATION_SETS)
         if "text_file" in self.corpora and not self.text_file:

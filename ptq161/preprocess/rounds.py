@@ -64,7 +64,7 @@ def restore(
     Raises:
         UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
-    check_restorable(model, tokens, restoration)
+    _check_restorable(model, tokens, restoration)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     if isinstance(folder, Path | str):
@@ -107,7 +107,7 @@ def restore(
     return restored, masks
 
 
-def check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
+def _check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
     """Check that model, tokens and hyperparameters fit each other.
 
     Raises:

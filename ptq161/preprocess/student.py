@@ -17,7 +17,7 @@ from ptq161.packed.checkpoint import cast_rest, densify
 from ptq161.packed.linear import PackedLinear
 from ptq161.preprocess.restoration import ROLES, Restoration
 
-ADAPTER = "default"
+_ADAPTER = "default"
 
 
 def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
@@ -92,7 +92,7 @@ def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restor
         home = linear.weight.device
         with torch.no_grad():
             if isinstance(trained, LoraLayer):
-                delta: Tensor = trained.get_delta_weight(ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
+                delta: Tensor = trained.get_delta_weight(_ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
                 linear.weight += delta.to(home)
             else:
                 assert isinstance(trained, nn.Linear)
@@ -107,7 +107,7 @@ def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Resto
         lora_dropout=restoration.dropout,
         target_modules=names,
     )
-    inject_adapter_in_model(config, student, ADAPTER)
+    inject_adapter_in_model(config, student, _ADAPTER)
     for layer in student.modules():
         if isinstance(layer, LoraLayer):
             # Autocast selects the product's dtype; peft would first copy its input to float32.

@@ -25,8 +25,8 @@ from ptq161.seeding import stage_generator
 log = logging.getLogger(__name__)
 
 # Documents are read until there are this many characters for each token that is needed: more than tokenizers take.
-CHARACTERS_PER_TOKEN = 8
-INSTEAD = "use preprocess.corpora=[squad,drop,coqa], or preprocess.corpora=[text_file] preprocess.text_file=FILE"
+_CHARACTERS_PER_TOKEN = 8
+_INSTEAD = "use preprocess.corpora=[squad,drop,coqa], or preprocess.corpora=[text_file] preprocess.text_file=FILE"
 
 
 def training_tokens(
@@ -48,7 +48,7 @@ def training_tokens(
         UserError: a text cannot be fetched or read, or the texts together are shorter than one sequence.
     """
     wanted = restoration.sequences * restoration.seq_len
-    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), CHARACTERS_PER_TOKEN * wanted))
+    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), _CHARACTERS_PER_TOKEN * wanted))
     n = min(len(tokens) // restoration.seq_len, restoration.sequences)
     if n == 0:
         raise UserError(
@@ -71,7 +71,7 @@ def _shuffled(restoration: Restoration, seed: int, hub_root: Path | None) -> Ite
 
 def _documents(name: str, restoration: Restoration, hub_root: Path | None) -> Sequence[str]:
     if name in HUB_TEXTS:
-        documents: Sequence[str] = hub_documents(name, "train", INSTEAD, hub_root)["text"]
+        documents: Sequence[str] = hub_documents(name, "train", _INSTEAD, hub_root)["text"]
         return documents
     if name == "text_file":
         return [read_text("preprocess.text_file", restoration.text_file)]

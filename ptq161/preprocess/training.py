@@ -68,7 +68,8 @@ def train(
     if checkpoint is not None:
         first = checkpoint.restore(parameters, plain_optimizer, plain_schedule, log)
     optimizer, schedule = accelerator.prepare(plain_optimizer, plain_schedule)
-    order = sequence_order(len(tokens), restoration, seed, round_).view(restoration.steps, restoration.accumulation, -1)
+    order = _sequence_order(len(tokens), restoration, seed, round_)
+    order = order.view(restoration.steps, restoration.accumulation, -1)
     bar = tqdm(total=restoration.steps, initial=first, desc="restore", unit="step", disable=not progress)
     with bar:
         for step in range(first, restoration.steps):
@@ -114,14 +115,14 @@ def objective(student: PreTrainedModel, teacher: PreTrainedModel | None, restora
     return lambda tokens: _distillation_loss(student, teacher, tokens, weight)
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Map a model's last hidden states ``[n, hidden]`` to logits ``[n, vocabulary]``, as the model itself would."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def sequence_order(n: int, restoration: Restoration, seed: int, round_: int) -> Tensor:
+def _sequence_order(n: int, restoration: Restoration, seed: int, round_: int) -> Tensor:
     """Return the sequences of a round in their order, int64 ``[restoration.sequences]``: each epoch shuffles anew."""
     epochs = -(-restoration.sequences // n)
     generator = stage_generator(seed, "restoration order", round_)
@@ -132,7 +133,7 @@ def _next_token_loss(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     hidden, _ = _run(student, tokens)
     hidden = hidden[:, :-1].flatten(0, 1)
     return chunked_mean(
-        lambda h, labels: cross_entropy_sum(logits_of(student, h), labels), hidden, tokens[:, 1:].flatten()
+        lambda h, labels: cross_entropy_sum(_logits(student, h), labels), hidden, tokens[:, 1:].flatten()
     )
 
 
@@ -141,7 +142,7 @@ def _distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, token
         teacher_hidden, teacher_blocks = _run(teacher, tokens)
     hidden, blocks = _run(student, tokens)
     loss = chunked_mean(
-        lambda h, t: divergence_sum(logits_of(student, h), _without_gradient(teacher, t)),
+        lambda h, t: divergence_sum(_logits(student, h), _without_gradient(teacher, t)),
         hidden.flatten(0, 1),
         teacher_hidden.flatten(0, 1),
     )
@@ -153,7 +154,7 @@ def _distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, token
 
 def _without_gradient(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
     with torch.no_grad():
-        return logits_of(teacher, hidden)
+        return _logits(teacher, hidden)
 
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -32,8 +32,8 @@ from ptq161.tracking.interrupts import exit_on_interrupt
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
 
-REPORT = "replay.json"
-NOT_QUANTIZED: Mapping[str, Any] = {
+_REPORT = "replay.json"
+_NOT_QUANTIZED: Mapping[str, Any] = {
     "method": {"name": "none"},
     "mask_ratio": 0.0,
     "block_size": 1,
@@ -55,22 +55,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        recorded = read_finished(options.run_dir)
+        recorded = _read_finished(options.run_dir)
         if options.tolerance < 0:
             raise UserError(f"--tolerance {options.tolerance}: use 0 or a small positive number.")
         out = Path(options.out).absolute() if options.out else _default_out(recorded.run_dir)
         _check_new(out)
         _restart_with_recorded_threads(recorded, [options.run_dir, f"--out={out}", f"--tolerance={options.tolerance}"])
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        comparison = replay(recorded, out, options.tolerance)
+        comparison = _replay(recorded, out, options.tolerance)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print_comparison(comparison, out)
+    _print_comparison(comparison, out)
     return 0 if comparison.equal else 1
 
 
-def read_finished(run_dir: Path | str) -> RunData:
+def _read_finished(run_dir: Path | str) -> RunData:
     """Read a record that can be replayed.
 
     Raises:
@@ -87,13 +87,13 @@ def read_finished(run_dir: Path | str) -> RunData:
     return dataclasses.replace(run, run_dir=run.run_dir.absolute())
 
 
-def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
+def _replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     """Run a recorded configuration again, compare, and write ``replay.json`` beside the new record.
 
     Relative paths of the configuration are resolved in the recorded working directory, if that still exists.
 
     Args:
-        recorded: from :func:`read_finished`.
+        recorded: from :func:`_read_finished`.
         out: directory of the new record.
         tolerance: relative difference up to which two numbers count as equal; 0 requires the same bits.
 
@@ -105,7 +105,7 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     from ptq161.run.preflight import check_writable, checked_config
     from ptq161.run.session import RunContext
 
-    resolved = replayed_config(recorded)
+    resolved = _replayed_config(recorded)
     recorded_cwd = recorded.manifest.get("working_directory")
     with contextlib.chdir(recorded_cwd if recorded_cwd and Path(recorded_cwd).is_dir() else "."):
         try:
@@ -118,16 +118,16 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         run(config, RunContext(run_dir=str(out), resolved=resolved, overrides=[], job_name=name))
     comparison = compare(recorded, read_run(out), tolerance)
     document = {"schema_version": SCHEMA_VERSION, "recorded": recorded.run_dir, **comparison.document()}
-    write_atomically(out / REPORT, encode_json(document, indent=2) + "\n")
+    write_atomically(out / _REPORT, encode_json(document, indent=2) + "\n")
     return comparison
 
 
-def replayed_config(recorded: RunData) -> dict[str, Any]:
+def _replayed_config(recorded: RunData) -> dict[str, Any]:
     """Return the recorded configuration without mirror and cache, so that the run is computed again.
 
     A dtype of ``auto`` becomes the recorded one; a device of ``auto`` is resolved on this machine.
     """
-    config = {**NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
+    config = {**_NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
     method, dtype = config["method"], recorded.manifest.get("dtype")
     if config.get("dtype") == "auto" and dtype:
         config["dtype"] = dtype
@@ -136,7 +136,7 @@ def replayed_config(recorded: RunData) -> dict[str, Any]:
     return {**config, "tracker": {"name": "none"}, "cache": False, "force": False}
 
 
-def print_comparison(comparison: Comparison, out: Path) -> None:
+def _print_comparison(comparison: Comparison, out: Path) -> None:
     """Print a table of the metrics, the missing ones, the hashes, the differences in environment, and the verdict."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_metrics_table(comparison))

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ptq161.tracking.read import RunData
 
-CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
+_CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
 """Names of values that are not results of the computation: times, memory, the version of the layout."""
-LINES = "metrics.jsonl"
-ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")
+_LINES = "metrics.jsonl"
+_ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")
 """Keys of the manifest that may explain a difference."""
 
 
@@ -39,7 +39,7 @@ class MetricComparison:
         name: as in :class:`Place`.
         n_values: number of values that both records have.
         n_different: number of those that differ by more than the tolerance.
-        largest_relative_difference: see :func:`relative_difference`.
+        largest_relative_difference: relative to the larger of the two values.
         where: the place of the largest difference; None if there is no difference.
         recorded: the value there.
         replayed: the value there.
@@ -123,7 +123,7 @@ def compare(recorded: RunData, replayed: RunData, tolerance: float = 0.0) -> Com
         replayed: its replay.
         tolerance: relative difference up to which two numbers count as equal; 0 requires the same bits.
     """
-    before, after = values(recorded), values(replayed)
+    before, after = _values(recorded), _values(replayed)
     shared: dict[tuple[str, str], list[Place]] = {}
     for place in before:
         if place in after:
@@ -136,13 +136,13 @@ def compare(recorded: RunData, replayed: RunData, tolerance: float = 0.0) -> Com
         hashes={
             name: (value, replayed.manifest.get(name))
             for name, value in recorded.manifest.items()
-            if name.endswith("_sha256") and name not in ENVIRONMENT
+            if name.endswith("_sha256") and name not in _ENVIRONMENT
         },
         environment=_environment_differences(recorded.manifest, replayed.manifest),
     )
 
 
-def values(run: RunData) -> dict[Place, Any]:
+def _values(run: RunData) -> dict[Place, Any]:
     """Return all values in ``results.json`` and ``metrics.jsonl`` that are results of the computation.
 
     Of a value that was written twice, as an interrupted run may do, the last one counts.
@@ -150,18 +150,18 @@ def values(run: RunData) -> dict[Place, Any]:
     found = {
         Place(source, path[-1], "/".join(path[:-1])): value
         for source, part in (run.results or {}).items()
-        if source not in CLOCK
+        if source not in _CLOCK
         for path, value in _leaves(part, ())
     }
     for line in run.metrics:
-        if line["name"] not in CLOCK:
+        if line["name"] not in _CLOCK:
             where = {key: value for key, value in line.items() if key not in ("time", "name", "value")}
-            place = Place(LINES, line["name"], " ".join(f"{key}={value}" for key, value in sorted(where.items())))
+            place = Place(_LINES, line["name"], " ".join(f"{key}={value}" for key, value in sorted(where.items())))
             found[place] = line["value"]
     return found
 
 
-def relative_difference(a: Any, b: Any) -> float:
+def _relative_difference(a: Any, b: Any) -> float:
     """Return ``|a - b| / max(|a|, |b|)`` of two numbers: 0 for equal values and for two NaN.
 
     It is infinite for different values of which one is not a finite number.
@@ -176,7 +176,7 @@ def relative_difference(a: Any, b: Any) -> float:
 def _compare_metric(
     places: list[Place], before: Mapping[Place, Any], after: Mapping[Place, Any], tolerance: float
 ) -> MetricComparison:
-    differences = [relative_difference(before[place], after[place]) for place in places]
+    differences = [_relative_difference(before[place], after[place]) for place in places]
     largest = max(differences)
     worst = places[differences.index(largest)]
     return MetricComparison(
@@ -193,7 +193,7 @@ def _compare_metric(
 
 def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     recorded, replayed = (
-        {".".join(path): value for path, value in _leaves({k: m.get(k) for k in ENVIRONMENT}, ())}
+        {".".join(path): value for path, value in _leaves({k: m.get(k) for k in _ENVIRONMENT}, ())}
         for m in (before, after)
     )
     return {
@@ -204,10 +204,10 @@ def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (path, value) of everything in nested mappings and lists that ``CLOCK`` does not name."""
+    """Yield (path, value) of everything in nested mappings and lists that ``_CLOCK`` does not name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if key not in CLOCK:
+            if key not in _CLOCK:
                 yield from _leaves(item, (*path, str(key)))
     elif isinstance(value, list):
         for i, item in enumerate(value):

@@ -26,13 +26,13 @@ from ptq161.numerics import resolve_device, resolve_dtype
 from ptq161.preprocess.restoration import Restoration
 from ptq161.tracking.settings import TrackerConfig
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ON_ERROR = ("continue", "stop")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ON_ERROR = ("continue", "stop")
 
-INTERPOLATED = ("mask_ratio", "block_size", "on_error")
+_INTERPOLATED = ("mask_ratio", "block_size", "on_error")
 """Top-level keys that are not fields of ``RunConfig``: groups interpolate them, or the sweep reads them."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     hints = get_type_hints(RunConfig)
-    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*INTERPOLATED]
+    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*_INTERPOLATED]
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     if missing := [key for key in known if key not in values]:
@@ -94,7 +94,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
-        if key not in INTERPOLATED
+        if key not in _INTERPOLATED
     }
     return RunConfig(
         method=method,
@@ -108,7 +108,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     )
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
     """Instantiate a config dataclass from checked keys and values.
 
     Args:
@@ -120,7 +120,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         UserError: a key is unknown or missing, or a value has the wrong type.
     """
     hints = get_type_hints(cls)
-    # type[T] cannot say that T is a dataclass.
+    # type[_T] cannot say that _T is a dataclass.
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -171,8 +171,8 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
     check_mask_ratio(_typed(float, values["mask_ratio"], "mask_ratio"))
     check_at_least("block_size", _typed(int, values["block_size"], "block_size"), 1)
     check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
-    check_choice("dtype", values["dtype"], DTYPES)
-    check_choice("on_error", values["on_error"], ON_ERROR)
+    check_choice("dtype", values["dtype"], _DTYPES)
+    check_choice("on_error", values["on_error"], _ON_ERROR)
     cache, force = (_typed(bool, values[key], key) for key in ("cache", "force"))
     if force and not cache:
         raise UserError("force=true cache=false: without the cache everything is computed anyway; leave force out.")

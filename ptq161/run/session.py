@@ -26,8 +26,8 @@ from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Results = dict[str, Any]
 """The content of ``results.json``."""
 
@@ -77,12 +77,12 @@ class Session:
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 2)
 
 
-def timed(stage: str) -> Callable[[Callable[Concatenate[Session, P], R]], Callable[Concatenate[Session, P], R]]:
+def timed(stage: str) -> Callable[[Callable[Concatenate[Session, _P], _R]], Callable[Concatenate[Session, _P], _R]]:
     """Decorate a function of a session so that its time counts as a stage's."""
 
-    def decorate(function: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    def decorate(function: Callable[Concatenate[Session, _P], _R]) -> Callable[Concatenate[Session, _P], _R]:
         @functools.wraps(function)
-        def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapper(session: Session, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
             with session.clock(stage):
                 return function(session, *args, **kwargs)
 

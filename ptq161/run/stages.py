@@ -227,14 +227,14 @@ def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
-CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
+_CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
 """Label of the model that is scored -> the stage that the time counts for."""
 
 
 def score(session: Session, weights: Weights, texts: Texts) -> Scores:
     """Score a model in the run's dtype, with a text sample; a model of another dtype is copied for it."""
     model, dtype, home = weights.model, COMPUTE_DTYPES[session.config.dtype], weights.model.device
-    with session.clock(CLOCKS[weights.label]):
+    with session.clock(_CLOCKS[weights.label]):
         if model.dtype != dtype:  # a packed model has it already
             model = copy.deepcopy(model)
             cast_rest(model, dtype)

@@ -16,14 +16,14 @@ def print_results(results: Mapping[str, Any], run_dir: str) -> None:
     """Print a run's results, the path of its record, and the command of its report."""
     # A file or a pipe has no width of its own; a narrow terminal wraps.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(results_table(results))
+    console.print(_results_table(results))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     console.print(f"Time: {seconds}. Peak memory: {results['peak_memory_bytes'] / 1e9:.2f} GB.")
     console.print(f"Record: {run_dir}", soft_wrap=True)
     console.print(f"Report: python -m ptq161.report {run_dir} --out FOLDER", soft_wrap=True)
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
+def _results_table(results: Mapping[str, Any]) -> Table:
     """Return a table of a run's results, a metric a row.
 
     Args:

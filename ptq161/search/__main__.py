@@ -33,8 +33,8 @@ from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial,
 from ptq161.tracking.interrupts import Interrupts, exit_on_interrupt
 from ptq161.tracking.metric_names import SIZES, is_perplexity
 
-DEFAULT_SPACE = CONF / "search.yaml"
-OWN_KEYS = ("hydra", "study")
+_DEFAULT_SPACE = CONF / "search.yaml"
+_RESERVED_KEYS = ("hydra", "study")
 """Keys of run.py that a search does not accept: it sets the run directories itself, and a study is a sweep."""
 
 
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_intermixed_args(arguments)
     try:
-        search = prepare(options)
+        search = _prepare(options)
         with Interrupts().installed():
             _run_trials(search, options.trials)
         return _show(search, options.trials)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def prepare(options: argparse.Namespace) -> Search:
+def _prepare(options: argparse.Namespace) -> Search:
     """Check the arguments of a search, and open it.
 
     Raises:
@@ -81,14 +81,14 @@ def prepare(options: argparse.Namespace) -> Search:
         Path(options.out).absolute(),
         space,
         objectives,
-        [direction(name) for name in objectives],
+        [_direction(name) for name in objectives],
         overrides,
         seed=options.seed,
         first=configured if contains(space, configured) else None,
     )
 
 
-def direction(metric: str) -> Direction:
+def _direction(metric: str) -> Direction:
     """Return the direction of an objective: ``minimize`` for sizes and perplexities, ``maximize`` for accuracies."""
     return "minimize" if metric in SIZES or is_perplexity(metric) else "maximize"
 
@@ -107,7 +107,7 @@ def _configure(overrides: Sequence[str]) -> tuple[DictConfig, RunConfig]:
 def _check_keys(space: Space, overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] in OWN_KEYS:
+        if key.partition(".")[0].partition("/")[0] in _RESERVED_KEYS:
             raise UserError(f"{override}: a search does not accept {key}; leave it out.")
         if key in space:
             raise UserError(f"{override}: the search varies {key}; leave it out, here or in the file of --space.")
@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, metavar="DIR", help="folder of the search; trial N is recorded in DIR/N"
     )
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones included (20)")
-    parser.add_argument("--space", default=str(DEFAULT_SPACE), metavar="FILE", help="keys that vary (%(default)s)")
+    parser.add_argument("--space", default=str(_DEFAULT_SPACE), metavar="FILE", help="keys that vary (%(default)s)")
     parser.add_argument(
         "--objectives",
         nargs=2,

@@ -13,8 +13,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ptq161.errors import UserError
 
 Space = dict[str, BaseDistribution]
-FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"
-PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
+_FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"
+_PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
 
 
 def load_space(file: Path) -> Space:
@@ -32,17 +32,17 @@ def load_space(file: Path) -> Space:
     except Exception as error:
         raise UserError(f"--space {file} cannot be read ({' '.join(str(error).split())}).") from error
     if not isinstance(entries, dict) or not entries:
-        raise UserError(f"--space {file} is empty: give at least one KEY: {FORMS}.")
+        raise UserError(f"--space {file} is empty: give at least one KEY: {_FORMS}.")
     space: Space = {}
     for key, entry in {str(key): entry for key, entry in entries.items()}.items():
         try:
             space[key] = _distribution(entry)
         except ValueError as error:
-            raise UserError(f"{key} of --space {file}: {error}; use {FORMS}.") from error
+            raise UserError(f"{key} of --space {file}: {error}; use {_FORMS}.") from error
     return space
 
 
-def ends(distribution: BaseDistribution) -> list[Any]:
+def _ends(distribution: BaseDistribution) -> list[Any]:
     """Return a distribution's choices, or its least and its largest value."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
@@ -57,9 +57,9 @@ def corners(space: Space) -> Iterator[dict[str, Any]]:
     """
     seen = []
     for side in (0, -1):
-        rest = {key: ends(distribution)[side] for key, distribution in space.items()}
+        rest = {key: _ends(distribution)[side] for key, distribution in space.items()}
         for key, distribution in space.items():
-            for value in ends(distribution):
+            for value in _ends(distribution):
                 corner = {**rest, key: value}
                 if corner not in seen:
                     seen.append(corner)
@@ -81,7 +81,7 @@ def as_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
-    if not isinstance(value, str) or PLAIN.fullmatch(text):
+    if not isinstance(value, str) or _PLAIN.fullmatch(text):
         return text
     # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
@@ -117,5 +117,5 @@ def _has(distribution: BaseDistribution, value: Any) -> bool:
         return value in distribution.choices
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    low, high = ends(distribution)
+    low, high = _ends(distribution)
     return bool(low <= value <= high)

@@ -35,14 +35,14 @@ from ptq161.search.space import Space, as_overrides, as_value
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]
-RUN = (sys.executable, "-m", "ptq161", "run")
+_RUN = (sys.executable, "-m", "ptq161", "run")
 """The command line of a run, before its settings."""
-JOURNAL = "study.journal"
-LOCKS = ".locks"
-OUTPUT = "output.log"
-ATTEMPTS = 2
+_JOURNAL = "study.journal"
+_LOCKS = ".locks"
+_OUTPUT = "output.log"
+_ATTEMPTS = 2
 """Starts of a run that a signal kills, before its trial counts as failed."""
-GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 30.0
 """Time in which an interrupted run may close its record before it is killed."""
 
 
@@ -127,17 +127,17 @@ def open_search(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with writing(folder):
-        (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         try:
             study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+                storage=JournalStorage(JournalFileBackend(str(folder / _JOURNAL))),
                 study_name="search",
                 directions=directions,
                 load_if_exists=True,
             )
         except (ValueError, KeyError) as error:
-            raise UserError(f"{folder / JOURNAL} is damaged ({error}); choose a new folder with --out.") from error
+            raise UserError(f"{folder / _JOURNAL} is damaged ({error}); choose a new folder with --out.") from error
         requested = {
             "space": {key: json.loads(distribution_to_json(space[key])) for key in sorted(space)},
             "objectives": list(objectives),
@@ -189,10 +189,10 @@ def run_trial(search: Search, claim: Claim) -> Outcome:
     run_dir = search.run_dir(claim.number)
     status = 0
     try:
-        for _ in range(ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             if _is_finished(run_dir):
                 break
-            status = _run(command(search, claim), run_dir, claim.lock)
+            status = _run(_command(search, claim), run_dir, claim.lock)
             if status >= 0:
                 break
         outcome = outcome_of(search, claim.number, status)
@@ -203,11 +203,11 @@ def run_trial(search: Search, claim: Claim) -> Outcome:
         os.close(claim.lock)
 
 
-def command(search: Search, claim: Claim) -> list[str]:
+def _command(search: Search, claim: Claim) -> list[str]:
     """Return the command line of a trial's run."""
     group = [] if any("tracker.group=" in o for o in search.overrides) else [f"++tracker.group={_group(search)}"]
     run_dir = f"hydra.run.dir={as_value(str(search.run_dir(claim.number)))}"
-    return [*RUN, *as_overrides(claim.values), *search.overrides, *group, run_dir]
+    return [*_RUN, *as_overrides(claim.values), *search.overrides, *group, run_dir]
 
 
 def outcome_of(search: Search, number: int, status: int | None = None) -> Outcome:
@@ -241,9 +241,9 @@ def outcome_of(search: Search, number: int, status: int | None = None) -> Outcom
 
 def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
     """Run a command, its output in a file; if this process is interrupted, end it with time to close its record."""
-    with writing(run_dir / OUTPUT):
+    with writing(run_dir / _OUTPUT):
         run_dir.mkdir(exist_ok=True)
-        output = (run_dir / OUTPUT).open("ab")
+        output = (run_dir / _OUTPUT).open("ab")
     with output:
         # Out of the terminal's process group: Ctrl-C reaches this process alone, which terminates the run below, once.
         process = subprocess.Popen(arguments, stdout=output, stderr=output, pass_fds=[lock], process_group=0)
@@ -252,7 +252,7 @@ def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
         except BaseException:
             process.terminate()
             try:
-                process.wait(GRACE_SECONDS)
+                process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
@@ -267,24 +267,24 @@ def _is_finished(run_dir: Path) -> bool:
 def _reason(run_dir: Path, status: int | None) -> str:
     """Return why a run failed: from its record, else the last line of its output, else its exit status."""
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name} {ATTEMPTS} times"
+        return f"killed by {signal.Signals(-status).name} {_ATTEMPTS} times"
     if (run_dir / "manifest.json").exists():
         exception = read_run(run_dir, with_lines=False).manifest.get("exception")
         if exception:
             return str(exception["message"])
-    output = run_dir / OUTPUT
+    output = run_dir / _OUTPUT
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
 
 
 def _locked(folder: Path) -> FileLock:
     """Return the lock for changes of the study that take several steps; it is free when its process is killed."""
-    return FileLock(folder / LOCKS / "study.lock")
+    return FileLock(folder / _LOCKS / "study.lock")
 
 
 def _lock(search: Search, number: int) -> int | None:
     """Open and lock a trial's file; None if another process, or the trial's run, holds the lock."""
-    handle = os.open(search.folder / LOCKS / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(search.folder / _LOCKS / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

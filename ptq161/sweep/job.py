@@ -13,7 +13,7 @@ from ptq161.errors import UserError
 from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.sweep.failures import FailedRunError, Failure, print_failure, record_failure
 
-MAX_NAME = 128
+_MAX_NAME = 128
 """Longest name, in characters, that every tracker accepts."""
 
 
@@ -62,9 +62,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _job_name(overrides: list[str], number: int | None) -> str:
     name = ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
-    return name[:MAX_NAME]
+    return name[:_MAX_NAME]
 
 
 def _sweep_name(folder: str) -> str:
     """Name a sweep after the last two parts of its directory, as the whole path may be too long."""
-    return "/".join(Path(folder).parts[-2:])[-MAX_NAME:]
+    return "/".join(Path(folder).parts[-2:])[-_MAX_NAME:]

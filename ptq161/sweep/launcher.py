@@ -36,12 +36,12 @@ from ptq161.tracking.interrupts import Interrupts
 
 log = logging.getLogger(__name__)
 
-PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
-THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-GRACE_SECONDS = 30.0
+_PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
+_THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_GRACE_SECONDS = 30.0
 """Time in which an interrupted job may close its record before it is killed."""
 # Apple's libraries are not safe after a fork: there, each process imports everything anew.
-CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
+_CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Slot:
     gpus: str | None
 
 
-def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
+def _plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
     """Divide the machine into slots.
 
     Args:
@@ -102,7 +102,7 @@ def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
     return [Slot(groups[i % len(groups)]) for i in range(settings.slots or len(groups))]
 
 
-def visible_gpus() -> list[str]:
+def _visible_gpus() -> list[str]:
     """Return the names of the GPUs that this process may use."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -138,7 +138,7 @@ class Sweep:
         """
         try:
             checked = build(Settings, settings, "hydra.launcher")
-            slots = plan_slots(checked, visible_gpus())
+            slots = _plan_slots(checked, _visible_gpus())
         except UserError as error:
             raise FailedRunError(str(error)) from error
         return cls(checked, slots, hydra_context, TaskReference.to(task), config)
@@ -173,8 +173,8 @@ class Sweep:
         with (
             Interrupts().installed(),
             # Set before the fork server starts: libraries read these when they are imported, once, in that process.
-            env_override(dict.fromkeys(THREAD_COUNTS, str(self.threads))),
-            contextlib.closing(run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
+            env_override(dict.fromkeys(_THREAD_COUNTS, str(self.threads))),
+            contextlib.closing(_run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
         ):
             for job, result, seconds in ended:
                 returns[job.number] = result
@@ -209,7 +209,7 @@ class _Worker:
     began: float
 
 
-def run_jobs(
+def _run_jobs(
     jobs: Iterable[Job], slots: Sequence[Slot], task: TaskReference, retries: int
 ) -> Generator[tuple[Job, JobReturn, float], None, None]:
     """Run jobs in processes of their own, one per slot at a time.
@@ -220,7 +220,7 @@ def run_jobs(
     Yields:
         each job as it ends, with what it returned and the seconds that it took.
     """
-    CONTEXT.set_forkserver_preload(list(PRELOADED))
+    _CONTEXT.set_forkserver_preload(list(_PRELOADED))
     coming, again, free = iter(jobs), list[Job](), collections.deque(slots)
     workers: list[_Worker] = []
     try:
@@ -245,8 +245,8 @@ def run_jobs(
 
 
 def _start(job: Job, slot: Slot, task: TaskReference) -> _Worker:
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=work, args=(job, task, slot.gpus, sender), name=f"job-{job.number}")
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=work, args=(job, task, slot.gpus, sender), name=f"job-{job.number}")
     process.start()
     sender.close()
     return _Worker(job, slot, process, receiver, time.monotonic())
@@ -270,8 +270,8 @@ def _interrupt(workers: Sequence[_Worker]) -> None:
 
 
 def _join(processes: Sequence[BaseProcess]) -> None:
-    """Wait for processes that should be ending, and kill those that still run after ``GRACE_SECONDS``."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    """Wait for processes that should be ending, and kill those that still run after ``_GRACE_SECONDS``."""
+    deadline = time.monotonic() + _GRACE_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():

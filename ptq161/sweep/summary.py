@@ -8,11 +8,11 @@ from typing import Any
 
 from ptq161.files.strict_json import decode_json
 
-OUTCOMES = ("computed", "reused", "failed", "interrupted")
+_OUTCOMES = ("computed", "reused", "failed", "interrupted")
 
 
-def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
-    """Count the runs of a sweep by their outcome, one of ``OUTCOMES``.
+def _count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
+    """Count the runs of a sweep by their outcome, one of ``_OUTCOMES``.
 
     Args:
         sweep_dir: holds the run directories, at any depth.
@@ -37,8 +37,8 @@ def _outcome(manifest: dict[str, Any]) -> str:
 
 
 def print_summary(sweep_dir: Path, since: str) -> None:
-    """Print the summary; ``since`` as in :func:`count_outcomes`."""
-    outcomes = count_outcomes(sweep_dir, since)
-    counts = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
+    """Print the summary; ``since`` as in :func:`_count_outcomes`."""
+    outcomes = _count_outcomes(sweep_dir, since)
+    counts = [f"{outcomes[name]} {name}" for name in _OUTCOMES if outcomes[name] or name in _OUTCOMES[:3]]
     print(f"Sweep of {outcomes.total()} runs: {', '.join(counts)}. Records: {sweep_dir}")
     print(f"Report: python -m ptq161.report {sweep_dir} --out FOLDER", flush=True)

@@ -13,7 +13,7 @@ from ptq161.files.strict_json import decode_json
 from ptq161.tracking.layout import SCHEMA_VERSION
 
 # The C parser is 50 times as fast; PyYAML is built without it on some platforms.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _check_version(path: Path, document: dict[str, Any]) -> None:
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML_LOADER)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML_LOADER)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path} cannot be read ({' '.join(str(error).split())}).")
         return {}

@@ -20,8 +20,8 @@ from ptq161.tracking.run_log import run_log
 from ptq161.tracking.settings import TrackerConfig
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
 
-RESERVED = frozenset({"time", "name", "value", "nonfinite"})
-NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
+_RESERVED = frozenset({"time", "name", "value", "nonfinite"})
+_NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
 
 
 class RunRecord:
@@ -118,7 +118,7 @@ class RunRecord:
             UserError: the file cannot be written.
             ValueError: a key of ``where`` is a key of the line itself.
         """
-        if clash := RESERVED & where.keys():
+        if clash := _RESERVED & where.keys():
             raise ValueError(f"{sorted(clash)[0]!r} cannot say where a metric belongs: it is a key of the line itself")
         self._metric(_now(), name, float(value), where)
 
@@ -141,7 +141,7 @@ class RunRecord:
             UserError: a file cannot be written.
         """
         for line in metrics:
-            where = {key: value for key, value in line.items() if key not in RESERVED}
+            where = {key: value for key, value in line.items() if key not in _RESERVED}
             self._metric(line["time"], line["name"], line["value"], where)
         for line in samples:
             self._sample(line["time"], line["name"], line["text"])
@@ -176,7 +176,7 @@ class RunRecord:
     def _close(self, interrupts: Interrupts, state: str, error: BaseException | None) -> None:
         exception = {"type": type(error).__name__, "message": str(error)} if error else None
         if state == "failed" and error is None:
-            exception = NO_RESULTS
+            exception = _NO_RESULTS
         self.manifest.update(
             end=_iso_now(),
             duration_seconds=round(time.monotonic() - self._started, 3),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ptq161.files.atomic import writing
 
-FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
+_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
 
 
 class RunLog(logging.FileHandler):
@@ -41,7 +41,7 @@ def run_log(path: Path) -> Iterator[RunLog]:
     with writing(path):
         handler = RunLog(path, mode="w", encoding="utf-8")
     handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter(_FORMAT))
     root, package = logging.getLogger(), logging.getLogger("ptq161")
     level = package.level
     if package.getEffectiveLevel() > logging.INFO:

@@ -16,14 +16,14 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from ptq161.tracking.settings import TrackerConfig
 
 # W&B's own limits are 90 s and none at all. What is not sent in time stays on disk for `wandb sync`.
-INIT_TIMEOUT_SECONDS = 30
-FINISH_TIMEOUT_SECONDS = 120
+_INIT_TIMEOUT_SECONDS = 30
+_FINISH_TIMEOUT_SECONDS = 120
 # Added to both limits: W&B itself keeps them only while its service process responds.
-GRACE_SECONDS = 15
-MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
+_GRACE_SECONDS = 15
+_MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
 
-Mode = Literal["online", "offline", "disabled"]
-T = TypeVar("T")
+_Mode = Literal["online", "offline", "disabled"]
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -79,16 +79,16 @@ def open_mirror(
         return NullMirror()
     try:
         run = _within(
-            INIT_TIMEOUT_SECONDS + GRACE_SECONDS,
+            _INIT_TIMEOUT_SECONDS + _GRACE_SECONDS,
             lambda: _init(tracker, run_dir, config, job_name, group, tags),
         )
     except Exception as error:
         _give_up("start", error)
         return NullMirror()
-    return NullMirror() if run is None else WandbMirror(run, run_dir)
+    return NullMirror() if run is None else _WandbMirror(run, run_dir)
 
 
-class WandbMirror:
+class _WandbMirror:
     """One W&B run. The first failure is logged in one line, and nothing is sent after it.
 
     Args:
@@ -103,8 +103,8 @@ class WandbMirror:
         self._defined: set[str] = set()
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Log one number on a chart of its own, against step, epoch or block (see :func:`chart`)."""
-        key, axis = chart(name, where)
+        """Log one number on a chart of its own, against step, epoch or block (see :func:`_chart`)."""
+        key, axis = _chart(name, where)
 
         def send() -> None:
             if axis is None:
@@ -121,11 +121,11 @@ class WandbMirror:
         self._guard("log", lambda: self._run.summary.update({f"sample/{name}": text}))
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Put every result into the run's summary, under its own name and a plain one (:func:`plain_names`)."""
+        """Put every result into the run's summary, under its own name and a plain one (:func:`_plain_names`)."""
         values = dict(results.get("metrics", {}))
         values |= {f"full_precision/{name}": value for name, value in results.get("full_precision", {}).items()}
         values |= {f"merged/{name}": value for name, value in results.get("merged", {}).items()}
-        values |= {plain: values[name] for name, plain in plain_names(values).items()}
+        values |= {plain: values[name] for name, plain in _plain_names(values).items()}
         self._guard("log", lambda: self._run.summary.update(values))
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
@@ -136,13 +136,13 @@ class WandbMirror:
 
         def end() -> None:
             self._run.summary.update(summary)
-            for name in MIRRORED_FILES:
+            for name in _MIRRORED_FILES:
                 if (self._run_dir / name).exists():
                     self._run.save(str(self._run_dir / name), base_path=str(self._run_dir), policy="now")
             self._run.finish(exit_code=exit_code)
             _teardown()
 
-        self._guard("finish", lambda: _within(FINISH_TIMEOUT_SECONDS + GRACE_SECONDS, end))
+        self._guard("finish", lambda: _within(_FINISH_TIMEOUT_SECONDS + _GRACE_SECONDS, end))
 
     def _define(self, key: str, axis: str) -> None:
         if axis not in self._axes:
@@ -162,7 +162,7 @@ class WandbMirror:
             _give_up(action, error)
 
 
-def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
+def _chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
     """Return the W&B key of a metric and the key of its x-axis (None: W&B's own step).
 
     A loss per epoch and block is one curve per block, ``loss/block_03`` against ``epoch``; an error per linear is
@@ -181,7 +181,7 @@ def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
     return "/".join(parts), axis
 
 
-def plain_names(names: Iterable[str]) -> dict[str, str]:
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
     """Return name -> a name of letters, digits and underscores, which W&B can sort and filter by.
 
     Names that are plain already are left out; two names never get the same plain one.
@@ -211,7 +211,7 @@ def _init(
     import wandb
 
     with _untouched_hooks():
-        mode = _automatic_mode() if tracker.mode == "auto" else cast(Mode, tracker.mode)
+        mode = _automatic_mode() if tracker.mode == "auto" else cast(_Mode, tracker.mode)
         if mode == "disabled":
             return None
         if mode == "offline":
@@ -229,8 +229,8 @@ def _init(
             reinit="create_new",
             settings=wandb.Settings(
                 console="off",
-                init_timeout=INIT_TIMEOUT_SECONDS,
-                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                init_timeout=_INIT_TIMEOUT_SECONDS,
+                finish_timeout=_FINISH_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
@@ -242,13 +242,13 @@ def _init(
     return run
 
 
-def _automatic_mode() -> Mode:
+def _automatic_mode() -> _Mode:
     """Return ``WANDB_MODE`` if it is set, else online where a login exists, without a prompt or a request."""
     import wandb
 
     configured = os.environ.get("WANDB_MODE")
     if configured in ("online", "offline", "disabled"):
-        return cast(Mode, configured)
+        return cast(_Mode, configured)
     if wandb.login(prompt=False, verify=False):
         return "online"
     log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")
@@ -260,7 +260,7 @@ def _give_up(action: str, error: Exception) -> None:
     log.warning("W&B failed to %s (%s); the run continues without it; its record is complete.", action, sentence)
     # A broken service may also fail, or hang, while it is shut down.
     with contextlib.suppress(Exception):
-        _within(GRACE_SECONDS, _teardown)
+        _within(_GRACE_SECONDS, _teardown)
 
 
 def _teardown() -> None:
@@ -270,14 +270,14 @@ def _teardown() -> None:
     wandb.teardown()
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
+def _within(seconds: float, call: Callable[[], _T]) -> _T:
     """Return the value of ``call``, made on a thread of its own that is abandoned after ``seconds``.
 
     Raises:
         TimeoutError: it has not returned in time.
         Exception: whatever ``call`` raises.
     """
-    outcome: Future[T] = Future()
+    outcome: Future[_T] = Future()
 
     def work() -> None:
         try:

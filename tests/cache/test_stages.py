@@ -458,15 +458,15 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
     from ptq161.models.settings import ModelConfig
-    from ptq161.run.contents import model_content
+    from ptq161.run.contents import _model_content
 
-    assert model_content(ModelConfig("tiny", repo="someone/tiny")) == {
+    assert _model_content(ModelConfig("tiny", repo="someone/tiny")) == {
         "repo": "someone/tiny",
         "commit": commit,
         "n_blocks": None,
     }
     with pytest.raises(UserError, match="cannot be loaded from the Hugging Face hub"):
-        model_content(ModelConfig("gone", repo="someone/gone"))
+        _model_content(ModelConfig("gone", repo="someone/gone"))
 
 
 def test_large_files_are_hashed_once(
@@ -480,7 +480,7 @@ def test_large_files_are_hashed_once(
         hashed.append(path.name)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(module, "REMEMBERED_BYTES", 10_000)
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 10_000)
     monkeypatch.setattr(module, "sha256_of_file", watch)
     shutil.copytree(model_dir, tmp_path / "model")
     with initialize_config_dir(CONF, version_base="1.3"):

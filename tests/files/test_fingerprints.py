@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.files.fingerprints import claim, differences, key_of
+from ptq161.files.fingerprints import _differences, claim, key_of
 
 FINGERPRINT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
 
@@ -37,8 +37,8 @@ def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_differences_are_those_of_json() -> None:
-    assert differences({"a": (1, 2), "b": {}}, {"a": [1, 2], "b": {}}) == []
-    assert differences({"a": {}}, {"a": None}) == ["a is {} here and None there"]
+    assert _differences({"a": (1, 2), "b": {}}, {"a": [1, 2], "b": {}}) == []
+    assert _differences({"a": {}}, {"a": None}) == ["a is {} here and None there"]
 
 
 def test_keys_depend_on_values_and_not_on_order() -> None:

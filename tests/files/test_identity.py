@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ptq161.files import identity
-from ptq161.files.identity import _versions, describe, device_name
+from ptq161.files.identity import _device_name, _versions, describe
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.preprocess.restoration import Restoration
@@ -87,4 +87,4 @@ def test_a_method_from_elsewhere_brings_its_source(tmp_path: Path, monkeypatch: 
 
 def test_versions_and_device() -> None:
     assert _versions("torch") == {"torch": torch.__version__}
-    assert device_name(torch.device("cpu")).startswith("cpu: ")
+    assert _device_name(torch.device("cpu")).startswith("cpu: ")

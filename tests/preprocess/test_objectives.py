@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import frozen_copy
-from ptq161.preprocess.training import logits_of, objective
+from ptq161.preprocess.training import _logits, objective
 
 TinyModel = Callable[..., PreTrainedModel]
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
@@ -77,7 +77,7 @@ def test_logits_are_the_models_own(tiny_model: TinyModel, architecture: str) -> 
     model = tiny_model(architecture)
     with torch.no_grad():
         output = model(TOKENS, output_hidden_states=True)
-        torch.testing.assert_close(logits_of(model, output.hidden_states[-1]), output.logits)
+        torch.testing.assert_close(_logits(model, output.hidden_states[-1]), output.logits)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])

@@ -107,7 +107,7 @@ def test_the_hubs_documents_are_read_no_further_than_needed(
     )
     tokens = training_tokens(tiny_tokenizer, settings(corpora=["redpajama"], seq_len=32), 0, hub_root=tmp_path)
     assert tokens.shape == (6, 32)
-    assert sum(map(len, encoded)) < 2 * text.CHARACTERS_PER_TOKEN * tokens.numel()
+    assert sum(map(len, encoded)) < 2 * text._CHARACTERS_PER_TOKEN * tokens.numel()
     assert len({document.split()[0] for document in encoded}) > 2  # a mixture of its parts
 
 

@@ -18,7 +18,7 @@ from ptq161.preprocess.checkpoint import TrainingCheckpoint
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.student import make_student, trained_parameters
-from ptq161.preprocess.training import objective, sequence_order, train
+from ptq161.preprocess.training import _sequence_order, objective, train
 from tests.preprocess.conftest import sequences, short
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -43,11 +43,11 @@ def trained(model: PreTrainedModel, restoration: Restoration, emitted: dict[str,
 
 
 def test_an_epoch_takes_each_sequence_once() -> None:
-    order = sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
+    order = _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
     assert len(order) == 10
     assert sorted(order[:6].tolist()) == list(range(6)) and len(set(order[6:].tolist())) == 4
-    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
-    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
 
 
 def test_the_rate_rises_and_falls_along_a_cosine(tiny_model: TinyModel) -> None:
@@ -78,7 +78,7 @@ def test_against_a_plain_loop(tiny_model: TinyModel) -> None:
     student = make_student(packed, restoration, CPU)
     parameters = trained_parameters(student)
     optimizer = torch.optim.AdamW(parameters.values(), lr=restoration.lr, weight_decay=0.0)
-    for step, batch in enumerate(sequence_order(6, restoration, 0, 0).view(3, 2)):
+    for step, batch in enumerate(_sequence_order(6, restoration, 0, 0).view(3, 2)):
         optimizer.param_groups[0]["lr"] = restoration.lr * 0.5 * (1 + math.cos(math.pi * step / 3))
         student(TOKENS[batch], labels=TOKENS[batch]).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1)

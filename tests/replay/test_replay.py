@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json, encode_json
-from ptq161.replay.__main__ import main, print_comparison, read_finished, replayed_config
-from ptq161.replay.compare import Place, compare, relative_difference, values
+from ptq161.replay.__main__ import _print_comparison, _read_finished, _replayed_config, main
+from ptq161.replay.compare import Place, _relative_difference, _values, compare
 from ptq161.tracking.read import RunData, read_run
 from ptq161.tracking.record import RunRecord
 from ptq161.tracking.settings import TrackerConfig
@@ -59,7 +59,7 @@ def changed(document: dict[str, Any], *path: str, to: Any) -> dict[str, Any]:
 
 
 def test_everything_that_a_run_computes_is_compared_and_no_clock(record: Record) -> None:
-    assert values(record("a")) == {
+    assert _values(record("a")) == {
         Place("metrics", "ppl/boolq@512", ""): 30.5,
         Place("metrics", "bits_per_weight", ""): 1.72,
         Place("full_precision", "ppl/boolq@512", ""): 20.5,
@@ -148,7 +148,7 @@ def test_the_report_is_json_and_the_table_names_what_differs(record: Record, cap
     assert document["hashes"]["checkpoint_sha256"] == {"recorded": "c0ffee", "replayed": "decaf"}
     assert document["environment"]["dtype"] == {"recorded": "float32", "replayed": "bfloat16"}
     assert document["missing"] == [{"source": "metrics.jsonl", "name": "loss", "where": "block=0 epoch=1"}]
-    print_comparison(comparison, Path("out"))
+    _print_comparison(comparison, Path("out"))
     printed = capsys.readouterr().out
     verdict = "Not reproduced: 1 of 7 values differ, 1 are missing from the replay; "
     assert verdict + "hashes that differ: checkpoint_sha256." in printed
@@ -160,11 +160,11 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(finite, finite)
 def test_a_relative_difference_is_symmetric_and_zero_for_equal_numbers_only(a: float, b: float) -> None:
-    difference = relative_difference(a, b)
-    assert difference == relative_difference(b, a) >= 0
+    difference = _relative_difference(a, b)
+    assert difference == _relative_difference(b, a) >= 0
     if a == b:
         assert difference == 0
-    assert relative_difference(a, a) == 0
+    assert _relative_difference(a, a) == 0
 
 
 @pytest.mark.parametrize(
@@ -184,11 +184,11 @@ def test_a_relative_difference_is_symmetric_and_zero_for_equal_numbers_only(a: f
     ],
 )
 def test_relative_differences(a: Any, b: Any, expected: float) -> None:
-    assert relative_difference(a, b) == expected
+    assert _relative_difference(a, b) == expected
 
 
 def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored_or_found(record: Record) -> None:
-    config = replayed_config(record("a"))
+    config = _replayed_config(record("a"))
     assert config["dtype"] == config["method"]["compute_dtype"] == "float32"
     assert config["tracker"] == {"name": "none"}
     assert config["cache"] is config["force"] is False
@@ -226,4 +226,4 @@ def test_a_damaged_configuration_is_refused(record: Record, tmp_path: Path) -> N
     record("done")
     (tmp_path / "done" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="is damaged"):
-        read_finished(tmp_path / "done")
+        _read_finished(tmp_path / "done")

@@ -13,7 +13,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from ptq161.run.config import RunConfig
 from ptq161.run.preflight import checked_config
-from ptq161.tracking.wandb_mirror import plain_names
+from ptq161.tracking.wandb_mirror import _plain_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,4 +51,4 @@ def test_the_program_and_the_arguments_are_hydras(sweep: dict[str, Any]) -> None
 def test_the_metric_is_one_that_a_default_run_puts_into_its_summary(sweep: dict[str, Any]) -> None:
     evaluation = configured([]).eval
     measured = [f"ppl/{corpus}@{evaluation.seq_len}" for corpus in evaluation.corpora]
-    assert sweep["metric"] == {"name": plain_names(measured)[measured[0]], "goal": "minimize"}
+    assert sweep["metric"] == {"name": _plain_names(measured)[measured[0]], "goal": "minimize"}
