@@ -16,13 +16,15 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
     cache                           results that were computed before
     tracking                        the record of a run and its mirror
     preprocess evaluation           training before the quantization; perplexity, zero-shot tasks
+    console                         the console that the commands print with
     driver                          a method applied to a model, window by window; the library ends here
     methods                         the quantization methods
     packed                          storage formats of the weights, packed linears, checkpoints
     models                          loading, architectures
     data                            text, calibration tokens, corpora
     kernels files                   arithmetic; bytes on disk
-    numerics checks seeding lazy errors    the ground floor: device and dtype, settings, random numbers
+    numerics checks seeding         the ground floor: device and dtype, checks of settings, random numbers,
+    lazy errors                     imports on first use, the exception for users
 """
 
 from typing import TYPE_CHECKING

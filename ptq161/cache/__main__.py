@@ -21,10 +21,10 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ptq161.cache.store import StoredEntry, delete_entry, store_dir, stored_entries
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 
 _SECONDS_PER_DAY = 86400
@@ -85,7 +85,7 @@ def _show(entries: list[StoredEntry], root: Path) -> None:
     if entries:
         table.add_section()
         table.add_row("all", *_summary(entries))
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    stdout_console(highlight=False).print(table)
 
 
 def _summary(entries: list[StoredEntry]) -> list[str]:

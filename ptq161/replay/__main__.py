@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
 from ptq161.files.strict_json import encode_json
@@ -138,7 +138,7 @@ def _replayed_config(recorded: RunData) -> dict[str, Any]:
 
 def _print_comparison(comparison: Comparison, out: Path) -> None:
     """Print a table of the metrics, the missing ones, the hashes, the differences in environment, and the verdict."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = stdout_console()
     console.print(_metrics_table(comparison))
     for place in comparison.missing:
         console.print(f"The replay has no {place.name} {place.where} ({place.source}).", highlight=False)

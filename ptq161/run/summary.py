@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ptq161.console import stdout_console
 from ptq161.tracking.metric_names import SIZES
 
 
 def print_results(results: Mapping[str, Any], run_dir: str) -> None:
     """Print a run's results, the path of its record, and the command of its report."""
-    # A file or a pipe has no width of its own; a narrow terminal wraps.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = stdout_console()
     console.print(_results_table(results))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     console.print(f"Time: {seconds}. Peak memory: {results['peak_memory_bytes'] / 1e9:.2f} GB.")

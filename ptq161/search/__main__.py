@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
-from rich.console import Console
 
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
@@ -154,8 +154,7 @@ def _show(search: Search, n_trials: int) -> int:
     finished, failed = states.count(TrialState.COMPLETE), states.count(TrialState.FAIL)
     if not finished:
         raise UserError(f"none of the {failed} trials in {search.folder} finished; the output.log of each says why.")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(front_table(search))
+    stdout_console().print(front_table(search))
     written = ", ".join(path.name for path in write_front(search))
     running = states.count(TrialState.RUNNING)
     elsewhere = f", {running} still running in other processes" if running else ""
