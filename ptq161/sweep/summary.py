@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq161.files.strict_json import decode_json
+from ptq161.tracking.find import MANIFEST, find_runs
 
 _OUTCOMES = ("computed", "reused", "failed", "interrupted")
 
@@ -19,9 +20,9 @@ def _count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
         since: runs that began before this time (UTC, ISO 8601) are those of an earlier sweep in the same directory.
     """
     outcomes: Counter[str] = Counter()
-    for path in sweep_dir.rglob("manifest.json"):
+    for run_dir in find_runs(sweep_dir):
         try:
-            manifest = decode_json(path.read_text(encoding="utf-8"))
+            manifest = decode_json((run_dir / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             outcomes["interrupted"] += 1
             continue

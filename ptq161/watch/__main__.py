@@ -31,6 +31,7 @@ from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json
 from ptq161.sweep.failures import read_failures
 from ptq161.sweep.overrides import own_overrides, sweep_jobs
+from ptq161.tracking.find import MANIFEST, find_runs
 from ptq161.tracking.read import RunData, read_run
 
 STYLES = {
@@ -120,25 +121,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def snapshot(folder: Path) -> Snapshot:
     """Read the state of all runs in a folder, and of the jobs of its sweeps that have not started."""
     problems: list[str] = []
-    rows: dict[str, Row] = {}
-    for name, folders, files in os.walk(folder):
-        path = Path(name)
-        if "multirun.yaml" in files:
-            rows.update((row.job, row) for row in _planned(path, folder))
-        if "manifest.json" in files:
-            folders.clear()
-            try:
-                row = _row(path, folder)
-            except UserError as error:
-                problems.append(f"{path} is skipped: {error}")
-                continue
-            planned = rows.get(row.job)
-            rows[row.job] = dataclasses.replace(row, label=planned.label) if planned else row
-        elif ".hydra" in folders:
-            folders.clear()
-            planned = rows.get(_relative(path, folder), Row(_relative(path, folder), "", "waiting"))
-            if planned.state == "waiting":
-                rows[planned.job] = dataclasses.replace(planned, state="starting")
+    run_dirs = list(find_runs(folder))
+    rows = _jobs_without_record(folder, run_dirs)
+    for run_dir in run_dirs:
+        try:
+            row = _row(run_dir, folder)
+        except UserError as error:
+            problems.append(f"{run_dir} is skipped: {error}")
+            continue
+        planned = rows.get(row.job)
+        rows[row.job] = dataclasses.replace(row, label=planned.label) if planned else row
     return Snapshot([rows[job] for job in sorted(rows, key=_natural_order)], problems)
 
 
@@ -187,6 +179,23 @@ def _follow(folder: Path, console: Console, every: float) -> None:
             time.sleep(every)
 
 
+def _jobs_without_record(folder: Path, run_dirs: Sequence[Path]) -> dict[str, Row]:
+    """Return a row for each job that a sweep plans, or whose directory Hydra has made, by its directory."""
+    rows: dict[str, Row] = {}
+    for name, folders, files in os.walk(folder):
+        path = Path(name)
+        if "multirun.yaml" in files:
+            rows.update((row.job, row) for row in _planned(path, folder))
+        if path in run_dirs:
+            folders.clear()
+        elif ".hydra" in folders:
+            folders.clear()
+            planned = rows.get(_relative(path, folder), Row(_relative(path, folder), "", "waiting"))
+            if planned.state == "waiting":
+                rows[planned.job] = dataclasses.replace(planned, state="starting")
+    return rows
+
+
 def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
     """Yield a row for each job of a sweep's configuration: waiting, or failed before its record began."""
     try:
@@ -208,7 +217,7 @@ def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
 
 def _row(run_dir: Path, folder: Path) -> Row:
     try:
-        changed = (run_dir / "manifest.json").stat().st_mtime_ns
+        changed = (run_dir / MANIFEST).stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"its manifest.json cannot be read ({error.strerror})") from error
     run, state = _read(run_dir, changed)

@@ -247,3 +247,9 @@ def test_a_small_terminal_shows_what_runs_before_what_has_ended(tmp_path: Path) 
     lines = console.file.getvalue().splitlines()
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["0", "4", "7"]
     assert "6 not shown" in lines[0]
+
+
+def test_copies_of_the_mirror_are_no_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "0")
+    write_run(run / "wandb" / "offline-run-1" / "files")
+    assert [row.job for row in snapshot(tmp_path).rows] == ["0"]
