@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import datasets
 import lm_eval.api.metrics
@@ -265,19 +265,16 @@ def _quiet() -> Iterator[None]:
     """Silence the logs of lm-eval and datasets below errors, and their progress bars."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [log.level for log in logs]
-    bars = not datasets.utils.are_progress_bars_disabled()
-
-    def no_bar(*args: Any, **kwargs: Any) -> Any:
-        return tqdm(*args, **{**kwargs, "disable": True})
-
+    bars, request_bar = not datasets.utils.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     try:
         for log in logs:
             log.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
-        # lm-eval has no switch for the bar it shows while it builds requests.
-        with mock.patch.object(lm_eval.api.task, "tqdm", no_bar):
-            yield
+        # lm-eval has no switch for the bar that it shows while it builds requests.
+        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+        yield
     finally:
+        lm_eval.api.task.tqdm = request_bar
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
         if bars:

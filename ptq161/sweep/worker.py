@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
+
+# Internal, but run_job requires it in its context: the callbacks of the configuration, as Hydra's launcher passes them.
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, run_job, setup_globals
