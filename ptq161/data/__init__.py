@@ -1,6 +1,6 @@
-"""Text and where it comes from: embedded assets, the hub, files; calibration tokens and perplexity corpora.
+"""Texts from embedded assets, the hub and files; calibration tokens and perplexity corpora.
 
-Imports the ground floor alone.
+They import nothing of this package but the ground floor, and every room from ``models`` up may import them.
 """
 
 from ptq161.lazy import lazy_attributes

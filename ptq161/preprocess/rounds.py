@@ -1,4 +1,11 @@
-"""Quantization preprocessing as a whole: quantize, train the quantized model, merge; one round or several."""
+"""Quantization preprocessing as a whole: quantize, train the quantized model, merge; one round or several.
+
+::
+
+    tokens = training_tokens(tokenizer, restoration, seed=0)
+    restored, masks = restore(model, tokens, calibration, method, restoration, seed=0)
+    packed = ptq161.quantize(restored, calibration, method, salient_masks=masks)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""The record of a run: local files that are complete without any service, and their mirror."""
+"""The record of a run: local files that are complete without any service, and their mirror.
+
+Usage::
+
+    with RunRecord.open(run_dir, config=config, tracker=tracker, seeds={"run": 0}, job_name="demo") as record:
+        record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
+        record.metric("loss", 0.5, block=3, epoch=0)
+        record.finish({"metrics": {"ppl/boolq@512": 30.1}})
+"""
 
 from __future__ import annotations
 
