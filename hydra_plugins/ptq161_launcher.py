@@ -15,17 +15,20 @@ from omegaconf import DictConfig
 
 
 class LocalLauncher(Launcher):
-    """One subprocess per job on this machine (``hydra/launcher=local``)."""
+    """One subprocess per job on this machine (``hydra/launcher=local``).
+
+    Args:
+        settings: the keys of ``conf/hydra/launcher/local.yaml``; :meth:`setup` checks them.
+    """
 
     def __init__(self, **settings: Any) -> None:
-        """Take the keys of ``conf/hydra/launcher/local.yaml``; :meth:`setup` checks them."""
         self._settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take what Hydra has composed.
+        """Check the launcher's settings against this machine and keep the sweep's configuration.
 
         Raises:
-            FailedRunError: a setting of the launcher is wrong.
+            FailedRunError: a setting of the launcher is wrong or does not fit this machine.
         """
         from ptq161.sweep.launcher import Sweep
 

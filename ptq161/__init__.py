@@ -1,4 +1,4 @@
-"""Post-training quantization of language models below 2 bits per weight: run it, compare it, run it again.
+"""Post-training quantization of language models below 2 bits per weight: run, compare and reproduce experiments.
 
 The library in four verbs, with a class of hyperparameters for each method::
 
@@ -10,25 +10,27 @@ The library in four verbs, with a class of hyperparameters for each method::
 The rooms of the package, from the verbs down to the ground floor; each imports from those below it (the layers in
 ``pyproject.toml``)::
 
-    search replay report watch      look on: start runs and show them
+    search replay report watch      the commands that start runs or show their records
     sweep                           many runs
     run                             one run: configuration, pipeline
-    cache                           what was computed before
+    cache                           results that were computed before
     tracking                        the record of a run and its mirror
     preprocess evaluation           training before the quantization; perplexity, zero-shot tasks
-    driver                          a model, window by window, through a method; the library ends here
-    methods                         what becomes of the weights
-    packed                          how they are stored
+    console                         the console that the commands print with
+    driver                          a method applied to a model, window by window; the library ends here
+    methods                         the quantization methods
+    packed                          storage formats of the weights, packed linears, checkpoints
     models                          loading, architectures
     data                            text, calibration tokens, corpora
     kernels files                   arithmetic; bytes on disk
-    numerics checks seeding errors  ground floor
+    numerics checks seeding         the ground floor: device and dtype, checks of settings, random numbers,
+    lazy errors                     imports on first use, the exception for users
 """
 
 from typing import TYPE_CHECKING
 
 from ptq161.errors import UserError
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
@@ -60,8 +62,8 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-# The model library takes seconds to import, an error in a setting should not.
-__getattr__ = lazily(
+# transformers takes seconds to import; an error in a setting must not wait for it.
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.driver.quantization": ["quantize"],

@@ -10,16 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ptq161.tracking.interrupts import ending_with_a_sentence
+from ptq161.tracking.interrupts import exit_on_interrupt
 
 
-class Verb(NamedTuple):
+class _Verb(NamedTuple):
     """A verb of the command line.
 
     Attributes:
         module: has ``main(arguments) -> exit status``.
         summary: what it does.
-        first: arguments that go before those that are typed.
+        first: arguments that go before the user's.
     """
 
     module: str
@@ -27,14 +27,14 @@ class Verb(NamedTuple):
     first: tuple[str, ...] = ()
 
 
-VERBS = {
-    "run": Verb("ptq161.sweep.app", "quantize a model, score it, record the run: ptq161 run KEY=VALUE ..."),
-    "sweep": Verb("ptq161.sweep.app", "a run for each combination of values: ptq161 sweep KEY=A,B ...", ("-m",)),
-    "watch": Verb("ptq161.watch.__main__", "follow a sweep, or a run, in the terminal"),
-    "report": Verb("ptq161.report.__main__", "a page, tables and figures from recorded runs"),
-    "search": Verb("ptq161.search.__main__", "search settings for the Pareto front of two results"),
-    "replay": Verb("ptq161.replay.__main__", "run a recorded run again and compare every number"),
-    "cache": Verb("ptq161.cache.__main__", "show what was computed before, or delete from it"),
+_VERBS = {
+    "run": _Verb("ptq161.sweep.app", "quantize a model, score it, record the run: ptq161 run KEY=VALUE ..."),
+    "sweep": _Verb("ptq161.sweep.app", "a run for each combination of values: ptq161 sweep KEY=A,B ...", ("-m",)),
+    "watch": _Verb("ptq161.watch.__main__", "follow a sweep, or a run, in the terminal"),
+    "report": _Verb("ptq161.report.__main__", "a page, tables and figures from recorded runs"),
+    "search": _Verb("ptq161.search.__main__", "search settings for the Pareto front of two results"),
+    "replay": _Verb("ptq161.replay.__main__", "run a recorded run again and compare every number"),
+    "cache": _Verb("ptq161.cache.__main__", "show what was computed before, or delete from it"),
 }
 
 
@@ -51,25 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb in ("-h", "--help", "help"):
         print(_usage())
         return 0
-    if verb not in VERBS:
-        print(f"{verb!r} is no verb of ptq161.\n{_usage()}" if verb else _usage(), file=sys.stderr)
+    if verb not in _VERBS:
+        print(f"{verb!r} is not a verb of ptq161.\n{_usage()}" if verb else _usage(), file=sys.stderr)
         return 2
-    chosen = VERBS[verb]
+    selected = _VERBS[verb]
     try:
-        module = importlib.import_module(chosen.module)
+        module = importlib.import_module(selected.module)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] == "ptq161":
             raise
         print(f"ptq161 {verb} needs {error.name}, which is not installed: pip install 'ptq161[run]'.", file=sys.stderr)
         return 1
     sys.argv[0] = f"ptq161 {verb}"
-    with ending_with_a_sentence():
-        status: int = module.main([*chosen.first, *rest])
+    with exit_on_interrupt():
+        status: int = module.main([*selected.first, *rest])
     return status
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:<8} {verb.summary}" for name, verb in _VERBS.items())
     return f"Usage: ptq161 VERB [ARGUMENT ...]\n{verbs}\nptq161 VERB --help explains a verb."
 
 

@@ -1,4 +1,4 @@
-"""Checks of settings, in every room: one sentence with the setting, its value and what would be right."""
+"""Checks of settings, for every room: the error names the setting, its value and what would be right."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ptq161.errors import UserError
 
 
 def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
-    """Check that a setting has one of its values.
+    """Check that a setting is one of its choices.
 
     Raises:
-        UserError: it has not.
+        UserError: the value is none of ``choices``.
     """
     if value not in choices:
         raise UserError(f"{setting}={value}: use one of {', '.join(choices)}.")
@@ -21,7 +21,7 @@ def check_at_least(setting: str, value: float | None, least: float) -> None:
     """Check that an optional number is not below ``least``.
 
     Raises:
-        UserError: it is.
+        UserError: the value is below ``least``.
     """
     if value is not None and value < least:
         raise UserError(f"{setting}={value}: use at least {least}.")

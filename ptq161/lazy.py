@@ -1,4 +1,4 @@
-"""The public face of a package whose modules take long to import: names are imported when they are first used."""
+"""Attributes of a package that are imported when they are first used, for packages whose modules import slowly."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib import import_module
 from typing import Any
 
 
-def lazily(package: str, places: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+def lazy_attributes(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a package (PEP 562).
 
     Args:
         package: its ``__name__``.
-        places: module -> the names of the package's face that it defines.
+        exports: module -> the names that the package has from it.
     """
-    modules = {name: module for module, names in places.items() for name in names}
+    modules = {name: module for module, names in exports.items() for name in names}
 
     def get(name: str) -> Any:
         if name in modules:

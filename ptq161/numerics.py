@@ -1,4 +1,4 @@
-"""Device and dtype of a run: what ``auto`` means on this machine, and why."""
+"""Device and dtype of a run: how ``auto`` is resolved on this machine, and why."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 from ptq161.errors import UserError
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Names of the dtypes in which matrix products are taken."""
+"""Dtypes of matrix products, by name."""
 
 
 def resolve_device(name: str) -> torch.device:
     """Turn ``device`` into a torch device.
 
     Raises:
-        UserError: it is unknown, or not on this machine.
+        UserError: the name is no device that torch knows, or this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,8 +39,8 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[str, str]:
         return name, "as configured"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU multiplies bfloat16"
-        return "float16", "the GPU does not multiply bfloat16"
+            return "bfloat16", "the GPU supports bfloat16"
+        return "float16", "the GPU does not support bfloat16"
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "bfloat16", "the CPU multiplies bfloat16"
-    return "float32", "the CPU does not multiply bfloat16"
+        return "bfloat16", "the CPU supports bfloat16"
+    return "float32", "the CPU does not support bfloat16"

@@ -1,4 +1,4 @@
-"""Random numbers: every stage of a run draws from its own generator, and none from the global state."""
+"""Random numbers: every stage of a run has its own generator; none uses torch's global one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def stage_generator(seed: int, *stage: str | int) -> torch.Generator:
-    """Return a fresh CPU generator that belongs to a run's seed and a stage, such as ``("calibration",)``.
+    """Return a fresh CPU generator for a run's seed and a stage, such as ``("calibration",)``.
 
-    Stages differ in their whole stream, and adding one changes no other.
+    Different stages have unrelated streams, and adding a stage changes no other.
     """
     digest = hashlib.sha256(repr((seed, *stage)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))

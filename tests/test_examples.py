@@ -86,4 +86,4 @@ def test_two_runs(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    assert "is no run directory" in run("compare_two_runs.py", tmp_path, tmp_path, status=1)
+    assert "is not a run directory" in run("compare_two_runs.py", tmp_path, tmp_path, status=1)

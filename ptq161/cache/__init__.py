@@ -1,4 +1,4 @@
-"""What was computed before, found again by its content: the store, the stages of a run in it, whole results.
+"""The cache of computed results: the store, a run's stages in it, whole results, and the command that prunes it.
 
-Imports ``tracking/`` and what lies below it.
+These modules import ``tracking`` and the rooms below it; ``run`` and every room above may import them.
 """

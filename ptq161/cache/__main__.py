@@ -2,13 +2,13 @@
 
 ::
 
-    python -m ptq161.cache                                      # what is there
-    python -m ptq161.cache --prune --older-than 30              # delete what was not used for 30 days
-    python -m ptq161.cache --prune --kind blocks --unfinished   # delete what killed runs left of one kind
+    python -m ptq161.cache                                      # list the entries by kind
+    python -m ptq161.cache --prune --older-than 30              # delete entries that were not used for 30 days
+    python -m ptq161.cache --prune --kind blocks --unfinished   # delete entries that killed runs left unfinished
     python -m ptq161.cache --prune                              # delete everything
 
-What a process is using is kept. Records in run directories stay whole: a checkpoint that one of them shares with the
-store goes on taking its place on the disk.
+Entries that a process is using are kept. Records in run directories stay complete: deleting an entry does not free the
+disk space of a checkpoint that a run directory shares with it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from ptq161.cache.store import StoredEntry, delete_entry, store_dir, stored_entries
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 
-SECONDS_PER_DAY = 86400
+_SECONDS_PER_DAY = 86400
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = store_dir()
     try:
         if not options.prune and (options.older_than is not None or options.unfinished):
-            raise UserError("--older-than and --unfinished say what to delete: use them with --prune.")
-        entries = _chosen(stored_entries(root), options.kind, options.older_than, options.unfinished)
+            raise UserError("--older-than and --unfinished select entries to delete: use them with --prune.")
+        entries = _select(stored_entries(root), options.kind, options.older_than, options.unfinished)
         if options.prune:
             _prune(entries, root)
         else:
@@ -52,18 +52,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ptq161.cache", description="Show the store of computed results, or delete from it."
     )
-    parser.add_argument("--prune", action="store_true", help="delete the entries that the other options choose")
-    parser.add_argument("--kind", help="only this kind of entries, such as results, blocks or scores")
-    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only what was not used for so many days")
-    parser.add_argument("--unfinished", action="store_true", help="only what runs that were cut off have left")
+    parser.add_argument(
+        "--prune", action="store_true", help="delete all entries, or those that match the options below"
+    )
+    parser.add_argument("--kind", help="only entries of this kind, such as results, blocks or scores")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", help="only entries not used for DAYS days")
+    parser.add_argument("--unfinished", action="store_true", help="only entries that interrupted runs left unfinished")
     return parser
 
 
-def _chosen(entries: list[StoredEntry], kind: str | None, days: float | None, unfinished: bool) -> list[StoredEntry]:
+def _select(entries: list[StoredEntry], kind: str | None, days: float | None, unfinished: bool) -> list[StoredEntry]:
     kinds = {entry.kind for entry in entries}
     if kind is not None and kinds and kind not in kinds:
-        raise UserError(f"--kind={kind}: the store holds {', '.join(sorted(kinds))}.")
-    before = time.time() - (days or 0) * SECONDS_PER_DAY
+        raise UserError(f"--kind={kind}: the store has no such entries; use one of {', '.join(sorted(kinds))}.")
+    before = time.time() - (days or 0) * _SECONDS_PER_DAY
     return [
         entry
         for entry in entries
@@ -83,7 +85,7 @@ def _show(entries: list[StoredEntry], root: Path) -> None:
     if entries:
         table.add_section()
         table.add_row("all", *_summary(entries))
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+    stdout_console(highlight=False).print(table)
 
 
 def _summary(entries: list[StoredEntry]) -> list[str]:

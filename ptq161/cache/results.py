@@ -1,4 +1,4 @@
-"""Whole results: a finished run's record in the store, and a later run that is the same taking it over."""
+"""Whole results: a finished run's record in the store, and its reuse by a later, identical run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
 
-FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
+_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "results.json")
 CHECKPOINT = "checkpoint"
 """The folder of a run's packed model."""
 MERGED = "merged"
 """The folder of its restored model."""
 FOLDERS = (CHECKPOINT, MERGED)
-SHARED = ".safetensors"
-"""Files of these folders that are linked and not copied: records of one result share them."""
+_SHARED = ".safetensors"
+"""Suffix of the files of these folders that are linked and not copied, so that records of one result share them."""
 
-OWN_FACTS = (
+_OWN_FACTS = (
     "schema_version",
     "exit_state",
     "exception",
@@ -43,11 +43,11 @@ OWN_FACTS = (
     "working_directory",
     "pid",
 )
-"""What a manifest says of the run that wrote it, and not of how its numbers were computed."""
+"""Keys of a manifest that describe one run, and not how its numbers were computed."""
 
 
-def keep_result(entry: Entry, run_dir: Path) -> None:
-    """Put the record and the models of a finished run into the store.
+def store_result(entry: Entry, run_dir: Path) -> None:
+    """Copy the record and the models of a finished run into the store.
 
     Raises:
         UserError: the store cannot be written.
@@ -57,7 +57,7 @@ def keep_result(entry: Entry, run_dir: Path) -> None:
     manifest = decode_json((run_dir / "manifest.json").read_text(encoding="utf-8"))
     entry.write("manifest.json", encode_json({**manifest, "run_dir": run_dir}, indent=2) + "\n")
     with writing(entry.folder, ADVICE):
-        for name in FILES:
+        for name in _FILES:
             if (run_dir / name).exists():
                 shutil.copyfile(run_dir / name, entry.folder / name)
         for name in FOLDERS:
@@ -65,18 +65,18 @@ def keep_result(entry: Entry, run_dir: Path) -> None:
     entry.finish()
 
 
-def take_over(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
-    """Make a record that of a run which was finished before.
+def reuse_result(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
+    """Fill a record from a stored result.
 
-    The manifest tells how the numbers were computed then (hardware, threads, commit), and in ``reused_from`` by which
-    run; job, command and times are those of the run that finds them.
+    The manifest then has the facts of the original computation (hardware, threads, commit), and in ``reused_from`` the
+    run that made it; job, command and times stay those of the new run.
 
     Args:
         entry: a finished result.
-        record: of the run that asks for it.
+        record: of the new run.
 
     Returns:
-        its results; None where the entry is damaged, which empties it.
+        the results; None where the entry is damaged, which empties it.
 
     Raises:
         UserError: the run directory cannot be written.
@@ -87,12 +87,12 @@ def take_over(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
     with writing(record.run_dir):
         for name in FOLDERS:
             _link_folder(entry.folder / name, record.run_dir / name)
-    record.take_over(original.metrics, original.samples)
+    record.copy_lines(original.metrics, original.samples)
     manifest = original.manifest
     origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
-    facts = {key: value for key, value in manifest.items() if key not in OWN_FACTS}
+    facts = {key: value for key, value in manifest.items() if key not in _OWN_FACTS}
     record.describe(**facts, reused_from={"run_dir": manifest["run_dir"], **origin})
-    log.info("the same run was finished in %s: nothing is computed again", manifest["run_dir"])
+    log.info("an identical run finished in %s: its results are reused", manifest["run_dir"])
     return {key: value for key, value in original.results.items() if key != "schema_version"}
 
 
@@ -102,7 +102,7 @@ def _intact(entry: Entry) -> RunData | None:
         problem = run.problems[0] if run.problems else None
         weights, expected = _weights(entry.folder), run.manifest.get("checkpoint_sha256")
         if weights and sha256_of_file(weights) != expected:
-            problem = f"{weights} does not have its checksum"
+            problem = f"{weights} has a wrong checksum"
     except (OSError, UserError) as error:
         problem = str(error)
     if problem is None:
@@ -112,17 +112,17 @@ def _intact(entry: Entry) -> RunData | None:
 
 
 def _weights(folder: Path) -> Path | None:
-    return next((folder / "checkpoint").glob(f"*{SHARED}"), None)
+    return next((folder / "checkpoint").glob(f"*{_SHARED}"), None)
 
 
 def _link_folder(source: Path, target: Path) -> None:
-    """Make ``target`` the same as ``source``, where that exists; weights share the disk where it is the same one."""
+    """Replace ``target`` by a copy of ``source``, if that exists; weights are hard links where that is possible."""
     shutil.rmtree(target, ignore_errors=True)
     if not source.is_dir():
         return
     target.mkdir()
     for path in source.iterdir():
-        if path.suffix == SHARED:
+        if path.suffix == _SHARED:
             with contextlib.suppress(OSError):  # another file system, or one without links
                 os.link(path, target / path.name)
                 continue

@@ -1,7 +1,7 @@
-"""Stages of a run that are found in the store where they were computed before, and computed otherwise.
+"""The cache of a run's stages: a stage is read from the store if it was computed before, else computed and stored.
 
-A stage says what its result depends on (:mod:`ptq161.files.identity`) and how it is computed; where that is kept is out
-of its sight.
+A stage passes what its result depends on (:mod:`ptq161.files.identity`) and a function that computes it; it does not
+know where results are kept.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class Stages:
     """The store as the stages of a run see it.
 
     Attributes:
-        store: None (``cache=false``) keeps nothing, and everything is computed.
+        store: None (``cache=false``) stores nothing, and everything is computed.
     """
 
     store: Store | None
 
     def value(self, kind: str, fingerprint: Fingerprint, compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return JSON values that were computed before from the same, or compute them."""
+        """Return the stored JSON values of a fingerprint, else compute and store them."""
         return compute() if self.store is None else self.store.remember(kind, fingerprint, compute)
 
     def tensor(self, kind: str, fingerprint: Fingerprint, compute: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor that was computed before from the same, or compute it."""
+        """Return the stored tensor of a fingerprint, else compute and store it."""
         if self.store is None:
             return compute()
         with self.store.entry(kind, fingerprint) as entry:
@@ -50,9 +50,9 @@ class Stages:
 
     @contextlib.contextmanager
     def folder(self, kind: str, fingerprint: Fingerprint) -> Iterator[KeyedFolder | None]:
-        """Lend a folder to a stage that keeps its state there; it is finished when the stage ends well.
+        """Give a stage a folder of the store for its state, which is marked as finished when the context succeeds.
 
-        A stage that was cut off finds its files again, and so does one that was finished.
+        The folder has the files of an earlier computation with the same fingerprint, whether that finished or not.
         """
         if self.store is None:
             yield None

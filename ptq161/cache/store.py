@@ -1,13 +1,13 @@
-"""What took long to compute, found again by what it was computed from.
+"""The store of computed results, each found by the fingerprint of what it was computed from.
 
 An entry is a folder that is named by the SHA-256 of its fingerprint, the JSON of everything it depends on::
 
     <store>/<kind>/<key>/               finished; fingerprint.json is inside
-    <store>/<kind>/<key>.unfinished/    being made, or left by a process that was killed and taken up by the next one
-    <store>/<kind>/<key>.lock           held by the process that makes or reads the entry; never deleted
+    <store>/<kind>/<key>.unfinished/    in progress, or left by a killed process and continued by the next one
+    <store>/<kind>/<key>.lock           held by the process that computes or reads the entry; never deleted
 
 The store is ``$PTQ161_STORE``, else ``store/`` beside the assets (:mod:`ptq161.data.assets`). Any number of processes
-can use it: one that needs what another is making waits, and then finds it finished.
+can use it: a process that needs an entry which another one is computing waits until that is finished.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from ptq161.files.strict_json import decode_json, encode_json
 log = logging.getLogger(__name__)
 
 ADVICE = "set the environment variable PTQ161_STORE to a writable folder, or cache=false"
-VALUE = "value.json"
-UNFINISHED = ".unfinished"
+_VALUE = "value.json"
+_UNFINISHED = ".unfinished"
 
 
 def store_dir() -> Path:
@@ -47,7 +47,7 @@ class Store:
 
     Attributes:
         root: made with the first entry.
-        force: throw away what is found, and make it anew.
+        force: delete an entry that is found, and compute it again.
     """
 
     root: Path
@@ -55,16 +55,16 @@ class Store:
 
     @contextlib.contextmanager
     def entry(self, kind: str, fingerprint: Fingerprint) -> Iterator[Entry]:
-        """Open an entry, alone among all processes until the context ends.
+        """Open an entry, locked against other processes until the context ends.
 
-        An entry that is left unfinished keeps its files for the next process that asks for it.
+        An entry that is left unfinished keeps its files for the next process that opens it.
 
         Args:
             kind: a folder of the store, such as ``scores``.
             fingerprint: everything that the content depends on.
 
         Raises:
-            UserError: the store cannot be written, or the entry holds another fingerprint than its name says.
+            UserError: the store cannot be written, or the entry's fingerprint does not match its name.
         """
         folder = self.root / kind / key_of(fingerprint)
         with writing(folder, ADVICE):
@@ -80,7 +80,7 @@ class Store:
                 entry.close()
 
     def remember(self, kind: str, fingerprint: Fingerprint, compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """Return what ``compute`` returns, or what it returned before for the same fingerprint.
+        """Return the stored value of a fingerprint, else compute and store it.
 
         Args:
             kind: a folder of the store.
@@ -93,36 +93,40 @@ class Store:
         with self.entry(kind, fingerprint) as entry:
             if entry.finished:
                 try:
-                    return decode_json((entry.folder / VALUE).read_text(encoding="utf-8"))
+                    return decode_json((entry.folder / _VALUE).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     entry.restart_damaged(error)
             text = encode_json(compute(), indent=2)
-            entry.write(VALUE, text)
+            entry.write(_VALUE, text)
             entry.finish()
         return decode_json(text)
 
 
 class Entry:
-    """An entry that this process holds; made by :meth:`Store.entry`."""
+    """An entry that this process holds; made by :meth:`Store.entry`.
+
+    Args:
+        folder: of the finished entry; an unfinished one has the suffix ``.unfinished``.
+        fingerprint: everything that the content depends on.
+    """
 
     def __init__(self, folder: Path, fingerprint: Fingerprint) -> None:
-        """Take the folder that the entry has when it is finished."""
         self._finished_folder = folder
-        self._unfinished_folder = folder.with_name(folder.name + UNFINISHED)
+        self._unfinished_folder = folder.with_name(folder.name + _UNFINISHED)
         self._fingerprint = fingerprint
 
     @property
     def finished(self) -> bool:
-        """Whether everything is there."""
+        """Whether the entry is complete."""
         return self._finished_folder.is_dir()
 
     @property
     def folder(self) -> Path:
-        """Where the entry's files are; :meth:`finish` renames it."""
+        """The folder of the entry's files; :meth:`finish` renames it."""
         return self._finished_folder if self.finished else self._unfinished_folder
 
     def open(self) -> None:
-        """Make the folder, or check the one that is there."""
+        """Make the folder, or check the fingerprint of the one that exists."""
         with writing(self.folder, ADVICE):
             if not self.finished:
                 _clear_remains(self.folder)
@@ -130,38 +134,38 @@ class Entry:
             os.utime(self.folder)  # the time of the last use, for pruning
 
     def write(self, name: str, content: str | bytes) -> None:
-        """Write a file of the entry, whole or not at all."""
+        """Write a file of the entry atomically."""
         write_atomically(self.folder / name, content, ADVICE)
 
     def finish(self) -> None:
-        """Say that everything is there: one rename, so a killed process finishes an entry or does not."""
+        """Mark the entry as finished, by one rename: a killed process leaves it finished or unfinished."""
         with writing(self._finished_folder, ADVICE):
             os.rename(self._unfinished_folder, self._finished_folder)
 
     def restart(self) -> None:
-        """Throw everything away and begin again."""
+        """Delete the entry's files."""
         with writing(self.folder, ADVICE):
             if self.finished:
-                # Killed while it is deleted, a finished entry must not be left with a part of its files.
+                # Renamed first: a process that is killed here must not leave a finished entry without all its files.
                 shutil.rmtree(self._unfinished_folder, ignore_errors=True)
                 os.rename(self._finished_folder, self._unfinished_folder)
             if self._unfinished_folder.exists():
                 shutil.rmtree(self._unfinished_folder)
 
     def restart_damaged(self, reason: object) -> None:
-        """Begin again, and say why."""
+        """Delete the entry's files, log why, and open it again."""
         log.warning("%s is damaged (%s); it is computed again", self.folder, reason)
         self.restart()
         self.open()
 
     def close(self) -> None:
-        """Leave nothing behind of an entry that nothing was written to."""
+        """Delete an unfinished entry that nothing was written to."""
         with contextlib.suppress(OSError):
             if [path.name for path in self._unfinished_folder.iterdir()] == [FINGERPRINT]:
                 shutil.rmtree(self._unfinished_folder)
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
+# --- listing and pruning ----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,7 @@ class StoredEntry:
     Attributes:
         kind: the folder of the store that it is in.
         folder: its own folder.
-        finished: whether everything is there.
+        finished: whether it is complete.
         nbytes: bytes of its files.
         used: when it was last used, in seconds since 1970.
     """
@@ -184,7 +188,7 @@ class StoredEntry:
 
 
 def stored_entries(root: Path) -> list[StoredEntry]:
-    """List the entries of a store, the kinds in alphabetical order; what another process deletes meanwhile is left out.
+    """List the entries of a store by kind; an entry that another process deletes meanwhile is left out.
 
     Raises:
         UserError: the store cannot be read.
@@ -195,7 +199,7 @@ def stored_entries(root: Path) -> list[StoredEntry]:
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
             nbytes = sum(path.stat().st_size for path in _files(folder))
-            finished = not folder.name.endswith(UNFINISHED)
+            finished = not folder.name.endswith(_UNFINISHED)
             found.append(StoredEntry(folder.parent.name, folder, finished, nbytes, folder.stat().st_mtime))
     return found
 
@@ -204,13 +208,12 @@ def delete_entry(entry: StoredEntry) -> int | None:
     """Delete an entry, unless a process holds it.
 
     Returns:
-        the bytes that this frees (a file that a run directory shares goes on taking its place), or None where the entry
-        is in use.
+        the bytes that this frees (none for a file that a run directory shares), or None where the entry is in use.
 
     Raises:
         UserError: it cannot be deleted.
     """
-    folder = entry.folder.with_name(entry.folder.name.removesuffix(UNFINISHED))
+    folder = entry.folder.with_name(entry.folder.name.removesuffix(_UNFINISHED))
     with writing(entry.folder, ADVICE):
         try:
             with FileLock(f"{folder}.lock", timeout=0):
@@ -230,13 +233,13 @@ def _files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold an entry's lock. It ends with the process, however that ends."""
+    """Hold an entry's lock, which the operating system releases if the process is killed."""
     lock = FileLock(f"{folder}.lock")
     with writing(folder, ADVICE):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.info("waiting for another process that makes the same %s", folder.parent.name)
+            log.info("waiting for another process that computes the same %s", folder.parent.name)
             began = time.monotonic()
             lock.acquire(poll_interval=0.2)
             log.info("waited %.0f s", time.monotonic() - began)
@@ -247,7 +250,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _clear_remains(unfinished: Path) -> None:
-    """Delete what a killed process leaves: half-written files, or a folder that it was deleting itself."""
+    """Delete what a killed process left: temporary files, or a folder that it was deleting (without a fingerprint)."""
     if unfinished.exists() and not (unfinished / FINGERPRINT).exists():
         shutil.rmtree(unfinished)
     for path in unfinished.rglob(".*.tmp"):

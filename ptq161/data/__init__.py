@@ -1,11 +1,11 @@
-"""Text and where it comes from: embedded assets, the hub, files; calibration tokens and perplexity corpora.
+"""Texts from embedded assets, the hub and files; calibration tokens and perplexity corpora.
 
-Imports the ground floor alone.
+They import nothing of this package but the ground floor, and every room from ``models`` up may import them.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.data.settings": ["CALIBRATION_SETS", "CORPORA", "CalibConfig"],

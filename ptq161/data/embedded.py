@@ -19,17 +19,17 @@ from ptq161.checks import check_choice
 from ptq161.data.assets import fetch
 
 # One story of CoQA is for the most part a passage of BoolQ, which perplexity is measured on; it is left out.
-STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
+_STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
 
 
 def passages(name: str) -> list[str]:
     """Return the unique passages of an embedded data set, in the order in which they first appear.
 
     Args:
-        name: ``squad``, ``drop``, ``coqa``, ``boolq`` or ``lambada`` (with the last word, which its task asks for).
+        name: ``squad``, ``drop``, ``coqa``, ``boolq`` or ``lambada`` (with the last word, which its task predicts).
 
     Raises:
-        UserError: the name is unknown, or the asset cannot be had.
+        UserError: the name is unknown, or the asset cannot be fetched.
     """
     check_choice("passages", name, tuple(EMBEDDED))
     text = EMBEDDED[name]
@@ -49,7 +49,7 @@ def _drop(path: Path) -> Iterator[str]:
 
 def _coqa(path: Path) -> Iterator[str]:
     stories = (request["doc"]["story"] for request in _requests(path))
-    return (story for story in stories if not story.startswith(STORY_IN_BOOLQ))
+    return (story for story in stories if not story.startswith(_STORY_IN_BOOLQ))
 
 
 def _lambada(path: Path) -> Iterator[str]:
@@ -67,7 +67,7 @@ def _requests(path: Path) -> Iterator[Mapping[str, Any]]:
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedText:
-    """A data set in the asset: its place, the split that it was taken from, and how its passages are read."""
+    """A data set in the asset: its path, the split that it is, and the function that reads its passages."""
 
     path: str
     split: str

@@ -1,4 +1,4 @@
-"""The Hugging Face hub where it cannot be reached: asked once and briefly, where its libraries retry for long."""
+"""Whether the Hugging Face hub can be reached: one short request, where its libraries would retry for minutes."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from types import ModuleType
 
 import huggingface_hub
 
-TIMEOUT = 5.0  # seconds
-SWITCH = "HF_HUB_OFFLINE"
+_TIMEOUT = 5.0  # seconds
+_SWITCH = "HF_HUB_OFFLINE"
 
 
-def answers() -> bool:
-    """Whether the hub answers one short question; never when it is switched off (``HF_HUB_OFFLINE``)."""
+def is_reachable() -> bool:
+    """Send the hub one request; False without one where ``HF_HUB_OFFLINE`` is set."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # any failure of any transport means the same
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_TIMEOUT)
+    except Exception:  # whatever the transport raises, the hub cannot be reached
         return False
     return True
 
 
 @contextlib.contextmanager
 def offline_unless_reachable() -> Iterator[bool]:
-    """Ask the hub once; where it does not answer, let the cache be used without half a minute of retries per file.
+    """Switch the hub's libraries to their cache where the hub cannot be reached: no half minute of retries per file.
 
     Yields:
-        Whether the hub answered.
+        whether the hub can be reached.
     """
-    reachable = answers()
+    reachable = is_reachable()
     switches = [] if reachable else _switches()
-    before = [getattr(module, SWITCH) for module in switches]
+    before = [getattr(module, _SWITCH) for module in switches]
     try:
         for module in switches:
-            setattr(module, SWITCH, True)
+            setattr(module, _SWITCH, True)
         yield reachable
     finally:
         for module, value in zip(switches, before, strict=True):
-            setattr(module, SWITCH, value)
+            setattr(module, _SWITCH, value)
 
 
 def _switches() -> list[ModuleType]:
-    """Return where the libraries keep what the environment variable said; ``datasets`` is not imported for it."""
+    """Return the modules that hold the libraries' copies of ``HF_HUB_OFFLINE``; ``datasets`` only if it is imported."""
     config = sys.modules.get("datasets.config")
-    return [huggingface_hub.constants, *([] if config is None else [config])]
+    return [huggingface_hub.constants] if config is None else [huggingface_hub.constants, config]

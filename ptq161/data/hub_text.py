@@ -1,6 +1,6 @@
-"""Text of the Hugging Face hub that the papers calibrate and score on, as a table of pinned files.
+"""Texts of the Hugging Face hub that the papers calibrate and score on: a table of pinned files.
 
-``datasets`` runs no data set scripts any more, so each text is a list of plain files at a fixed revision. A file that
+``datasets`` runs no data set scripts anymore, so each text is a list of plain files at a fixed revision. A file that
 is in the local hub cache is used without the network (a compute node behind a firewall needs nothing else).
 
 Verified without the hub: each layout, on a small local copy (``root``). Not verified: that the hub still serves these
@@ -26,7 +26,7 @@ from ptq161.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class HubText:
-    """Where a text is.
+    """The files of a text on the hub.
 
     Attributes:
         repo: data set on the hub.
@@ -104,33 +104,36 @@ def hub_documents(name: str, split: str, instead: str, root: Path | None = None)
     Args:
         name: a key of ``HUB_TEXTS``.
         split: one of its splits.
-        instead: what a user without the hub can do; the error says it.
+        instead: advice for a user without the hub, for the error.
         root: a folder with the same layout, ``<root>/<repo>/<file>``, in place of the hub.
 
     Returns:
-        A memory-mapped data set with the one column ``text``, a document a row.
+        a memory-mapped data set with the one column ``text``, a document a row.
 
     Raises:
-        UserError: the files are neither in the local cache nor within reach.
+        UserError: a file is not in the local cache and cannot be fetched.
     """
     text, paths = HUB_TEXTS[name], hub_files(name, split, instead, root)
     if text.layout == "parquet":
         rows = datasets.load_dataset("parquet", data_files=paths, split="train", columns=[text.column])
         return rows if text.column == "text" else rows.rename_column(text.column, "text")
-    # Lines are decoded when they are asked for: the json builder wants one type per field over all files, and
-    # RedPajama's differ in their metadata.
+    # Lines are decoded when a row is read: the json builder needs one type per field over all files, and RedPajama's
+    # metadata differ.
     lines = datasets.load_dataset("text", data_files=paths, split="train")
     return lines.with_transform(lambda batch: {"text": [json.loads(line)[text.column] for line in batch["text"]]})
 
 
 def hub_files(name: str, split: str, instead: str, root: Path | None = None) -> list[str]:
-    """Return the local paths of a text's files, fetching what the hub's cache lacks; arguments and errors as above."""
+    """Return the local paths of a text's files, fetching what the hub's cache lacks.
+
+    Arguments and errors are those of :func:`hub_documents`.
+    """
     text = HUB_TEXTS[name]
     return [str(root / text.repo / file) if root else _download(text, file, instead) for file in text.files[split]]
 
 
 def _download(text: HubText, file: str, instead: str) -> str:
-    """Return the local path of a file, from the hub's cache or over the network."""
+    """Return the local path of a file; fetch it where the hub's cache lacks it."""
     get = functools.partial(
         huggingface_hub.hf_hub_download, text.repo, file, repo_type="dataset", revision=text.revision
     )
@@ -139,7 +142,7 @@ def _download(text: HubText, file: str, instead: str) -> str:
     except LocalEntryNotFoundError:
         pass
     sentence = f"{file} of the Hugging Face data set {text.repo} is needed and cannot be fetched"
-    if not hub.answers():
+    if not hub.is_reachable():
         raise UserError(f"{sentence}, because the hub cannot be reached: {instead}.")
     try:
         return str(get())

@@ -1,4 +1,4 @@
-"""Which texts there are, and the settings of the calibration tokens."""
+"""The names of all texts, and the settings of the calibration tokens."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BLANK_LINE = "\n\n"
 
 
 def read_text(setting: str, path: str | None) -> str:
-    r"""Read a UTF-8 text file as it stands, save that line ends become ``\n`` (Python's text mode).
+    r"""Read a UTF-8 text file unchanged, except that line ends become ``\n`` (Python's text mode).
 
     Raises:
         UserError: the file is not set, missing, unreadable or not UTF-8; the sentence begins with ``setting``.
@@ -37,7 +37,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
 
 
 def bos_rule(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> str:
-    """Say whether ``tokens [n]``, made by :func:`encode`, begin with the BOS token, for the record of a metric."""
+    """Describe, for the record of a metric, whether ``tokens [n]`` of :func:`encode` begin with the BOS token."""
     if tokenizer.bos_token_id is not None and int(tokens[0]) == tokenizer.bos_token_id:
         return f"{tokenizer.bos_token} once, before the whole text"
     return "none: the tokenizer adds none"

@@ -1,11 +1,12 @@
-"""The driver: a model's decoder blocks, window by window, through a method; resumable.
+"""The driver: it takes a model's decoder blocks through a method, window by window, and can be resumed.
 
-The library ends here: nothing at or below this room knows Hydra, W&B or lm-eval. Imports ``methods/`` and below.
+The library ends here: no room up to this one knows Hydra, W&B or lm-eval. The driver imports ``methods`` and the rooms
+below it; ``preprocess``, ``evaluation`` and every room above may import it.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.driver.quantization": ["quantize"],

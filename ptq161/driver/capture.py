@@ -1,4 +1,4 @@
-"""Decoder blocks as the model calls them: what enters the first, and what each is called with."""
+"""Decoder blocks as the model calls them: the inputs of the first block and the arguments of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptq161.models.architectures import decoder_blocks
 
 @dataclasses.dataclass(frozen=True)
 class BlockArguments:
-    """What the model passed to one block beside the hidden states, for each batch size that occurs.
+    """The arguments of one block beside the hidden states, as the model passed them, for each batch size.
 
     Attributes:
         by_batch_size: batch size -> (args after the first, kwargs).
@@ -36,9 +36,10 @@ class BlockArguments:
 
 
 def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> tuple[Tensor, list[BlockArguments]]:
-    """Run the model up to its first block, and record what each block is called with.
+    """Run the model up to its first block, and record the arguments of each block.
 
-    Blocks are replaced for the moment by recorders that hand the hidden states on, so that no block is computed.
+    Meanwhile each block's ``forward`` is replaced by one that records its arguments and returns the hidden states
+    unchanged, so that no block is computed.
 
     Args:
         model: the full-precision model.
@@ -74,7 +75,7 @@ def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> t
                     continue
     finally:
         for block, original in zip(blocks, originals, strict=True):
-            # What was not the instance's own must not become so: a block that holds its bound method is a cycle.
+            # Restored only where it was the instance's own: a block that holds its bound method is a reference cycle.
             del block.forward
             if original is not None:
                 block.forward = original

@@ -1,8 +1,8 @@
-"""The one driver: capture block inputs, run a method window by window, propagate both chains.
+"""The driver of all methods: capture block inputs, run a method window by window, propagate both chains.
 
-The full-precision chain carries each full-precision block's output on to the next, the quantized chain each packed
-block's. Blocks are replayed with the very arguments that the model passed to them. The model stays where it is; only
-one window of blocks and one batch are on the device.
+The full-precision chain passes each full-precision block's output to the next block, the quantized chain each packed
+block's output. Blocks are replayed with the arguments that the model passed to them. The model stays on its device;
+only one window of blocks and one batch are on the device of the quantization.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ def quantize(
         model: a supported transformers model in full precision.
         tokens: ``[n_samples, seq_len]`` integer calibration tokens.
         method: hyperparameters, as in ``ptq161.methods.ptq161.PTQ161(mask_ratio=0.2)``.
-        on_metric: receives every number as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
+        on_metric: receives every metric as it arises: ``loss`` (mean over the epoch; ``block``, ``epoch`` from 0); per
             linear ``output_error`` (relative squared error of its output on the first calibration sequence), ``nbytes``
             and ``bits_per_weight``; per window ``seconds``.
         seed: the methods' random numbers follow from it.
         device: where windows are worked on; None is where the model is.
         progress: show a progress bar over the blocks.
         salient_masks: for each linear ("{block}.{path}", as in "3.self_attn.q_proj") its salient input channels,
-            ``[in]`` bool, in place of those that the method would choose; :func:`ptq161.packed.masks.salient_masks`
+            ``[in]`` bool, in place of those that the method would select; :func:`ptq161.packed.masks.salient_masks`
             reads them back from a quantized model.
-        resume: a folder that each finished window is written to; a quantization that was cut off, by whatever, goes on
-            from there, emits the finished windows' numbers again, and ends in the same bytes. A path is checked
-            against all arguments, for which the whole model is hashed; a keyed folder is taken at its word.
+        resume: a folder that each finished window is written to; an interrupted quantization continues from there,
+            emits the finished windows' metrics again, and gives the same bytes. A path is checked against all
+            arguments, for which the whole model is hashed; a ``KeyedFolder`` is not checked.
 
     Returns:
         the same model.
@@ -141,7 +141,7 @@ def _advance(
     finished: FinishedWindow | None,
     on_metric: OnMetric,
 ) -> tuple[FinishedWindow, Tensor, Tensor]:
-    """Quantize a window, or take the finished one, and carry both chains through it."""
+    """Quantize a window, or load the finished one, and propagate both chains through it."""
     began = time.perf_counter()
     measured: Measured = []
 
@@ -170,7 +170,10 @@ def _emit(measured: Measured, on_metric: OnMetric) -> None:
 
 
 def _in_own_memory(packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
-    """Copy each tensor to where it would be had it been read from a file: layout and alignment may change sums."""
+    """Copy each tensor into memory of its own, as if it had been read from a file.
+
+    Layout and alignment can change the order of sums, and a resumed quantization must give the same bytes.
+    """
     return {
         name: weight.with_tensors(
             {key: t.clone(memory_format=torch.contiguous_format) for key, t in weight.state_dict().items()}
@@ -193,7 +196,7 @@ def _open_window(
 ) -> Window:
     row, masks = architecture_of(job.model), job.salient_masks
     blocks = list(decoder_blocks(job.model))[start : start + job.method.block_size]
-    # Half-precision checkpoints are worked on in float32, which holds them exactly.
+    # Methods work in float32, which holds half-precision checkpoints exactly.
     replicas = [copy.deepcopy(block).to(job.device, torch.float32) for block in blocks]
     groups = [[f"{start + i}.{path}" for path in group] for i in range(len(blocks)) for group in row.linears]
     names = [name for group in groups for name in group]
@@ -225,10 +228,10 @@ def _linear(blocks: list[nn.Module], start: int, name: str) -> nn.Linear:
 
 
 def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tuple[dict[str, ActivationScale], Tensor]:
-    """Run the full-precision chain through the window, watching the size of what enters each linear."""
+    """Run the full-precision chain through the window, and measure the activation scales of each linear's input."""
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def watch(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def measure(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         absolute = args[0].detach().flatten(0, -2).abs().float()
         maximum, total, squares = absolute.amax(0), absolute.sum(0), absolute.square().sum(0)
         if name in seen:
@@ -236,8 +239,8 @@ def _run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> tupl
             total, squares = seen[name][1] + total, seen[name][2] + squares
         seen[name] = maximum, total, squares
 
-    leaders = [group[0] for group in window.input_groups]
-    hooks = [window.linears[name].register_forward_pre_hook(partial(watch, name)) for name in leaders]
+    leaders = [group[0] for group in window.input_groups]  # the others of a group have the same input
+    hooks = [window.linears[name].register_forward_pre_hook(partial(measure, name)) for name in leaders]
     try:
         outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
     finally:
@@ -273,7 +276,10 @@ def _report_linears(window: Window, packed: dict[str, PackedWeight], method: Met
 
 
 def _close_window(job: _Quantization, window: Window, packed: dict[str, PackedWeight]) -> Tensor:
-    """Put the packed linears into the model and return the outputs of the quantized chain (not of the last window)."""
+    """Put the packed linears into the model and return the quantized chain's outputs.
+
+    Nothing reads those of the last window, so they are not computed.
+    """
     for name, weight in packed.items():
         window.replace(name, PackedLinear(weight, window.linears[name].bias))
     _install(job.model, packed)
@@ -284,7 +290,7 @@ def _close_window(job: _Quantization, window: Window, packed: dict[str, PackedWe
 
 
 def _install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
-    """Replace linears of the model by packed ones, where they are."""
+    """Replace linears of the model by packed ones on the same devices."""
     blocks = decoder_blocks(model)
     for name, weight in packed.items():
         index, path = name.split(".", 1)
@@ -294,14 +300,14 @@ def _install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
 
 
 def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
-    """Show the loss beside the progress bar."""
+    """Return an ``on_metric`` that also shows the loss beside the progress bar."""
 
-    def record(name: str, value: float, /, **where: int | str) -> None:
+    def emit(name: str, value: float, /, **where: int | str) -> None:
         if name == "loss":
             bar.set_postfix_str(f"loss {value:.4f}", refresh=True)
         on_metric(name, value, **where)
 
-    return record
+    return emit
 
 
 def _check_takes_masks(method: Method) -> None:
@@ -316,5 +322,6 @@ def _check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
     longest = max_seq_len(model.config)
     if tokens.shape[1] > longest:
         raise UserError(
-            f"calib.seq_len={tokens.shape[1]}: the model holds at most {longest} tokens; use a shorter one."
+            f"calib.seq_len={tokens.shape[1]}: the model takes at most {longest} tokens; "
+            f"set calib.seq_len to at most {longest}."
         )

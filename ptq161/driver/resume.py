@@ -1,10 +1,10 @@
-"""Finished windows of decoder blocks on disk, from which a quantization that was cut off goes on.
+"""Finished windows of decoder blocks on disk, from which an interrupted quantization continues.
 
-A folder belongs to one quantization::
+A folder holds the windows of one quantization::
 
     fingerprint.json            describes it by content (:func:`ptq161.files.identity.quantization`)
-    block_00000.safetensors     the packed tensors of the window that begins with block 0; its metadata say which
-    block_00001.safetensors     formats they have and which numbers quantizing it gave
+    block_00000.safetensors     the packed tensors of the window that begins with block 0; its metadata hold their
+    block_00001.safetensors     formats and the metrics of the window
 
 Activations are not kept: both chains are computed again through the finished blocks, which takes a small part of the
 time that quantizing them took and gives the same bytes.
@@ -35,10 +35,10 @@ from ptq161.packed.weight import PackedWeight, packed_weight_from
 log = logging.getLogger(__name__)
 
 ADVICE = "give quantize another folder to resume from (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
-METADATA = "window"  # a single key: safetensors writes several in random order
+_METADATA = "window"  # a single key: safetensors writes several in random order
 
 Measured = list[tuple[str, float, dict[str, int | str]]]
-"""Name, value and place of every number that quantizing a window gave, in their order."""
+"""The metrics of a window in the order in which they were emitted: name, value, and to what it belongs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class FinishedWindow:
 
     Attributes:
         packed: a packed weight, in host memory, for each linear.
-        measured: the numbers that quantizing it gave.
+        measured: the metrics that quantizing it emitted.
     """
 
     packed: dict[str, PackedWeight]
@@ -79,7 +79,7 @@ def save_window(folder: KeyedFolder, first_block: int, window: FinishedWindow) -
         "measured": window.measured,
     }
     write_atomically(
-        _file(folder, first_block), safetensors.torch.save(tensors, {METADATA: encode_json(content)}), ADVICE
+        _file(folder, first_block), safetensors.torch.save(tensors, {_METADATA: encode_json(content)}), ADVICE
     )
 
 
@@ -111,8 +111,8 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            content = decode_json(opened.metadata()[METADATA])
-            # Memory of torch's own, aligned as that of a tensor which was just computed: sums may depend on it.
+            content = decode_json(opened.metadata()[_METADATA])
+            # Copied into torch's own memory: sums may depend on a tensor's alignment.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s); its blocks are quantized again", file, error)
@@ -121,7 +121,8 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
         log.warning("%s belongs to another quantization; its blocks are quantized again", file)
         return None
     packed = {
-        name: packed_weight_from(settings, _of_linear(name, tensors)) for name, settings in content["linears"].items()
+        name: packed_weight_from(settings, _linear_tensors(name, tensors))
+        for name, settings in content["linears"].items()
     }
     return FinishedWindow(packed, [(name, value, where) for name, value, where in content["measured"]])
 
@@ -130,6 +131,6 @@ def _file(folder: KeyedFolder, first_block: int) -> Path:
     return folder.path / f"block_{first_block:05}.safetensors"
 
 
-def _of_linear(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _linear_tensors(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

@@ -1,4 +1,8 @@
-"""Scores of a model: perplexity, zero-shot tasks through lm-eval, and a greedy text sample."""
+"""Scores of a model: perplexity, zero-shot tasks through lm-eval, and a greedy text sample.
+
+It imports ``methods`` (the type of its callback), ``data``, ``files`` and the ground floor; ``tracking`` and every room
+above may import it, ``preprocess`` may not. Importing this package imports lm-eval.
+"""
 
 from ptq161.evaluation.embedded import EMBEDDED_TASKS
 from ptq161.evaluation.perplexity import Perplexity, perplexity

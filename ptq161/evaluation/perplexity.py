@@ -19,7 +19,7 @@ _ROWS_PER_CHUNK = 512
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was taken over.
+    """A perplexity and the text that it was measured on.
 
     Attributes:
         value: exp of the mean negative log-likelihood (nats) per predicted token.
@@ -37,22 +37,26 @@ class Perplexity:
 
 
 def check_windows(n_tokens: int, seq_len: int, max_length: int | None, text: str = "the text") -> None:
-    """Check that a text fills a window and that the model can take it.
+    """Check that a text fills a window, and that the window is not too long for the model.
 
     Args:
         n_tokens: length of the text.
         seq_len: tokens per window.
-        max_length: positions that the model can hold; None if it knows no bound.
-        text: what to call the text in the message.
+        max_length: longest sequence that the model takes; None if it has no bound.
+        text: name of the text in the error.
 
     Raises:
-        UserError: otherwise.
+        UserError: the text is too short, or the window too long.
     """
     if max_length is not None and seq_len > max_length:
-        raise UserError(f"eval.seq_len={seq_len}: the model holds {max_length} positions, use at most that many.")
+        raise UserError(
+            f"eval.seq_len={seq_len}: the model takes at most {max_length} tokens; "
+            f"set eval.seq_len to at most {max_length}."
+        )
     if n_tokens < seq_len:
         raise UserError(
-            f"eval.seq_len={seq_len}: {text} has only {n_tokens} tokens, use at most that many or a longer text."
+            f"eval.seq_len={seq_len}: {text} has only {n_tokens} tokens; "
+            f"set eval.seq_len to at most {n_tokens}, or use a longer text."
         )
 
 
@@ -82,7 +86,7 @@ def perplexity(
         progress: label of the progress bar; None shows none.
 
     Raises:
-        UserError: the text is shorter than one window, the model cannot hold a window, or the loss is not finite.
+        UserError: the text is shorter than one window, a window is too long for the model, or a loss is not finite.
     """
     check_windows(tokens.numel(), seq_len, getattr(model.config, "max_position_embeddings", None))
     n_windows = tokens.numel() // seq_len
@@ -113,7 +117,7 @@ def _summarize(losses: Tensor, seq_len: int) -> Perplexity:
     if not torch.isfinite(losses).all():
         raise UserError(
             f"the loss of window {int((~torch.isfinite(losses)).nonzero()[0])} is not finite: the model's weights or "
-            "activations overflow, use dtype=float32 or dtype=bfloat16."
+            "activations overflow; use dtype=float32 or dtype=bfloat16."
         )
     n_windows = len(losses)
     mean = float(losses.mean())

@@ -1,4 +1,4 @@
-"""What ``conf/eval`` asks for: every text and task opened before the model is touched, then scored in one call."""
+"""A protocol of ``conf/eval``: every text and task is opened before a model is loaded, then scored in one call."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ptq161.evaluation.zero_shot import (
     ZeroShotScore,
     open_tasks,
     score_tasks,
-    separately,
     sha256_of_documents,
+    split_tasks,
 )
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import OnMetric, ignore_metric
 
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
-PERPLEXITY_TOKENS_PER_BATCH = 4096
+_PERPLEXITY_TOKENS_PER_BATCH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenEvaluation:
-    """Everything that an evaluation reads, loaded and checked.
+    """The texts and tasks of a protocol, loaded and checked.
 
     Attributes:
         config: the protocol.
@@ -48,7 +48,7 @@ class Scores:
 
     Attributes:
         metrics: flat name, such as ``ppl/boolq@512`` or ``zero_shot/piqa/acc``, to value.
-        protocol: the same names to what the value was taken over: ``standard_error`` and, for a perplexity,
+        protocol: the same names to the facts of the measurement: ``standard_error`` and, for a perplexity,
             ``seq_len``, ``n_windows``, ``n_tokens``, ``corpus_tokens``, ``split``, ``source``, ``bos_rule``,
             ``joined_by``, ``n_documents``; for a task ``n_documents``, ``limit``, ``n_shot``, ``split``,
             ``version``, ``embedded``, ``lm_eval``.
@@ -59,14 +59,19 @@ class Scores:
 
 
 class Remember(Protocol):
-    """Finds again what was computed before."""
+    """A cache of one model's scores."""
 
     def __call__(self, measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return what ``compute`` returns (JSON values), or did return for the same model and the same ``measured``."""
+        """Return the stored scores of ``measured``, else those that ``compute`` returns.
+
+        Args:
+            measured: the text or task by content, with its settings; the key of the cache.
+            compute: returns JSON values.
+        """
 
 
 def compute_always(measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Compute: the :class:`Remember` of a caller who keeps nothing."""
+    """Call ``compute``: the :class:`Remember` of a caller without a cache."""
     return compute()
 
 
@@ -78,10 +83,10 @@ def open_evaluation(
     Args:
         tokenizer: the model's.
         config: the protocol.
-        model_max_length: positions that the model can hold (``config.max_position_embeddings``), None if unbounded.
+        model_max_length: longest sequence of the model (``config.max_position_embeddings``); None if unbounded.
 
     Raises:
-        UserError: a corpus or task cannot be had, is unknown, or is too short for one window.
+        UserError: a corpus or task is unknown or cannot be fetched, or a corpus is shorter than one window.
     """
     corpora = []
     for name in dict.fromkeys(config.corpora):
@@ -100,23 +105,23 @@ def evaluate(
     label: str | None = None,
     remember: Remember = compute_always,
 ) -> Scores:
-    """Score a model on everything that was opened; the same opened protocol serves any number of models.
+    """Score a model on an opened protocol, which can be used for any number of models.
 
-    Each corpus and each task is scored on its own, so that its scores do not depend on what else is asked for.
+    Each corpus and each task is scored on its own, so that its scores do not depend on the rest of the protocol.
 
     Args:
         model: a causal language model; it runs on its own device, in its own dtype.
         tokenizer: its tokenizer, the one that opened the protocol.
         opened: what :func:`open_evaluation` returned.
         on_metric: receives every metric as soon as it is known.
-        label: what the progress bars call the model; None shows no bars.
-        remember: is asked for each corpus and each task, described by content.
+        label: name of the model in the progress bars; None shows no bars.
+        remember: cache of the model's scores, called for each corpus and each task.
 
     Raises:
         UserError: a loss or a score is not finite.
     """
     units = [_corpus_unit(model, corpus, opened.config, label) for corpus in opened.corpora]
-    units += [_tasks_unit(model, tokenizer, tasks, opened.config, label) for tasks in separately(opened.tasks)]
+    units += [_tasks_unit(model, tokenizer, tasks, opened.config, label) for tasks in split_tasks(opened.tasks)]
     metrics: dict[str, float] = {}
     protocol: dict[str, Mapping[str, float | int | str | bool | None]] = {}
     for measured, compute in units:
@@ -127,14 +132,14 @@ def evaluate(
     return Scores(metrics, protocol)
 
 
-Unit = tuple[dict[str, Any], Callable[[], Mapping[str, Any]]]
-"""What is scored, by content, and how to score it: ``metrics`` and ``protocol`` by metric name."""
+_Unit = tuple[dict[str, Any], Callable[[], Mapping[str, Any]]]
+"""A corpus or task by content, and the function that scores it: ``metrics`` and ``protocol`` by metric name."""
 
 
-def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, label: str | None) -> Unit:
+def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, label: str | None) -> _Unit:
     settings: dict[str, Any] = {
         "max_windows": _least(config.max_windows, corpus.max_windows),
-        "batch_size": max(1, min(config.batch_size, PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
+        "batch_size": max(1, min(config.batch_size, _PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
     }
     progress = label and f"{label}: perplexity on {corpus.name}"
     name = f"ppl/{corpus.name}@{config.seq_len}"
@@ -149,7 +154,7 @@ def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, lab
 
 def _tasks_unit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: OpenTasks, config: EvalConfig, label: str | None
-) -> Unit:
+) -> _Unit:
     (name,) = tasks.names
 
     def compute() -> dict[str, Any]:

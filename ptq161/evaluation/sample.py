@@ -1,4 +1,4 @@
-"""A greedy text sample: what a perplexity looks like when it is read."""
+"""A greedy text sample, which shows what a perplexity means."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def greedy_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, n_tokens: int) -> str:
     """Continue a prompt with the most likely tokens.
 
-    A loop of plain forward passes: ``generate`` would mix in the model's own generation settings, which differ from
-    model to model, and for a few dozen tokens a cache saves nothing that counts.
+    A loop of plain forward passes: ``generate`` would apply the model's own generation settings, which differ from
+    model to model, and for a few dozen tokens a key-value cache saves little.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
         prompt: text to continue; not empty.
-        n_tokens: at most so many new tokens; the end-of-text token ends the sample.
+        n_tokens: most new tokens; the end-of-text token ends the sample earlier.
 
     Returns:
-        Prompt and continuation, without special tokens.
+        prompt and continuation, without special tokens.
     """
     model.train(False)
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)

@@ -1,4 +1,4 @@
-"""What is measured."""
+"""The settings of the evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ptq161.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What is measured.
+    """The settings of the evaluation.
 
     Attributes:
-        name: what the protocol is called.
+        name: of the protocol, in tables.
         corpora: perplexity corpora, each one of ``CORPORA``.
         seq_len: tokens per perplexity window.
         max_windows: first windows of each corpus that are scored; None scores all.

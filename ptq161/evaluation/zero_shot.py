@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +19,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import datasets
 import lm_eval.api.metrics
@@ -34,7 +34,7 @@ from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS, write_task_files
 from ptq161.evaluation.scorer import Scorer
 
-FEWSHOT_SEED = 1234  # lm-eval's default
+_FEWSHOT_SEED = 1234  # lm-eval's default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class OpenTasks:
     """Tasks with their documents loaded.
 
     Attributes:
-        names: as they were asked for; a group of lm-eval's stands for its tasks.
+        names: as given to :func:`open_tasks`; a group of lm-eval's is one name for its tasks.
         limit: first documents of each task that are scored; None scores all.
         loaded: lm-eval's ``tasks`` and ``groups``.
     """
@@ -54,7 +54,7 @@ class OpenTasks:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotScore:
-    """One metric of one task, and what it was taken over.
+    """One metric of one task, and the documents that it was measured on.
 
     Attributes:
         value: as lm-eval reports it (accuracies are in [0, 1]).
@@ -104,8 +104,8 @@ def open_tasks(names: Sequence[str], limit: int | None = None) -> OpenTasks:
     return OpenTasks(names, limit, {"tasks": tasks, "groups": groups})
 
 
-def separately(tasks: OpenTasks) -> Iterator[OpenTasks]:
-    """Yield opened tasks one by one, a group with all its tasks, so that each can be scored on its own."""
+def split_tasks(tasks: OpenTasks) -> Iterator[OpenTasks]:
+    """Split opened tasks into single ones, a group with all its tasks, so that each can be scored on its own."""
     loaded, groups = tasks.loaded["tasks"], tasks.loaded["groups"]
     inner = {child.name for group in groups.values() for child in group.get_all_groups()}
     for name, group in groups.items():
@@ -120,7 +120,7 @@ def separately(tasks: OpenTasks) -> Iterator[OpenTasks]:
 
 
 def sha256_of_documents(tasks: OpenTasks) -> str:
-    """Hash the documents that scoring reads, those that serve as examples among them."""
+    """Hash the documents that scoring reads, few-shot examples included."""
     digest = hashlib.sha256()
     for name in sorted(tasks.loaded["tasks"]):
         task = tasks.loaded["tasks"][name]
@@ -156,8 +156,8 @@ def score_tasks(
     if not tasks.loaded["tasks"]:
         return {}
     for task in tasks.loaded["tasks"].values():
-        # Here and not when it is opened: a score must not depend on how often the task was scored before.
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        # Seeded before each scoring: a score must not depend on how often the task was scored before.
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     with _quiet():
         scorer = Scorer(model, tokenizer, batch_size=batch_size, progress=progress)
         # No bootstrap: lm-eval's draws 100,000 samples in pure Python for every perplexity.
@@ -170,7 +170,10 @@ def score_tasks(
                 continue
             label = metric if metric_filter == "none" else f"{metric}/{metric_filter}"
             if math.isnan(value):
-                raise UserError(f"zero_shot/{name}/{label} is not a number: the model's activations overflow.")
+                raise UserError(
+                    f"zero_shot/{name}/{label} is not a number: the model's activations overflow; "
+                    "use dtype=float32 or dtype=bfloat16."
+                )
             error = _standard_error(tasks, results, name, metric, metric_filter, value)
             scores[f"zero_shot/{name}/{label}"] = _score(tasks, results, name, value, error)
     return scores
@@ -237,7 +240,7 @@ def _load_from_hub(names: list[str]) -> list[Any]:
 def _load_one(manager: TaskManager, name: str, reachable: bool) -> Any:
     try:
         return manager.load([name])
-    # lm-eval's tasks are code: what they raise when their data is missing is anything.
+    # lm-eval's tasks are code, which may raise anything when their data is missing.
     except Exception as error:
         embedded = ", ".join(EMBEDDED_TASKS)
         if not reachable:
@@ -262,19 +265,16 @@ def _quiet() -> Iterator[None]:
     """Silence the logs of lm-eval and datasets below errors, and their progress bars."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [log.level for log in logs]
-    bars = not datasets.utils.are_progress_bars_disabled()
-
-    def no_bar(*args: Any, **kwargs: Any) -> Any:
-        return tqdm(*args, **{**kwargs, "disable": True})
-
+    bars, request_bar = not datasets.utils.are_progress_bars_disabled(), lm_eval.api.task.tqdm
     try:
         for log in logs:
             log.setLevel(logging.ERROR)
         datasets.disable_progress_bars()
-        # lm-eval has no switch for the bar it shows while it builds requests.
-        with mock.patch.object(lm_eval.api.task, "tqdm", no_bar):
-            yield
+        # lm-eval has no switch for the bar that it shows while it builds requests.
+        lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+        yield
     finally:
+        lm_eval.api.task.tqdm = request_bar
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
         if bars:

@@ -1,4 +1,4 @@
-"""Bytes on disk and their names: atomic writes, strict JSON, hashes, fingerprints.
+"""Bytes on disk: atomic writes, strict JSON, hashes, fingerprints, and what each result's fingerprint consists of.
 
-Knows nothing of what the files hold; imports the ground floor alone.
+These modules import nothing of this package but the ground floor, and every room from ``data`` up may import them.
 """

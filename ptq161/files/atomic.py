@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and one sentence where they cannot be written."""
+"""Atomic writes: a file has its old content or its new one, and a failure is a ``UserError``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 from ptq161.errors import UserError
 
-RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
+_RUN_DIR_ADVICE = "choose a writable run directory with hydra.run.dir=DIR"
 
 
-def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADVICE) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new one.
+def write_atomically(path: Path, content: str | bytes, advice: str = _RUN_DIR_ADVICE) -> None:
+    """Write a file so that a reader, and a crash at any moment, leave the old content or the new one, never a part.
 
     Args:
         path: of the file; its folder exists.
@@ -30,7 +30,7 @@ def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADV
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                # mkstemp makes files that only their owner can read; a record is as readable as any other file.
+                # mkstemp makes files that only their owner can read; a record gets the permissions of any new file.
                 os.fchmod(file.fileno(), 0o666 & ~umask())
                 file.write(data)
                 file.flush()
@@ -44,12 +44,12 @@ def write_atomically(path: Path, content: str | bytes, advice: str = RUN_DIR_ADV
 
 
 @contextlib.contextmanager
-def writing(path: Path, advice: str = RUN_DIR_ADVICE) -> Iterator[None]:
-    """Turn an operating system's refusal to write ``path`` into one sentence.
+def writing(path: Path, advice: str = _RUN_DIR_ADVICE) -> Iterator[None]:
+    """Turn an ``OSError`` inside the context into a ``UserError`` that names ``path``.
 
     Args:
-        path: what is written inside.
-        advice: what the user can do where the disk is not full.
+        path: the file or folder that is written inside.
+        advice: ends the sentence, unless the disk is full.
 
     Raises:
         UserError: an ``OSError`` arises inside.
@@ -73,7 +73,7 @@ def umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name durable, where the file system allows a folder to be synced."""
+    """Sync a folder, which makes a rename inside it durable, where the file system allows that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Fingerprints: everything that a result depends on, by content, as JSON; its SHA-256 is the result's key."""
+"""Fingerprints: everything that a result depends on, by content, as JSON; the SHA-256 of that is the result's key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptq161.files.atomic import write_atomically, writing
 from ptq161.files.strict_json import decode_json
 
 FINGERPRINT = "fingerprint.json"
-"""The file that says to what a folder belongs."""
+"""The file that holds the fingerprint of a folder."""
 
 Fingerprint = Mapping[str, Any]
 """JSON values only."""
@@ -28,10 +28,10 @@ def key_of(fingerprint: Fingerprint) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class KeyedFolder:
-    """A folder that belongs to one computation, which keeps its state there.
+    """A folder in which one computation keeps its state.
 
     Attributes:
-        path: of the folder; made by :func:`claim` or with its first file.
+        path: of the folder, which :func:`claim` makes, or whoever writes the first file.
         key: of the computation (:func:`key_of`).
     """
 
@@ -39,20 +39,20 @@ class KeyedFolder:
     key: str
 
     def part(self, name: str) -> KeyedFolder:
-        """Return the folder, inside this one, of a part of the same computation."""
+        """Return the subfolder of a part of the same computation."""
         return KeyedFolder(self.path / name, f"{self.key}/{name}")
 
 
 def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> KeyedFolder:
-    """Make a folder that belongs to a fingerprint, or check that it does.
+    """Make a folder for a fingerprint, or check that it has this one.
 
     Args:
         folder: may exist, empty or with the files of this fingerprint.
         fingerprint: everything that the folder's content depends on.
-        advice: what the user can do where the folder cannot be written.
+        advice: ends the error where the folder cannot be written.
 
     Raises:
-        UserError: the folder belongs to another fingerprint (the sentence says what differs), holds files but no
+        UserError: the folder has another fingerprint (the error lists the differences), holds files but no
             fingerprint, or cannot be written.
     """
     file, claimed = folder / FINGERPRINT, KeyedFolder(folder, key_of(fingerprint))
@@ -69,16 +69,17 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> KeyedFolder:
         found = decode_json(text)
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): delete {folder}.") from error
-    if different := differences(fingerprint, found):
+    if different := _differences(fingerprint, found):
         raise UserError(
             f"{folder} belongs to another computation ({'; '.join(different)}): use another folder, or delete it."
         )
     return claimed
 
 
-def differences(asked: Fingerprint, found: Fingerprint) -> list[str]:
-    """Say what differs between two fingerprints, as in ``method.epochs is 20 here and 4 there``."""
-    here, there = _flat(json.loads(json.dumps(asked))), _flat(json.loads(json.dumps(found)))
+def _differences(expected: Fingerprint, found: Fingerprint) -> list[str]:
+    """List the differences of two fingerprints, as in ``method.epochs is 20 here and 4 there``."""
+    # Through JSON, since a fingerprint that was read back has lists in the place of tuples.
+    here, there = _flat(json.loads(json.dumps(expected))), _flat(json.loads(json.dumps(found)))
     return [
         f"{name} is {_short(here.get(name))} here and {_short(there.get(name))} there"
         for name in sorted({*here, *there})

@@ -1,4 +1,4 @@
-"""SHA-256 of tensors, files and the package's own sources: what a result depends on, by content."""
+"""SHA-256 of tensors, files and the package's own sources."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = (".py", ".yaml", ".json")
-ONLOOKERS = ("__main__.py", "conf", "replay", "report", "search", "sweep", "watch")
-"""Rooms that start runs and show them: nothing that computes a number imports them (a test reads the import graph).
+_SOURCES = (".py", ".yaml", ".json")
+_NOT_HASHED = ("__main__.py", "conf", "replay", "report", "search", "sweep", "watch")
+"""Rooms that start runs and show them: no module that computes a number imports them (a test reads the import graph).
 
-An installed package has ``conf/`` inside; what a configuration says is part of each run's identity."""
+An installed package has ``conf/`` inside; the values of a configuration are part of each run's identity."""
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -48,14 +48,14 @@ def sha256_of_file(path: Path | str) -> str:
 
 
 def sha256_of_sources(package: Path = PACKAGE) -> str:
-    """Hash the sources and data files below a package's folder (``SOURCES``): their relative paths and bytes.
+    """Hash the sources and data files below a package's folder (``_SOURCES``): their relative paths and bytes.
 
-    ``ONLOOKERS`` are left out: a change of a report's colours leaves every result what it is.
+    ``_NOT_HASHED`` is left out: a change of a report's colors changes no result.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in SOURCES):
+    for path in sorted(path for path in package.rglob("*") if path.suffix in _SOURCES):
         name = path.relative_to(package)
-        if name.parts[0] in ONLOOKERS:
+        if name.parts[0] in _NOT_HASHED:
             continue
         content = path.read_bytes()
         digest.update(f"{name.as_posix()}\0{len(content)}\0".encode())

@@ -1,11 +1,11 @@
-"""What a result depends on, said once: of tokens, of a restoration, of a quantization, of a score and of a whole run.
+"""What each result depends on: tokens, a restoration, a quantization, a score and a whole run.
 
-Each function returns a fingerprint (:mod:`ptq161.files.fingerprints`): contents and hashes in the place of paths and
-names. Two computations of one fingerprint have the same result, so the second need not be made. What cannot change a
-result is no part of it: where it is written and mirrored, and what models and methods are called.
+Each function returns a fingerprint (:mod:`ptq161.files.fingerprints`), with contents and hashes in the place of paths
+and names. Two computations with one fingerprint have the same result, so the second is not made. What cannot change a
+result is not part of it: where it is written and mirrored, and the display names of models and methods.
 
-Threads change the last bits of a result. They are part of a quantization, which goes on from finished blocks only with
-the same number of them, and no part of a run.
+The number of threads changes the last bits of a result. It is part of a quantization, which continues from finished
+blocks only with the same number of threads, and not part of a run.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ptq161.files.fingerprints import Fingerprint
 from ptq161.files.hashing import sha256_of_file, sha256_of_sources
 
 SOURCES = sha256_of_sources()
-"""Of the package as this process runs it: taken when it begins, since a source may be edited while it goes on."""
+"""Hash of the package's sources, taken at import: a source may be edited while this process runs."""
 
-LIBRARY = ("torch", "transformers")
+_LIBRARY = ("torch", "transformers")
 """Packages whose version can change what is quantized."""
-EVALUATION = (*LIBRARY, "tokenizers", "lm_eval")
-TRAINING = ("peft", "accelerate")
+_EVALUATION = (*_LIBRARY, "tokenizers", "lm_eval")
+_TRAINING = ("peft", "accelerate")
 
-_NOT_OF_THE_WEIGHTS = ("checkpoint_every", "save_merged", "score_merged", "text_file")
-"""Settings of a restoration that change nothing in the restored weights."""
+_WITHOUT_EFFECT = ("checkpoint_every", "save_merged", "score_merged", "text_file")
+"""Settings of a restoration that do not change the restored weights (the text counts by its content)."""
 
 
 def run(
@@ -69,7 +69,7 @@ def run(
         "seed": seed,
         "device": device.type,
         "dtype": dtype,
-        **_code(*EVALUATION, *TRAINING),
+        **_code(*_EVALUATION, *_TRAINING),
     }
 
 
@@ -77,11 +77,11 @@ def tokens(*, model: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> d
     """Describe tokens that are drawn from a text.
 
     Args:
-        model: whose tokenizer it is, by content.
+        model: the model whose tokenizer is used, by content.
         text: by content, with the number and the length of the windows.
         seed: of the draw.
     """
-    return {"model": model, "text": text, "seed": seed, **_code(*EVALUATION)}
+    return {"model": model, "text": text, "seed": seed, **_code(*_EVALUATION)}
 
 
 def quantization(
@@ -94,14 +94,14 @@ def quantization(
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Describe a quantization, whose finished blocks can be taken up again.
+    """Describe a quantization, which can be continued from its finished blocks.
 
     Args:
         weights: hash of the full-precision tensors.
         config: key of the model's own config.
         calibration: hash of the calibration tokens.
         method: hyperparameters, a dataclass.
-        salient_masks: hash of the masks that the caller has chosen; None leaves the choice to the method.
+        salient_masks: hash of the masks that the caller gives; None lets the method select them.
         seed: of the method's random numbers.
         device: where blocks are worked on.
     """
@@ -112,10 +112,10 @@ def quantization(
         "method": describe(method),
         "salient_masks": salient_masks,
         "seed": seed,
-        "device": device_name(device),
-        # They change the order of sums, and so the last bits.
+        "device": _device_name(device),
+        # The order of sums, and so the last bits of a result, depend on it.
         "threads": torch.get_num_threads(),
-        **_code(*LIBRARY),
+        **_code(*_LIBRARY),
     }
 
 
@@ -123,17 +123,17 @@ def restoration(quantized: Fingerprint, *, training: str, settings: Any) -> dict
     """Describe a restoration, the training before a quantization.
 
     Args:
-        quantized: of the first pass, from :func:`quantization`.
+        quantized: fingerprint of the first quantization, from :func:`quantization`.
         training: hash of the training tokens.
         settings: hyperparameters, a ``Restoration``.
     """
-    # A single round's mask is that of the final quantization alone.
-    indifferent = {*_NOT_OF_THE_WEIGHTS, *(["mask"] if settings.rounds == 1 else [])}
+    # With a single round, ``mask`` only changes the final quantization.
+    without_effect = {*_WITHOUT_EFFECT, "mask"} if settings.rounds == 1 else set(_WITHOUT_EFFECT)
     return {
         "quantization": quantized,
         "training_tokens": training,
-        "preprocess": {key: value for key, value in describe(settings).items() if key not in indifferent},
-        "versions": _versions(*TRAINING),
+        "preprocess": {key: value for key, value in describe(settings).items() if key not in without_effect},
+        "versions": _versions(*_TRAINING),
     }
 
 
@@ -143,7 +143,7 @@ def score(
     """Describe a score of a model.
 
     Args:
-        model: whose config and tokenizer it has, by content.
+        model: the model whose config and tokenizer are used, by content.
         weights: hash of the weights that are scored.
         device: where it runs; its type counts.
         dtype: of the arithmetic.
@@ -155,7 +155,7 @@ def score(
         "device": device.type,
         "dtype": dtype,
         "measured": measured,
-        **_code(*EVALUATION),
+        **_code(*_EVALUATION),
     }
 
 
@@ -165,7 +165,7 @@ def score(
 def describe(settings: Any) -> dict[str, Any]:
     """Return class and fields of a dataclass of settings, such as a method's hyperparameters.
 
-    A class from outside of this package brings the SHA-256 of its source file, which ``SOURCES`` does not cover.
+    For a class from outside of this package, which ``SOURCES`` does not cover, the SHA-256 of its source file as well.
     """
     cls = type(settings)
     name = {"class": f"{cls.__module__}.{cls.__qualname__}"}
@@ -174,7 +174,7 @@ def describe(settings: Any) -> dict[str, Any]:
     return name | {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
 
 
-def device_name(device: torch.device) -> str:
+def _device_name(device: torch.device) -> str:
     """Name the processor whose arithmetic a result comes from, by its instruction set or as a GPU."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"

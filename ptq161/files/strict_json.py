@@ -1,4 +1,4 @@
-"""Strict JSON, whatever the numbers are."""
+"""Strict JSON that keeps NaN and infinities."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 def encode_json(value: Mapping[str, Any], indent: int | None = None) -> str:
     """Return strict JSON of an object.
 
-    JSON knows no NaN and no infinity: such a value becomes null, and a key ``nonfinite`` of the object mirrors its
-    place: ``{"value": NaN}`` is ``{"value": null, "nonfinite": {"value": "nan"}}``.
+    JSON has no NaN and no infinity: such a value becomes null, and a key ``nonfinite`` of the object holds it as text
+    at the same place: ``{"value": NaN}`` is ``{"value": null, "nonfinite": {"value": "nan"}}``.
     Numbers of numpy and torch become plain ones, paths become strings.
 
     Raises:
-        TypeError: a value is nothing that JSON can say.
+        TypeError: JSON has no form for a value.
     """
     clean, nonfinite = _split(value)
     if nonfinite:
@@ -58,7 +58,7 @@ def _split(value: Any) -> tuple[Any, Any]:
         return [clean for clean, _ in items], {str(i): text for i, (_, text) in enumerate(items) if text}
     if callable(getattr(value, "item", None)):
         return _split(value.item())
-    raise TypeError(f"{type(value).__name__} has no place in a JSON file")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _merge(value: Any, nonfinite: Any) -> Any:

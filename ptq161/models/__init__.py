@@ -1,11 +1,12 @@
-"""Models: loading them, and the table of supported architectures.
+"""Models: loading them from a folder, an asset or the hub, and the table of supported architectures.
 
-Imports ``data/`` (the embedded model is one of its assets), ``files/`` and the ground floor.
+They import ``data`` (the embedded model is one of its assets), ``files`` and the ground floor; ``packed`` and every
+room above may import them.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.models.settings": ["ModelConfig"],

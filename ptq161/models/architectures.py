@@ -1,4 +1,4 @@
-"""The table of supported architectures, data and no code per model, and what it says of a model."""
+"""The table of supported architectures, data and no code per model, and lookups in it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     Raises:
         UserError: the architecture is not supported.
     """
-    return row_of(model.config)
+    return architecture_from_config(model.config)
 
 
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -84,19 +84,19 @@ def check_tokens(model: PreTrainedModel, tokens: Tensor, kind: str, shape: str) 
     """Check that tokens are integers of the model's vocabulary in two dimensions.
 
     Args:
-        model: that will read them.
-        tokens: to be ``[n, seq_len]``.
-        kind: what the sentence calls them, such as ``calibration``.
-        shape: how it names the dimensions.
+        model: the model that reads them.
+        tokens: ``[n, seq_len]``.
+        kind: what the error calls them, such as ``calibration``.
+        shape: how the error names the dimensions.
 
     Raises:
-        UserError: they are not.
+        UserError: the tokens have another shape or dtype, or lie outside the vocabulary.
     """
     if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
         raise UserError(f"{kind} tokens have shape {list(tokens.shape)}: use integers {shape}.")
     vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its tokenizer.")
+        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")
 
 
 def check_quantizable(model: PreTrainedModel) -> None:
@@ -128,18 +128,18 @@ def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
 
 
 def max_seq_len(config: PretrainedConfig) -> int:
-    """Tokens that a model can hold, by its own config."""
+    """Return the longest sequence that a model takes, in tokens."""
     return int(config.max_position_embeddings)
 
 
 def config_key(model: PreTrainedModel) -> str:
-    """Return the key of a model's own config, without what says where it was loaded from."""
+    """Return the key of a model's own config, without the fields that depend on where it was loaded from."""
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     content = {key: value for key, value in config.items() if not key.startswith("_")}
     return key_of({**content, "attention": model.config._attn_implementation})
 
 
-def row_of(config: PretrainedConfig) -> Architecture:
+def architecture_from_config(config: PretrainedConfig) -> Architecture:
     """Look a model's config up in the table.
 
     Raises:
@@ -157,7 +157,7 @@ def check_not_quantized(config: PretrainedConfig) -> None:
     """Check that a model's config names no quantization.
 
     Raises:
-        UserError: it does.
+        UserError: it names one.
     """
     method = quant_method(config.to_dict())
     if method:

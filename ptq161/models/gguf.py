@@ -24,13 +24,13 @@ _CHECKSUM = "model.safetensors.sha256"
 
 
 def dense_folder(asset: str) -> Path:
-    """Return a folder with the asset's model in float32 and its tokenizer; make it where it is missing or damaged.
+    """Return a folder with the asset's model in float32 and its tokenizer; convert it if it is missing or damaged.
 
     Raises:
         UserError: the asset cannot be fetched.
     """
     gguf = sorted(assets.fetch(asset).rglob("*.gguf"))[0]
-    # What transformers makes of a GGUF file belongs to its version.
+    # The converted model depends on the version of transformers.
     name = f"{asset}-{assets.ASSETS[asset].version}-transformers-{transformers.__version__}"
     folder = assets.cache_dir() / "dense" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def _intact(folder: Path) -> bool:
         return False
     if sha256_of_file(weights) == checksum.read_text(encoding="utf-8"):
         return True
-    log.warning("%s does not have its checksum; it is made again", weights)
+    log.warning("%s has a wrong checksum; the GGUF file is converted again", weights)
     return False
 
 

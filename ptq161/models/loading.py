@@ -22,7 +22,7 @@ from transformers.utils.hub import cached_file
 
 from ptq161.data.hub import offline_unless_reachable
 from ptq161.errors import UserError
-from ptq161.models.architectures import check_not_quantized, keep_first_blocks, quant_method, row_of
+from ptq161.models.architectures import architecture_from_config, check_not_quantized, keep_first_blocks, quant_method
 from ptq161.models.gguf import dense_folder
 from ptq161.models.settings import ModelConfig
 
@@ -49,7 +49,7 @@ def load_model(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """Load what tells most of a model without its weights: its tokenizer and its own config.
+    """Load a model's tokenizer and its own config, without the weights.
 
     Raises:
         UserError: the folder is missing or not a model, the hub cannot be reached, the architecture is not supported
@@ -58,13 +58,13 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Pretra
     source, kwargs = _source(config)
     with _loading(config):
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
-        row_of(hf_config)
+        architecture_from_config(hf_config)  # raises before the weights are loaded
         check_not_quantized(hf_config)
         return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
 
 
 def hub_commit(config: ModelConfig) -> str:
-    """Return the commit that a model's name and revision on the hub stand for, here and now.
+    """Resolve a model's name and revision on the hub to a commit.
 
     Raises:
         UserError: the hub cannot be reached and the model is not in its cache.
@@ -72,7 +72,7 @@ def hub_commit(config: ModelConfig) -> str:
     source, kwargs = _source(config)
     with _loading(config):
         file = cached_file(source, "config.json", **kwargs)
-    assert file is not None  # which says that it is there
+    assert file is not None  # cached_file raises where the file is missing
     return Path(file).parent.name  # the hub's cache has a folder for each commit
 
 
@@ -80,7 +80,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     """Load a full-precision model, in its checkpoint's own dtype, cut to ``config.n_blocks``.
 
     Raises:
-        UserError: the weights are not there, cannot be read, or are not all there.
+        UserError: the weights are missing, incomplete or cannot be read.
     """
     source, kwargs = _source(config)
     with _loading(config):
@@ -89,10 +89,10 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         )
         model: PreTrainedModel = loaded[0]
         loading: dict[str, Any] = loaded[1]
-        # transformers would go on with random weights.
+        # transformers would fill these in at random.
         wrong = sorted(loading["missing_keys"]) + [key for key, *_ in sorted(loading["mismatched_keys"])]
         if wrong:
-            raise ValueError(f"tensor {wrong[0]} is missing in its weights or has another shape than its config says")
+            raise ValueError(f"tensor {wrong[0]} is missing from the weights or has another shape than in the config")
     model.eval()
     if config.n_blocks is not None:
         keep_first_blocks(model, config.n_blocks)
@@ -103,7 +103,9 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     if config.path:
         path = Path(config.path)
         if not (path / "config.json").is_file():
-            raise UserError(f"model.path={config.path}: no Hugging Face model (config.json) is there.")
+            raise UserError(
+                f"model.path={config.path}: no config.json is there; give the folder of a Hugging Face model."
+            )
         return str(path), {"local_files_only": True}
     if config.asset:
         return str(dense_folder(config.asset)), {"local_files_only": True}
@@ -113,7 +115,7 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """Turn what loading raises into one sentence, at once where the hub is needed and cannot be reached."""
+    """Turn the errors of loading into a ``UserError``, without retries where the hub cannot be reached."""
     hub = offline_unless_reachable() if config.repo and not (config.path or config.asset) else nullcontext()
     try:
         with hub:
@@ -136,7 +138,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # not JSON, not UTF-8
-        raise UserError(f"{file} is not readable JSON: {error}.") from error
+        raise UserError(f"{file} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not a model's configuration: it holds no JSON object.")
+        raise UserError(f"{file} is not the configuration of a model: it holds no JSON object.")
     return content

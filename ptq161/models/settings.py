@@ -1,4 +1,4 @@
-"""Which model."""
+"""The settings of the model."""
 
 from __future__ import annotations
 

@@ -1,17 +1,11 @@
-"""Quantization preprocessing: change a model's weights so that quantizing them loses less.
+"""Quantization preprocessing: training text, the training of a quantized model, and its checkpoints.
 
-::
-
-    tokens = training_tokens(tokenizer, restoration, seed=0)
-    restored, masks = restore(model, tokens, calibration, method, restoration, seed=0)
-    packed = ptq161.quantize(restored, calibration, method, salient_masks=masks)
-
-Imports ``driver/`` and below.
+It imports ``driver`` and the rooms below it; ``tracking`` and every room above may import it, ``evaluation`` may not.
 """
 
-from ptq161.lazy import lazily
+from ptq161.lazy import lazy_attributes
 
-__getattr__ = lazily(
+__getattr__ = lazy_attributes(
     __name__,
     {
         "ptq161.preprocess.restoration": ["Restoration"],

@@ -1,8 +1,8 @@
-"""Checkpoints of restorative training: a killed run goes on from them, and ends in the same bytes.
+"""Checkpoints of restorative training: a killed run continues from them and ends with the same bytes.
 
-A folder belongs to one training, which ``fingerprint.json`` in it describes by content. Each round has one file, whole
-or not at all, that the next one replaces: what is trained, the optimiser, the schedule, the random state and the
-numbers so far. A finished round keeps the trained weights alone, and is not trained again.
+A folder holds one training, which ``fingerprint.json`` in it describes by content. Each round has one file, replaced
+atomically at each checkpoint: the trained parameters, the optimizer, the schedule, the random state and the metrics so
+far. A finished round keeps only the trained parameters and the metrics, and is not trained again.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def fingerprint(
 
 @dataclasses.dataclass
 class StepLog:
-    """The numbers of each step, kept so that a run that goes on can emit all of them again."""
+    """The metrics of each step, kept so that a resumed run emits all of them again."""
 
     on_metric: OnMetric
     round: int
     rows: list[tuple[float, float, float]] = dataclasses.field(default_factory=list)
 
     def add(self, step: int, loss: float, lr: float, tokens_per_second: float) -> None:
-        """Keep and emit one step's numbers."""
+        """Keep and emit the metrics of one step."""
         self.rows.append((loss, lr, tokens_per_second))
         for name, value in zip(("loss", "lr", "tokens_per_second"), self.rows[-1], strict=True):
             self.on_metric(f"preprocess_{name}", value, round=self.round, step=step)
@@ -68,8 +68,8 @@ class TrainingCheckpoint:
 
     Args:
         file: beside the fingerprint.
-        restoration: says how often it is written and when training ends.
-        device: whose random state counts beside the CPU's.
+        restoration: its ``steps`` and ``checkpoint_every`` decide when the file is written.
+        device: its random state is kept beside the CPU's.
     """
 
     def __init__(self, file: Path, restoration: Restoration, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class TrainingCheckpoint:
         self._device = device
 
     def is_due(self, done: int) -> bool:
-        """Whether to write after ``done`` steps."""
+        """Return whether the file is written after ``done`` steps."""
         return done == self._steps or done % self._every == 0
 
     def write(
@@ -101,7 +101,7 @@ class TrainingCheckpoint:
         with writing(self.file, ADVICE):
             try:
                 torch.save(state, fresh)
-            except RuntimeError as error:  # torch's writer hides the operating system's reason
+            except RuntimeError as error:  # what torch raises where the operating system cannot write
                 raise OSError(str(error).splitlines()[0]) from error
             os.replace(fresh, self.file)
 
@@ -112,10 +112,10 @@ class TrainingCheckpoint:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         log: StepLog,
     ) -> int:
-        """Go on from the file, where there is one; its numbers are emitted again.
+        """Load the state from the file, if there is one, and emit its metrics again.
 
         Returns:
-            the steps that are done.
+            the number of steps that are done.
 
         Raises:
             UserError: the file is damaged.

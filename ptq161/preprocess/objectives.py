@@ -1,7 +1,7 @@
-"""What restorative training minimises, as functions of tensors.
+"""The losses of restorative training, as functions of tensors.
 
-A vocabulary is wide: the logits of one batch of 8 x 512 tokens over 49,152 entries take 0.8 GB in float32. So a loss
-over logits is taken a few tokens at a time, its gradient with it (:func:`chunked_mean`).
+The logits of one batch of 8 x 512 tokens over a vocabulary of 49,152 entries take 0.8 GB in float32. So a loss over
+logits is computed a few tokens at a time, together with its gradient (:func:`chunked_mean`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 128
 
 LossSum = Callable[..., Tensor]
 
@@ -32,7 +32,7 @@ def divergence_sum(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean over tokens of ||student - teacher||^2 / ||teacher||^2, in float32.
 
-    Each token counts alike: a model's few massive activations would otherwise be all that is seen.
+    Each token counts alike; a model's few massive activations would otherwise dominate.
 
     Args:
         student: ``[..., hidden]``.
@@ -43,10 +43,10 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (difference / size.clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
-def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
-    """Return the mean over tokens of a loss that is a sum over tokens, a few of them in memory at a time.
+def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int = _CHUNK_TOKENS) -> Tensor:
+    """Return the mean over tokens of a loss that is a sum over tokens, with a few tokens in memory at a time.
 
-    The gradient is taken chunk by chunk in the forward pass, so that no chunk is computed twice and none is kept.
+    The gradient is computed chunk by chunk in the forward pass, so that no chunk is computed twice and none is kept.
 
     Args:
         loss_sum: ``loss_sum(hidden, *targets)`` of ``n`` tokens is a scalar; only ``hidden`` gets a gradient.

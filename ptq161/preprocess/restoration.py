@@ -9,10 +9,10 @@ from ptq161.checks import check_choice
 from ptq161.data.settings import CALIBRATION_SETS
 from ptq161.errors import UserError
 
-UPDATES = ("lora", "full")
-OBJECTIVES = ("lm", "kl", "kl_hidden")
-MASKS = ("first", "fresh")
-TRAINING_DTYPES = ("float32", "bfloat16")
+_UPDATES = ("lora", "full")
+_OBJECTIVES = ("lm", "kl", "kl_hidden")
+_MASKS = ("first", "fresh")
+_TRAINING_DTYPES = ("float32", "bfloat16")
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj",),
@@ -23,29 +23,29 @@ ROLES: dict[str, tuple[str, ...]] = {
     "up": ("up_proj", "fc1"),
     "down": ("down_proj", "fc2"),
 }
-"""What a linear does in its decoder block -> what the architectures call it."""
+"""Role of a linear in its decoder block -> its names in the architectures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restoration:
     """Restorative training before quantization (Zhao et al., ACL 2025, Section 3.4). The defaults are the paper's.
 
-    The paper leaves the number of steps and the batch open.
+    The paper does not state the number of steps and the batch size.
 
     Attributes:
         update: ``lora``, a low-rank update merged after training, or ``full``, the target weights themselves.
         rank: of the low-rank update.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: of the low-rank update's inputs.
-        targets: the linears that are trained, by their role in a block (``ROLES``); one that an architecture lacks (the
-            gate of OPT) is left out.
+        targets: the linears that are trained, by their role in a block (``ROLES``); a role that an architecture lacks
+            (the gate of OPT) is left out.
         objective: ``lm``, the next token's cross-entropy; ``kl``, the divergence of the next token's distribution from
             the full-precision model's; ``kl_hidden``, that and ``hidden_weight`` x the hidden states' relative error.
         hidden_weight: weight of the hidden states in ``kl_hidden``.
         lr: learning rate at the end of the warm-up; it falls to zero along a cosine.
         warmup_share: share of the steps over which the rate rises.
         max_grad_norm: gradients are scaled down to this norm.
-        steps: optimiser steps per round.
+        steps: optimizer steps per round.
         batch_size: sequences per forward pass.
         accumulation: forward passes per step.
         seq_len: tokens per sequence; documents are packed without padding.
@@ -53,9 +53,9 @@ class Restoration:
         text_file: the file of the corpus ``text_file``.
         rounds: how often the model is quantized and restored.
         mask: salient channels of the final quantization, and of every round's but the first: ``first``, those of the
-            first pass (the paper), or ``fresh``, chosen anew. Nothing to a method without salient channels.
+            first pass (the paper), or ``fresh``, selected anew. Without effect on methods without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
-        compute_dtype: of matrix products and frozen weights; what is trained is float32 always.
+        compute_dtype: of matrix products and frozen weights; trained parameters are always float32.
         checkpoint_every: steps between two checkpoints.
         save_merged: keep the restored full-precision model as a plain Hugging Face folder.
         score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
@@ -87,10 +87,10 @@ class Restoration:
 
     def __post_init__(self) -> None:
         """Reject values outside their range."""
-        check_choice("preprocess.update", self.update, UPDATES)
-        check_choice("preprocess.objective", self.objective, OBJECTIVES)
-        check_choice("preprocess.mask", self.mask, MASKS)
-        check_choice("preprocess.compute_dtype", self.compute_dtype, TRAINING_DTYPES)
+        check_choice("preprocess.update", self.update, _UPDATES)
+        check_choice("preprocess.objective", self.objective, _OBJECTIVES)
+        check_choice("preprocess.mask", self.mask, _MASKS)
+        check_choice("preprocess.compute_dtype", self.compute_dtype, _TRAINING_DTYPES)
         _check_list("preprocess.targets", self.targets, tuple(ROLES))
         _check_list("preprocess.corpora", self.corpora, CALIBRATION_SETS)
         if "text_file" in self.corpora and not self.text_file:
@@ -115,14 +115,15 @@ class Restoration:
 
 
 def check_seq_len(restoration: Restoration, longest: int) -> None:
-    """Check that a model of ``longest`` tokens holds the training sequences.
+    """Check that the training sequences are not longer than a model's ``longest`` tokens.
 
     Raises:
-        UserError: it does not.
+        UserError: they are.
     """
     if restoration.seq_len > longest:
         raise UserError(
-            f"preprocess.seq_len={restoration.seq_len}: the model holds at most {longest} tokens; use a shorter one."
+            f"preprocess.seq_len={restoration.seq_len}: the model takes at most {longest} tokens; "
+            f"set preprocess.seq_len to at most {longest}."
         )
 
 

@@ -1,4 +1,11 @@
-"""Quantization preprocessing as a whole: quantize, train the quantized model, merge; once, or several rounds."""
+"""Quantization preprocessing as a whole: quantize, train the quantized model, merge; one round or several.
+
+::
+
+    tokens = training_tokens(tokenizer, restoration, seed=0)
+    restored, masks = restore(model, tokens, calibration, method, restoration, seed=0)
+    packed = ptq161.quantize(restored, calibration, method, salient_masks=masks)
+"""
 
 from __future__ import annotations
 
@@ -37,22 +44,22 @@ def restore(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
-    """Make a full-precision model whose quantization loses less (Zhao et al., ACL 2025, Section 3.4).
+    """Restore a model: train it so that its quantization loses less (Zhao et al., ACL 2025, Section 3.4).
 
-    Each round quantizes the model, trains the dequantized model, and merges what was trained. The result is to be
-    quantized again.
+    Each round quantizes the model, trains the dequantized model, and merges the update. The result is a full-precision
+    model, to be quantized again.
 
     Args:
-        model: the pretrained model; it is left as it is, and is the teacher of the ``kl`` objectives in every round.
+        model: the pretrained model, which is not changed; the teacher of the ``kl`` objectives in every round.
         tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.preprocess.text.training_tokens`.
         calibration: ``[n_samples, seq_len]`` calibration tokens.
         method: the quantization method.
         restoration: hyperparameters.
-        folder: checkpoints are written to it, and a training that was cut off goes on from them with the same result,
-            bit for bit; None keeps none. A path is checked against all arguments, for which the whole model is hashed;
-            a keyed folder is taken at its word.
+        folder: receives checkpoints, from which an interrupted training continues with the same result, bit for bit;
+            None keeps none. A path is checked against all arguments, for which the whole model is hashed; a
+            ``KeyedFolder`` is not checked.
         on_metric: receives ``preprocess_loss``, ``preprocess_lr`` and ``preprocess_tokens_per_second`` of every
-            ``round`` and ``step``, and what quantizing emits, as ``preprocess_quantize_...`` with its ``round``.
+            ``round`` and ``step``, and the metrics of each quantization as ``preprocess_quantize_...`` with ``round``.
         seed: all random numbers follow from it.
         device: where blocks are quantized and the model is trained; None is where the model is.
         progress: show progress bars.
@@ -64,7 +71,7 @@ def restore(
     Raises:
         UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
-    check_restorable(model, tokens, restoration)
+    _check_restorable(model, tokens, restoration)
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     if isinstance(folder, Path | str):
@@ -80,7 +87,7 @@ def restore(
             copy.deepcopy(model) if restored is model else restored,
             calibration,
             method,
-            on_metric=_of_round(on_metric, round_),
+            on_metric=_with_round(on_metric, round_),
             seed=seed,
             device=target,
             progress=progress,
@@ -107,11 +114,11 @@ def restore(
     return restored, masks
 
 
-def check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
+def _check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
     """Check that model, tokens and hyperparameters fit each other.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not fit.
     """
     check_quantizable(model)
     target_names(model, restoration)
@@ -121,13 +128,15 @@ def check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restor
 
 @contextmanager
 def _random_numbers(seed: int, round_: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which initial weights and dropout draw from, and give their state back."""
+    """Seed torch's global generators, which initial weights and dropout draw from, and restore their state after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(stage_generator(seed, "restoration", round_).initial_seed())
         yield
 
 
-def _of_round(on_metric: OnMetric, round_: int) -> OnMetric:
+def _with_round(on_metric: OnMetric, round_: int) -> OnMetric:
+    """Return an ``on_metric`` for the metrics of a round's quantization."""
+
     def emit(name: str, value: float, /, **where: int | str) -> None:
         on_metric(f"preprocess_quantize_{name}", value, round=round_, **where)
 

@@ -1,4 +1,4 @@
-"""The model that is trained, a quantized one made dense again, and its merging into a full-precision model."""
+"""The student: a quantized model made dense again for training, and its merge into a full-precision model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, densify
 from ptq161.preprocess.restoration import ROLES, Restoration
 
-ADAPTER = "default"
+_ADAPTER = "default"
 
 
 def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     """Return the module paths of the linears that are trained.
 
     Raises:
-        UserError: the architecture has none of ``restoration.targets``.
+        UserError: the architecture has none of the roles in ``restoration.targets``.
     """
     row = architecture_of(model)
     ends = {end for role in restoration.targets for end in ROLES[role]}
@@ -38,7 +38,7 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a copy of a full-precision model that is only read: the teacher."""
+    """Return a copy of a full-precision model in evaluation mode and without gradients: the teacher."""
     teacher = copy.deepcopy(model)
     cast_rest(teacher, dtype)
     nn.Module.to(teacher, device)
@@ -50,8 +50,8 @@ def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:
     """Return a dense copy of a quantized model in which only the update is trained.
 
-    What is frozen is in ``restoration.compute_dtype``, as it is only read; what is trained is float32. A low-rank
-    update starts at zero, from torch's global random numbers.
+    Frozen weights are in ``restoration.compute_dtype``, trained parameters in float32. A low-rank update is zero at
+    first; torch's global generator initializes its factors.
     """
     student = copy.deepcopy(packed)
     cast_rest(student, COMPUTE_DTYPES[restoration.compute_dtype])
@@ -72,12 +72,12 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
 
 
 def trained_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return what is trained, by name; float32."""
+    """Return the parameters that are trained, by name; float32."""
     return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restoration) -> PreTrainedModel:
-    """Turn a quantized model, in place, into the full-precision model that training has made of it.
+    """Merge the trained update into the quantized model, in place, which becomes a full-precision model.
 
     Everything is float32: the weights that the packed bytes dequantize to, and on the targets
     ``W + alpha / rank * B A`` (or the trained weight itself, for a full update).
@@ -92,7 +92,7 @@ def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restor
         home = linear.weight.device
         with torch.no_grad():
             if isinstance(trained, LoraLayer):
-                delta: Tensor = trained.get_delta_weight(ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
+                delta: Tensor = trained.get_delta_weight(_ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
                 linear.weight += delta.to(home)
             else:
                 assert isinstance(trained, nn.Linear)
@@ -107,10 +107,10 @@ def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Resto
         lora_dropout=restoration.dropout,
         target_modules=names,
     )
-    inject_adapter_in_model(config, student, ADAPTER)
+    inject_adapter_in_model(config, student, _ADAPTER)
     for layer in student.modules():
         if isinstance(layer, LoraLayer):
-            # Autocast chooses the product's dtype; peft would first copy its input to float32.
+            # Autocast selects the product's dtype; peft would first copy its input to float32.
             layer.cast_input_dtype_enabled = False
     for parameter in student.parameters():
         if parameter.requires_grad:

@@ -1,7 +1,7 @@
 """Training text, packed into sequences without padding.
 
-No evaluation sees what is trained on: the embedded passages share no run of 13 words with the perplexity text (BoolQ,
-LAMBADA), the hub's texts are training splits, and the file that ``eval.text_file`` scores is refused
+Training text is never evaluation text: the embedded passages share no run of 13 words with the perplexity corpora
+(BoolQ, LAMBADA), the hub's texts are training splits, and the file of ``eval.text_file`` is refused
 (:mod:`ptq161.run.preflight`).
 """
 
@@ -24,20 +24,20 @@ from ptq161.seeding import stage_generator
 
 log = logging.getLogger(__name__)
 
-# Documents are read until there are so many characters per token that is wanted: no tokenizer in use takes more.
-CHARACTERS_PER_TOKEN = 8
-INSTEAD = "use preprocess.corpora=[squad,drop,coqa], or preprocess.corpora=[text_file] preprocess.text_file=FILE"
+# Documents are read until there are this many characters for each token that is needed: more than tokenizers take.
+_CHARACTERS_PER_TOKEN = 8
+_INSTEAD = "use preprocess.corpora=[squad,drop,coqa], or preprocess.corpora=[text_file] preprocess.text_file=FILE"
 
 
 def training_tokens(
     tokenizer: PreTrainedTokenizerBase, restoration: Restoration, seed: int, *, hub_root: Path | None = None
 ) -> Tensor:
-    """Return the sequences of a training, documents of all its corpora in random order one after the other.
+    """Return the training sequences: the documents of all corpora in random order, one after the other.
 
     Args:
-        tokenizer: each document gets its special tokens, and its end token at the end where it has one.
-        restoration: corpora, sequence length, and how many sequences a round takes; fewer are returned where the text
-            is shorter, and each is then used more than once.
+        tokenizer: adds its special tokens to each document, and its end token after it where it has one.
+        restoration: corpora, sequence length, and number of sequences; fewer are returned where the text is shorter,
+            and training then repeats them.
         seed: of the run; the order of the documents follows from it.
         hub_root: local copy in place of the hub (see :func:`ptq161.data.hub_text.hub_documents`).
 
@@ -45,10 +45,10 @@ def training_tokens(
         int64 ``[n, seq_len]``.
 
     Raises:
-        UserError: a text is out of reach, unreadable, or all of it is shorter than one sequence.
+        UserError: a text cannot be fetched or read, or the texts together are shorter than one sequence.
     """
     wanted = restoration.sequences * restoration.seq_len
-    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), CHARACTERS_PER_TOKEN * wanted))
+    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), _CHARACTERS_PER_TOKEN * wanted))
     n = min(len(tokens) // restoration.seq_len, restoration.sequences)
     if n == 0:
         raise UserError(
@@ -71,7 +71,7 @@ def _shuffled(restoration: Restoration, seed: int, hub_root: Path | None) -> Ite
 
 def _documents(name: str, restoration: Restoration, hub_root: Path | None) -> Sequence[str]:
     if name in HUB_TEXTS:
-        documents: Sequence[str] = hub_documents(name, "train", INSTEAD, hub_root)["text"]
+        documents: Sequence[str] = hub_documents(name, "train", _INSTEAD, hub_root)["text"]
         return documents
     if name == "text_file":
         return [read_text("preprocess.text_file", restoration.text_file)]

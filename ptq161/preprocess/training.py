@@ -1,4 +1,4 @@
-"""The training loop: packed sequences in, trained parameters in place."""
+"""The training loop of the restoration; it updates the student's parameters in place."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def train(
     round_: int,
     progress: bool,
 ) -> None:
-    """Train what requires a gradient, in place.
+    """Train the parameters that require a gradient, in place.
 
-    ``on_metric`` hears ``preprocess_loss`` (mean over the step's sequences), ``preprocess_lr`` and
-    ``preprocess_tokens_per_second`` with ``round`` and ``step``, both from 0. Dropout draws from torch's global random
-    numbers, which the caller has seeded.
+    ``on_metric`` receives ``preprocess_loss`` (mean over the step's sequences), ``preprocess_lr`` and
+    ``preprocess_tokens_per_second`` with ``round`` and ``step``, both from 0. Dropout draws from torch's global
+    generator, which the caller has seeded.
 
     Args:
         student: from :func:`ptq161.preprocess.student.make_student`.
         loss_of: from :func:`objective`.
         tokens: ``[n, seq_len]`` int64, in host memory.
         restoration: hyperparameters.
-        checkpoint: where to go on from and to write to; None keeps none.
-        on_metric: hears every number.
+        checkpoint: to continue from and to write to; None keeps none.
+        on_metric: receives every metric.
         seed: the order of the sequences follows from it.
         round_: from 0.
         progress: show a progress bar.
@@ -58,7 +58,7 @@ def train(
         UserError: a loss is not finite, or a checkpoint cannot be written.
     """
     parameters = trained_parameters(student)
-    # Placement stays ours: a run may be asked to use any device.
+    # Accelerate must not move the model: the run's device is configured.
     accelerator = Accelerator(device_placement=False, gradient_accumulation_steps=restoration.accumulation)
     plain_optimizer = torch.optim.AdamW(parameters.values(), lr=restoration.lr, weight_decay=0.0)
     warmup = math.ceil(restoration.warmup_share * restoration.steps)
@@ -68,7 +68,8 @@ def train(
     if checkpoint is not None:
         first = checkpoint.restore(parameters, plain_optimizer, plain_schedule, log)
     optimizer, schedule = accelerator.prepare(plain_optimizer, plain_schedule)
-    order = sequence_order(len(tokens), restoration, seed, round_).view(restoration.steps, restoration.accumulation, -1)
+    order = _sequence_order(len(tokens), restoration, seed, round_)
+    order = order.view(restoration.steps, restoration.accumulation, -1)
     bar = tqdm(total=restoration.steps, initial=first, desc="restore", unit="step", disable=not progress)
     with bar:
         for step in range(first, restoration.steps):
@@ -78,7 +79,7 @@ def train(
                 with accelerator.accumulate(student):
                     value = loss_of(sequences)
                     accelerator.backward(value)
-                    # Read once, and when the backward pass is under way: a GPU waits for whoever reads.
+                    # Read once, after the backward pass is queued: reading a value waits for the GPU.
                     number = value.item()
                     if not math.isfinite(number):
                         where = f"{_first_not_finite(student, sequences)} (round {round_}, step {step})"
@@ -106,7 +107,7 @@ def objective(student: PreTrainedModel, teacher: PreTrainedModel | None, restora
     Args:
         student: the model that is trained.
         teacher: the full-precision model; None for the objective ``lm``.
-        restoration: says which objective.
+        restoration: its ``objective`` and ``hidden_weight``.
     """
     if teacher is None:
         return lambda tokens: _next_token_loss(student, tokens)
@@ -114,14 +115,14 @@ def objective(student: PreTrainedModel, teacher: PreTrainedModel | None, restora
     return lambda tokens: _distillation_loss(student, teacher, tokens, weight)
 
 
-def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Map a model's last hidden states ``[n, hidden]`` to logits ``[n, vocabulary]``, as the model itself would."""
     logits: Tensor = model.get_output_embeddings()(hidden)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def sequence_order(n: int, restoration: Restoration, seed: int, round_: int) -> Tensor:
+def _sequence_order(n: int, restoration: Restoration, seed: int, round_: int) -> Tensor:
     """Return the sequences of a round in their order, int64 ``[restoration.sequences]``: each epoch shuffles anew."""
     epochs = -(-restoration.sequences // n)
     generator = stage_generator(seed, "restoration order", round_)
@@ -132,35 +133,35 @@ def _next_token_loss(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     hidden, _ = _run(student, tokens)
     hidden = hidden[:, :-1].flatten(0, 1)
     return chunked_mean(
-        lambda h, labels: cross_entropy_sum(logits_of(student, h), labels), hidden, tokens[:, 1:].flatten()
+        lambda h, labels: cross_entropy_sum(_logits(student, h), labels), hidden, tokens[:, 1:].flatten()
     )
 
 
 def _distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, tokens: Tensor, weight: float) -> Tensor:
     with torch.no_grad():
-        told, told_by_block = _run(teacher, tokens)
-    own, own_by_block = _run(student, tokens)
+        teacher_hidden, teacher_blocks = _run(teacher, tokens)
+    hidden, blocks = _run(student, tokens)
     loss = chunked_mean(
-        lambda h, t: divergence_sum(logits_of(student, h), _without_gradient(teacher, t)),
-        own.flatten(0, 1),
-        told.flatten(0, 1),
+        lambda h, t: divergence_sum(_logits(student, h), _without_gradient(teacher, t)),
+        hidden.flatten(0, 1),
+        teacher_hidden.flatten(0, 1),
     )
     if not weight:
         return loss
-    errors = [relative_error(s, t) for s, t in zip(own_by_block, told_by_block, strict=True)]
+    errors = [relative_error(s, t) for s, t in zip(blocks, teacher_blocks, strict=True)]
     return loss + weight * torch.stack(errors).mean()
 
 
 def _without_gradient(teacher: PreTrainedModel, hidden: Tensor) -> Tensor:
     with torch.no_grad():
-        return logits_of(teacher, hidden)
+        return _logits(teacher, hidden)
 
 
 def _run(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a model without its head on ``tokens [b, seq_len]``.
 
     Returns:
-        the last hidden states ``[b, seq_len, hidden]``, and the output of each block (the last one's normalised).
+        the last hidden states ``[b, seq_len, hidden]``, and the output of each block (the last one's normalized).
     """
     with _autocast(model, tokens.device):
         output = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
@@ -170,19 +171,19 @@ def _run(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, tuple[Tensor, 
 
 @contextmanager
 def _autocast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Take matrix products in the dtype of what is frozen, and attention in the fast way for it."""
+    """Compute matrix products in the dtype of the frozen weights, and half-precision attention with the fast kernel."""
     dtype = next(model.get_input_embeddings().parameters()).dtype
     if dtype == torch.float32:
         yield
         return
-    # Gradient checkpointing repeats the forward pass where no function mode reaches, and wants the same tensors.
+    # Gradient checkpointing repeats the forward pass outside of this function mode, and expects the same tensors.
     fast = nullcontext() if model.is_activation_checkpointing else FastCausalAttention()
     with torch.autocast(device.type, dtype), fast:
         yield
 
 
 def _first_not_finite(student: PreTrainedModel, tokens: Tensor) -> str:
-    """Say which decoder block's output is the first that is not finite."""
+    """Name the first decoder block whose output is not finite."""
     with torch.no_grad():
         _, by_block = _run(student, tokens)
     return next((f"block {i}" for i, output in enumerate(by_block) if not output.isfinite().all()), "the loss alone")

@@ -1,4 +1,4 @@
-"""Run a recorded run again, and say what differs.
+"""Run a recorded run again, and report the differences.
 
 Usage::
 
@@ -21,60 +21,60 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
-from ptq161.tracking.interrupts import ending_with_a_sentence
+from ptq161.tracking.interrupts import exit_on_interrupt
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
 
-REPORT = "replay.json"
-NOT_QUANTIZED: Mapping[str, Any] = {
+_REPORT = "replay.json"
+_NOT_QUANTIZED: Mapping[str, Any] = {
     "method": {"name": "none"},
     "mask_ratio": 0.0,
     "block_size": 1,
     "calib": {"name": "squad", "n_samples": 1, "seq_len": 2},
     "preprocess": {"name": "none"},
 }
-"""What the schema asks for and the record of a packed checkpoint's evaluation leaves out: nothing was quantized."""
+"""Settings that the schema requires but the record of a packed checkpoint's evaluation lacks; they have no effect."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status: 0 where everything is equal; 1 where something differs, or, with one sentence on stderr, where
-        the run cannot be replayed.
+        the exit status: 0 if everything is equal; 1 if something differs, or if the run cannot be replayed (then with
+        one sentence on stderr).
     """
     options = _parser().parse_args(arguments)
     try:
-        recorded = read_finished(options.run_dir)
+        recorded = _read_finished(options.run_dir)
         if options.tolerance < 0:
             raise UserError(f"--tolerance {options.tolerance}: use 0 or a small positive number.")
         out = Path(options.out).absolute() if options.out else _default_out(recorded.run_dir)
         _check_new(out)
         _restart_with_recorded_threads(recorded, [options.run_dir, f"--out={out}", f"--tolerance={options.tolerance}"])
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-        comparison = replay(recorded, out, options.tolerance)
+        comparison = _replay(recorded, out, options.tolerance)
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
-    print_comparison(comparison, out)
+    _print_comparison(comparison, out)
     return 0 if comparison.equal else 1
 
 
-def read_finished(run_dir: Path | str) -> RunData:
+def _read_finished(run_dir: Path | str) -> RunData:
     """Read a record that can be replayed.
 
     Raises:
-        UserError: it is none, of another layout version, damaged, or its run has not finished.
+        UserError: there is no record, it is damaged or of another layout version, or its run has not finished.
     """
     run = read_run(run_dir)
     if run.results is None or run.manifest.get("exit_state") != "finished":
@@ -83,31 +83,31 @@ def read_finished(run_dir: Path | str) -> RunData:
             f"{run_dir} did not finish (state: {state}): only a finished run can be compared with its replay."
         )
     if run.problems:
-        raise UserError(f"{run_dir} cannot be replayed: its record is damaged ({run.problems[0]})")
+        raise UserError(f"{run_dir} cannot be replayed: its record is damaged ({run.problems[0].rstrip('.')}).")
     return dataclasses.replace(run, run_dir=run.run_dir.absolute())
 
 
-def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
+def _replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     """Run a recorded configuration again, compare, and write ``replay.json`` beside the new record.
 
-    Paths that the configuration gives relative are taken from the working directory of then, where that still exists.
+    Relative paths of the configuration are resolved in the recorded working directory, if that still exists.
 
     Args:
-        recorded: of :func:`read_finished`.
+        recorded: from :func:`_read_finished`.
         out: directory of the new record.
-        tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
+        tolerance: relative difference up to which two numbers count as equal; 0 requires the same bits.
 
     Raises:
-        UserError: the configuration cannot be run any more (its model has gone, its schema has changed), or the run
+        UserError: the configuration cannot be run anymore (its model has gone, its schema has changed), or the run
             fails.
     """
     from ptq161.run.pipeline import run  # takes seconds, which a wrong directory need not wait for
     from ptq161.run.preflight import check_writable, checked_config
     from ptq161.run.session import RunContext
 
-    resolved = replayed_config(recorded)
-    then = recorded.manifest.get("working_directory")
-    with contextlib.chdir(then if then and Path(then).is_dir() else "."):
+    resolved = _replayed_config(recorded)
+    recorded_cwd = recorded.manifest.get("working_directory")
+    with contextlib.chdir(recorded_cwd if recorded_cwd and Path(recorded_cwd).is_dir() else "."):
         try:
             config = checked_config(OmegaConf.create(resolved), [])
         except UserError as error:
@@ -118,16 +118,16 @@ def replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         run(config, RunContext(run_dir=str(out), resolved=resolved, overrides=[], job_name=name))
     comparison = compare(recorded, read_run(out), tolerance)
     document = {"schema_version": SCHEMA_VERSION, "recorded": recorded.run_dir, **comparison.document()}
-    write_atomically(out / REPORT, encode_json(document, indent=2) + "\n")
+    write_atomically(out / _REPORT, encode_json(document, indent=2) + "\n")
     return comparison
 
 
-def replayed_config(recorded: RunData) -> dict[str, Any]:
-    """Return the recorded configuration with nothing that would keep the run from being computed here and now.
+def _replayed_config(recorded: RunData) -> dict[str, Any]:
+    """Return the recorded configuration without mirror and cache, so that the run is computed again.
 
-    The dtype that ``auto`` meant is part of the configuration; the device that it meant is the machine's.
+    A dtype of ``auto`` becomes the recorded one; a device of ``auto`` is resolved on this machine.
     """
-    config = {**NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
+    config = {**_NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
     method, dtype = config["method"], recorded.manifest.get("dtype")
     if config.get("dtype") == "auto" and dtype:
         config["dtype"] = dtype
@@ -136,9 +136,9 @@ def replayed_config(recorded: RunData) -> dict[str, Any]:
     return {**config, "tracker": {"name": "none"}, "cache": False, "force": False}
 
 
-def print_comparison(comparison: Comparison, out: Path) -> None:
-    """Print what was compared, what differs, and what may explain it."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+def _print_comparison(comparison: Comparison, out: Path) -> None:
+    """Print a table of the metrics, the missing ones, the hashes, the differences in environment, and the verdict."""
+    console = stdout_console()
     console.print(_metrics_table(comparison))
     for place in comparison.missing:
         console.print(f"The replay has no {place.name} {place.where} ({place.source}).", highlight=False)
@@ -146,8 +146,8 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         names = sorted({place.name for place in comparison.extra})
         console.print(f"Only the replay has {', '.join(names)}.", highlight=False)
     for name, (before, after) in comparison.hashes.items():
-        says = "equal" if before == after else f"was {before}, is {after}"
-        console.print(f"{name}: {says}", highlight=False, soft_wrap=True)
+        verdict = "equal" if before == after else f"was {before}, is {after}"
+        console.print(f"{name}: {verdict}", highlight=False, soft_wrap=True)
     if comparison.environment:
         console.print(_environment_table(comparison))
     else:
@@ -157,10 +157,10 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
 
 
 def _verdict(comparison: Comparison) -> str:
-    missing = f", {len(comparison.missing)} were not found again" if comparison.missing else ""
+    missing = f", {len(comparison.missing)} are missing from the replay" if comparison.missing else ""
     within = f" by more than {comparison.tolerance:g}" if comparison.tolerance else ""
     numbers = f"{comparison.n_different} of {comparison.n_values} values differ{within}{missing}"
-    hashes = f"; {', '.join(comparison.differing_hashes)} differ" if comparison.differing_hashes else ""
+    hashes = f"; hashes that differ: {', '.join(comparison.differing_hashes)}" if comparison.differing_hashes else ""
     return f"{'Reproduced' if comparison.equal else 'Not reproduced'}: {numbers}{hashes}."
 
 
@@ -183,7 +183,7 @@ def _environment_table(comparison: Comparison) -> Table:
     for column in ("manifest", "recorded", "replayed"):
         table.add_column(column, overflow="fold")
     for key, (before, after) in comparison.environment.items():
-        table.add_row(key, *("-" if value is None else str(value) for value in (before, after)))
+        table.add_row(key, "-" if before is None else str(before), "-" if after is None else str(after))
     return table
 
 
@@ -197,7 +197,7 @@ def _check_new(out: Path) -> None:
 
 
 def _restart_with_recorded_threads(recorded: RunData, arguments: Sequence[str]) -> None:
-    """Start this program anew where the recorded run's thread settings are others: libraries read them as they load."""
+    """Restart this process if the recorded thread variables differ: libraries read them when they are imported."""
     from ptq161.tracking.environment import THREAD_VARIABLES  # imports torch, which a wrong directory need not wait for
 
     plain = {name: value for name, value in os.environ.items() if not name.startswith(THREAD_VARIABLES)}
@@ -235,5 +235,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with ending_with_a_sentence():
+    with exit_on_interrupt():
         sys.exit(main())

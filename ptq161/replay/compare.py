@@ -1,4 +1,4 @@
-"""Two records of one configuration compared: every number, the hashes, and what may explain a difference."""
+"""Compare two records of one configuration: every number, the hashes, and the environment."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ptq161.tracking.read import RunData
 
-CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
-"""Names of what is no outcome of the computation: clock, timings, memory, the files' layout."""
-LINES = "metrics.jsonl"
-ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")
+_CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
+"""Names of values that are not results of the computation: times, memory, the version of the layout."""
+_LINES = "metrics.jsonl"
+_ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")
 """Keys of the manifest that may explain a difference."""
 
 
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     Attributes:
         source: a top-level key of ``results.json``, or ``metrics.jsonl``.
         name: of the value.
-        where: what it belongs to, such as a block and an epoch; empty for a value of the whole run.
+        where: what it belongs to, such as block and epoch; empty for a value of the whole run.
     """
 
     source: str
@@ -37,10 +37,10 @@ class MetricComparison:
     Attributes:
         source: as in :class:`Place`.
         name: as in :class:`Place`.
-        n_values: how many both records have.
-        n_different: those of them that differ by more than the tolerance.
-        largest_relative_difference: see :func:`relative_difference`.
-        where: the place of the largest difference; None where there is no difference at all.
+        n_values: number of values that both records have.
+        n_different: number of those that differ by more than the tolerance.
+        largest_relative_difference: relative to the larger of the two values.
+        where: the place of the largest difference; None if there is no difference.
         recorded: the value there.
         replayed: the value there.
     """
@@ -57,15 +57,15 @@ class MetricComparison:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What a replay found.
+    """The differences between a recorded run and its replay.
 
     Attributes:
         tolerance: relative difference up to which two numbers count as equal.
         metrics: one entry per name.
-        missing: places that only the recorded run has a value for.
-        extra: places that only the replay has a value for, as a later version may.
+        missing: places where only the recorded run has a value.
+        extra: places where only the replay has a value, as a later version of the package may.
         hashes: name -> SHA-256 (recorded, replayed) of model, calibration tokens and checkpoint.
-        environment: key -> what the two manifests say (recorded, replayed), where they differ.
+        environment: key -> values of the two manifests (recorded, replayed), where they differ.
     """
 
     tolerance: float
@@ -87,18 +87,21 @@ class Comparison:
 
     @property
     def differing_hashes(self) -> list[str]:
-        """Names of the hashes that the replay did not arrive at."""
+        """Names of the hashes that differ."""
         return [name for name, (recorded, replayed) in self.hashes.items() if recorded != replayed]
 
     @property
     def equal(self) -> bool:
-        """Whether every recorded value was found again, within the tolerance, and every hash where there is none."""
+        """Whether every recorded value was reproduced within the tolerance, and every hash if the tolerance is 0."""
         numbers = not self.n_different and not self.missing
         return numbers and (self.tolerance > 0 or not self.differing_hashes)
 
     def document(self) -> dict[str, Any]:
-        """Return all of it for a JSON file."""
-        pairs = {"hashes": self.hashes, "environment": self.environment}
+        """Return the comparison as the content of ``replay.json``."""
+
+        def named(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
+            return {key: {"recorded": recorded, "replayed": replayed} for key, (recorded, replayed) in pairs.items()}
+
         return {
             "equal": self.equal,
             "tolerance": self.tolerance,
@@ -107,10 +110,8 @@ class Comparison:
             "metrics": [dataclasses.asdict(metric) for metric in self.metrics],
             "missing": [place._asdict() for place in self.missing],
             "extra": [place._asdict() for place in self.extra],
-            **{
-                name: {key: {"recorded": a, "replayed": b} for key, (a, b) in pair.items()}
-                for name, pair in pairs.items()
-            },
+            "hashes": named(self.hashes),
+            "environment": named(self.environment),
         }
 
 
@@ -118,11 +119,11 @@ def compare(recorded: RunData, replayed: RunData, tolerance: float = 0.0) -> Com
     """Compare two finished runs.
 
     Args:
-        recorded: the run as it was.
-        replayed: the run again.
-        tolerance: relative difference up to which two numbers count as equal; 0 asks for the same bits.
+        recorded: the original run.
+        replayed: its replay.
+        tolerance: relative difference up to which two numbers count as equal; 0 requires the same bits.
     """
-    before, after = values(recorded), values(replayed)
+    before, after = _values(recorded), _values(replayed)
     shared: dict[tuple[str, str], list[Place]] = {}
     for place in before:
         if place in after:
@@ -135,35 +136,35 @@ def compare(recorded: RunData, replayed: RunData, tolerance: float = 0.0) -> Com
         hashes={
             name: (value, replayed.manifest.get(name))
             for name, value in recorded.manifest.items()
-            if name.endswith("_sha256") and name not in ENVIRONMENT
+            if name.endswith("_sha256") and name not in _ENVIRONMENT
         },
         environment=_environment_differences(recorded.manifest, replayed.manifest),
     )
 
 
-def values(run: RunData) -> dict[Place, Any]:
-    """Return everything in ``results.json`` and ``metrics.jsonl`` that the computation decides.
+def _values(run: RunData) -> dict[Place, Any]:
+    """Return all values in ``results.json`` and ``metrics.jsonl`` that are results of the computation.
 
-    A number that a run wrote twice, as one that was interrupted may have, counts as it was written last.
+    Of a value that was written twice, as an interrupted run may do, the last one counts.
     """
     found = {
         Place(source, path[-1], "/".join(path[:-1])): value
         for source, part in (run.results or {}).items()
-        if source not in CLOCK
+        if source not in _CLOCK
         for path, value in _leaves(part, ())
     }
     for line in run.metrics:
-        if line["name"] not in CLOCK:
+        if line["name"] not in _CLOCK:
             where = {key: value for key, value in line.items() if key not in ("time", "name", "value")}
-            place = Place(LINES, line["name"], " ".join(f"{key}={value}" for key, value in sorted(where.items())))
+            place = Place(_LINES, line["name"], " ".join(f"{key}={value}" for key, value in sorted(where.items())))
             found[place] = line["value"]
     return found
 
 
-def relative_difference(a: Any, b: Any) -> float:
-    """Return ``|a - b| / max(|a|, |b|)`` of two numbers: 0 for equal ones and two NaN.
+def _relative_difference(a: Any, b: Any) -> float:
+    """Return ``|a - b| / max(|a|, |b|)`` of two numbers: 0 for equal values and for two NaN.
 
-    It is infinite where one of them is not finite, or where two values that are no numbers differ.
+    It is infinite for different values of which one is not a finite number.
     """
     if a == b or (a != a and b != b):
         return 0.0
@@ -175,7 +176,7 @@ def relative_difference(a: Any, b: Any) -> float:
 def _compare_metric(
     places: list[Place], before: Mapping[Place, Any], after: Mapping[Place, Any], tolerance: float
 ) -> MetricComparison:
-    differences = [relative_difference(before[place], after[place]) for place in places]
+    differences = [_relative_difference(before[place], after[place]) for place in places]
     largest = max(differences)
     worst = places[differences.index(largest)]
     return MetricComparison(
@@ -192,7 +193,7 @@ def _compare_metric(
 
 def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     recorded, replayed = (
-        {".".join(path): value for path, value in _leaves({k: m.get(k) for k in ENVIRONMENT}, ())}
+        {".".join(path): value for path, value in _leaves({k: m.get(k) for k in _ENVIRONMENT}, ())}
         for m in (before, after)
     )
     return {
@@ -203,10 +204,10 @@ def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield (path, value) of everything in nested mappings and lists that ``CLOCK`` does not name."""
+    """Yield (path, value) of everything in nested mappings and lists that ``_CLOCK`` does not name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if key not in CLOCK:
+            if key not in _CLOCK:
                 yield from _leaves(item, (*path, str(key)))
     elif isinstance(value, list):
         for i, item in enumerate(value):

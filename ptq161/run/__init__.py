@@ -1,4 +1,5 @@
-"""One run: its configuration, its identity, the pipeline, the table that it ends in.
+"""One run: its checked configuration, its identity, the pipeline and its stages, and the table that it prints.
 
-The room of Hydra's composed configuration; imports ``cache/`` and everything below it.
+These modules take Hydra's composed configuration but do not start Hydra. They import ``cache`` and the rooms below it;
+``sweep`` and the commands above it may import them.
 """

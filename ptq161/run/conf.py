@@ -1,4 +1,4 @@
-"""Where the configuration files are: ``conf/`` at the top of a checkout, and the copy of it in an installed package."""
+"""The folder of the configuration files: ``conf/`` of a checkout, or its copy in an installed package."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The typed schema of every config group: Hydra's composed config in, checked dataclasses out.
 
-Everything that can be known to be wrong without loading a model or a text is rejected here.
+Every error that can be found without loading a model or a text is raised here.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ptq161.numerics import resolve_device, resolve_dtype
 from ptq161.preprocess.restoration import Restoration
 from ptq161.tracking.settings import TrackerConfig
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ON_ERROR = ("continue", "stop")
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_ON_ERROR = ("continue", "stop")
 
-INTERPOLATED = ("mask_ratio", "block_size", "on_error")
-"""Top-level keys that others read: groups by interpolation, the sweep."""
+_INTERPOLATED = ("mask_ratio", "block_size", "on_error")
+"""Top-level keys that are not fields of ``RunConfig``: groups interpolate them, or the sweep reads them."""
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +41,15 @@ class RunConfig:
 
     Attributes:
         method: None for a full-precision run (``method=none``).
-        method_name: what tables and figures call it.
+        method_name: display name, in tables and figures.
         preprocess: None where the weights are quantized as they are (``preprocess=none``).
-        preprocess_name: what tables and figures call it.
+        preprocess_name: display name, in tables and figures.
         seed: every random number follows from it.
         device: a torch device, ``auto`` resolved.
         dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
-        dtype_reason: why it is this one.
-        cache: find what was computed before, and keep what is computed (:mod:`ptq161.cache.store`).
-        force: compute everything again, and keep that.
+        dtype_reason: why ``auto`` is this dtype, for the log.
+        cache: reuse stored results, and store new ones (:mod:`ptq161.cache.store`).
+        force: compute everything again, and replace the stored results.
     """
 
     model: ModelConfig
@@ -81,7 +81,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     hints = get_type_hints(RunConfig)
-    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*INTERPOLATED]
+    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*_INTERPOLATED]
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     if missing := [key for key in known if key not in values]:
@@ -94,7 +94,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
-        if key not in INTERPOLATED
+        if key not in _INTERPOLATED
     }
     return RunConfig(
         method=method,
@@ -108,14 +108,19 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     )
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Instantiate a config dataclass, with every key known and every value of its type.
+def build(cls: type[_T], values: Mapping[str, Any], where: str) -> _T:
+    """Instantiate a config dataclass from checked keys and values.
+
+    Args:
+        cls: the dataclass.
+        values: by the names of its fields.
+        where: path of the node in the configuration, for errors.
 
     Raises:
-        UserError: otherwise; the sentence begins with ``where``.
+        UserError: a key is unknown or missing, or a value has the wrong type.
     """
     hints = get_type_hints(cls)
-    # type[T] cannot say that T is a dataclass.
+    # type[_T] cannot say that _T is a dataclass.
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -138,11 +143,11 @@ def _build_preprocess(
     values: dict[str, Any], device: torch.device, method: Method | None
 ) -> tuple[str, Restoration | None]:
     if values.get("compute_dtype") == "auto":
-        # float16 would need its loss scaled.
+        # Training in float16 would need loss scaling, which the loop does not have.
         resolved = resolve_dtype("auto", device)[0]
         values["compute_dtype"] = "float32" if resolved == "float16" else resolved
     if "_target_" not in values:
-        # debug=smoke shortens a training, whether there is one or not.
+        # debug=smoke sets a few keys of a restoration, even where there is none.
         values = {key: value for key, value in values.items() if key not in Restoration.__dataclass_fields__}
     name, restoration = _build_target(values, "preprocess")
     if restoration is not None and method is None:
@@ -151,7 +156,7 @@ def _build_preprocess(
 
 
 def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:
-    """Instantiate the class that a node names as ``_target_``; None where it names none (``method=none``)."""
+    """Instantiate the ``_target_`` class of a node; None where it has none (``method=none``)."""
     name = str(values.pop("name"))
     target = values.pop("_target_", None)
     if target is None:
@@ -166,15 +171,19 @@ def _check_top_level(values: Mapping[str, Any]) -> None:
     check_mask_ratio(_typed(float, values["mask_ratio"], "mask_ratio"))
     check_at_least("block_size", _typed(int, values["block_size"], "block_size"), 1)
     check_at_least("seed", _typed(int, values["seed"], "seed"), 0)
-    check_choice("dtype", values["dtype"], DTYPES)
-    check_choice("on_error", values["on_error"], ON_ERROR)
+    check_choice("dtype", values["dtype"], _DTYPES)
+    check_choice("on_error", values["on_error"], _ON_ERROR)
     cache, force = (_typed(bool, values[key], key) for key in ("cache", "force"))
     if force and not cache:
         raise UserError("force=true cache=false: without the cache everything is computed anyway; leave force out.")
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as the annotated type (an integer may stand for a float), or say what it is instead."""
+    """Return ``value`` as the annotated type; an integer is also a float.
+
+    Raises:
+        UserError: it has another type, or is not finite.
+    """
     try:
         return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:

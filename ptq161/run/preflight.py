@@ -1,4 +1,4 @@
-"""What is wrong with a run and shows before anything is loaded: its configuration, and the files that it names."""
+"""Checks of a run before anything is loaded: its configuration, and the files that it names."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ptq161.evaluation.settings import EvalConfig
 from ptq161.run.config import RunConfig, load_run_config
 
 QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
-"""Keys that say how a model is quantized: none of them means anything for a model that already is."""
+"""Keys that configure the quantization; they are refused for a model that is already quantized."""
 
 
 def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
-    """Turn a composed config into a :class:`~ptq161.run.config.RunConfig` whose files are there.
+    """Turn a composed config into a :class:`~ptq161.run.config.RunConfig`, and check that its files exist.
 
     Args:
         cfg: the composed config.
-        overrides: what was typed.
+        overrides: of the command line.
 
     Raises:
         UserError: a key or value is wrong, a file or folder is missing, or a packed checkpoint would be quantized.
@@ -39,7 +39,7 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Call the model of ``model.path`` by its folder, in place: the configured name belongs to another model."""
+    """Name the model of ``model.path`` after its folder, in place: the configured name is that of another model."""
     named = any(override.lstrip("+").startswith("model.name=") for override in overrides)
     path = OmegaConf.select(cfg, "model.path")
     if path and not named:
@@ -47,10 +47,10 @@ def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def check_writable(setting: str, folder: str) -> None:
-    """Make a directory, and check that files can be made in it.
+    """Make a directory, and check that files can be written in it.
 
     Raises:
-        UserError: otherwise.
+        UserError: it cannot be made or written.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -71,12 +71,12 @@ def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
     _check_file("preprocess.text_file", file)
     scored = evaluation.text_file if "text_file" in evaluation.corpora else None
     if file and scored and Path(file).expanduser().samefile(Path(scored).expanduser()):
-        raise UserError(f"preprocess.text_file={file} is what eval.text_file scores: train on another text.")
+        raise UserError(f"preprocess.text_file={file} is the file of eval.text_file as well: train on another text.")
 
 
 def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model.path={folder}: no Hugging Face model (config.json) is there.")
+        raise UserError(f"model.path={folder}: no config.json is there; give the folder of a Hugging Face model.")
     explicit = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] in QUANTIZATION]
     if not explicit:
         return
@@ -84,6 +84,6 @@ def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
 
     if is_packed_folder(folder):
         raise UserError(
-            f"{explicit[0]}: the model {folder} is already quantized; leave this out to evaluate it as it is, "
-            "or quantize a full-precision model."
+            f"{explicit[0]}: the model {folder} is already quantized; leave this setting out to evaluate the model, "
+            "or give a full-precision model."
         )

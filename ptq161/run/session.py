@@ -1,4 +1,4 @@
-"""What surrounds the stages of a run: its record, its place among the finished results, and its clock."""
+"""The session of a run, which all stages share: its record, the cache, and the time that each stage takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ptq161.cache.results import FOLDERS, keep_result, take_over
+from ptq161.cache.results import FOLDERS, reuse_result, store_result
 from ptq161.cache.stages import Stages
 from ptq161.cache.store import Entry, Store, store_dir
 from ptq161.errors import UserError
@@ -26,21 +26,21 @@ from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 Results = dict[str, Any]
-"""What ``results.json`` holds."""
+"""The content of ``results.json``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """What surrounds a run and does not change its result.
+    """The facts of a run that do not change its result.
 
     Attributes:
-        run_dir: where the record and the checkpoint go.
+        run_dir: directory of the record and the checkpoint.
         resolved: the composed configuration with every interpolation resolved.
-        overrides: what was typed.
-        job_name: what the mirror calls the run.
+        overrides: of the command line.
+        job_name: name of the run in the mirror.
         group: the sweep it belongs to.
     """
 
@@ -53,14 +53,14 @@ class RunContext:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What every stage of a run gets.
+    """The arguments that every stage of a run has in common.
 
     Attributes:
         config: of the run.
-        identity: what its result depends on, by content (:func:`ptq161.run.contents.identity`).
-        record: receives numbers, facts and samples; its ``run_dir`` takes what is kept.
-        stages: finds what was computed before.
-        seconds: of each stage, as they end.
+        identity: everything that the result depends on, by content (:func:`ptq161.run.contents.identity`).
+        record: receives metrics, facts and samples; models are saved in its ``run_dir``.
+        stages: cache of the results of stages.
+        seconds: stage -> seconds that it has taken so far.
     """
 
     config: RunConfig
@@ -71,18 +71,18 @@ class Session:
 
     @contextlib.contextmanager
     def clock(self, stage: str) -> Iterator[None]:
-        """Add the seconds that pass inside to those of a stage."""
+        """Add the time that the context takes to a stage's seconds."""
         began = time.perf_counter()
         yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - began, 2)
 
 
-def timed(stage: str) -> Callable[[Callable[Concatenate[Session, P], R]], Callable[Concatenate[Session, P], R]]:
-    """Count the seconds of a function, whose first argument is the session, as those of a stage."""
+def timed(stage: str) -> Callable[[Callable[Concatenate[Session, _P], _R]], Callable[Concatenate[Session, _P], _R]]:
+    """Decorate a function of a session so that its time counts as a stage's."""
 
-    def decorate(function: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    def decorate(function: Callable[Concatenate[Session, _P], _R]) -> Callable[Concatenate[Session, _P], _R]:
         @functools.wraps(function)
-        def wrapper(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        def wrapper(session: Session, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
             with session.clock(stage):
                 return function(session, *args, **kwargs)
 
@@ -92,41 +92,41 @@ def timed(stage: str) -> Callable[[Callable[Concatenate[Session, P], R]], Callab
 
 
 def is_packed_model(config: RunConfig) -> bool:
-    """Whether the model of a run is a checkpoint of this project, which is evaluated as it is."""
+    """Return whether the model of a run is a packed checkpoint, which is evaluated and not quantized."""
     return config.model.path is not None and is_packed_folder(config.model.path)
 
 
 def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session], Results]) -> Results:
-    """Record a run, and compute its results unless the same run was finished before: then take over its record.
+    """Record a run; reuse the results of an identical run that finished before, else compute them.
 
     Args:
         config: the run.
-        context: where it goes and what it is called.
+        context: its directory and names.
         compute: takes the session and returns the results.
 
     Returns:
-        what ``results.json`` holds.
+        the content of ``results.json``.
 
     Raises:
-        UserError: whatever the user can put right, in one sentence.
+        UserError: any error that the user can put right.
     """
     store = Store(store_dir(), force=config.force) if config.cache else None
-    # The lock on the result outlives the record, which is kept when it is complete.
+    # The lock on the result outlives the record, which is stored after it is closed.
     with contextlib.ExitStack() as locks:
         with _open_record(config, context) as record:
             content = identity(config, store)
             record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))
             entry = None if store is None else locks.enter_context(store.entry("results", content))
-            found = take_over(entry, record) if entry is not None and entry.finished else None
+            found = reuse_result(entry, record) if entry is not None and entry.finished else None
             results = _computed(Session(config, content, record, Stages(store)), compute) if found is None else found
             record.finish(results)
         if entry is not None and found is None:
-            _keep(entry, record.run_dir)
+            _store(entry, record.run_dir)
     return results
 
 
 def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractContextManager[RunRecord]:
-    unread = QUANTIZATION if is_packed_model(config) else ()
+    unread = QUANTIZATION if is_packed_model(config) else ()  # settings that this run does not use are not recorded
     return RunRecord.open(
         context.run_dir,
         config={key: value for key, value in context.resolved.items() if key not in unread},
@@ -140,17 +140,17 @@ def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractC
 
 def _computed(session: Session, compute: Callable[[Session], Results]) -> Results:
     config, record = session.config, session.record
-    for folder in FOLDERS:  # of a run that had this directory before
+    for folder in FOLDERS:  # left by an earlier run in this directory
         shutil.rmtree(record.run_dir / folder, ignore_errors=True)
-    log.info("evaluating and storing in %s: %s", config.dtype, config.dtype_reason)
+    log.info("dtype of evaluation and storage: %s (%s)", config.dtype, config.dtype_reason)
     record.describe(device=str(config.device), dtype=config.dtype)
     results = compute(session)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**results, "seconds": session.seconds, "peak_memory_bytes": peak}
 
 
-def _keep(entry: Entry, run_dir: Path) -> None:
+def _store(entry: Entry, run_dir: Path) -> None:
     try:
-        keep_result(entry, run_dir)
+        store_result(entry, run_dir)
     except UserError as error:
-        log.warning("the result is complete, but not kept for later runs: %s", error)
+        log.warning("the result is complete, but was not stored for later runs: %s", error)

@@ -1,4 +1,4 @@
-"""The stages of a run, as :mod:`ptq161.run.pipeline` puts them together; what was computed before is found."""
+"""The stages of a run, which :mod:`ptq161.run.pipeline` puts together; each reuses cached results."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Everything that a run reads beside its model, opened and checked before the weights are loaded.
+    """The texts and tasks of a run, opened and checked before the weights are loaded.
 
     Attributes:
         tokenizer: of the model.
-        longest: tokens that the model can hold.
+        longest: longest sequence that the model takes, in tokens.
         evaluation: perplexity texts and zero-shot tasks.
         training: ``[n, seq_len]`` int64, of the preprocessing; empty without one.
     """
@@ -59,14 +59,14 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model, and what its scores and its quantization are known by.
+    """A model, and the facts that its scores and its quantization depend on.
 
     Attributes:
         model: full precision, restored or packed.
         sha256: of its weights, hashed once.
-        label: what numbers and progress bars call it.
-        size: ``bits_per_weight`` and its like.
-        salient_masks: for its quantization; None leaves the choice to the method.
+        label: its name in metrics and progress bars.
+        size: ``bits_per_weight`` and the other sizes.
+        salient_masks: for its quantization; None lets the method select them.
     """
 
     model: PreTrainedModel
@@ -98,8 +98,8 @@ def load_model(session: Session) -> Weights:
 
 @timed("load")
 def load_packed(session: Session, folder: str) -> tuple[Weights, Texts]:
-    """Load a packed checkpoint, and open what it is evaluated on."""
-    log.info("%s is a packed checkpoint: it is evaluated as it is, nothing is quantized", folder)
+    """Load a packed checkpoint, and open the texts and tasks that it is evaluated on."""
+    log.info("%s is a packed checkpoint: it is evaluated, and nothing is quantized", folder)
     model, tokenizer = load(folder)
     return _packed(session, model, Path(folder) / WEIGHTS_FILE), _texts(session, tokenizer, model.config)
 
@@ -110,7 +110,8 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
     config = session.config
     if config.calib.seq_len > texts.longest:
         raise UserError(
-            f"calib.seq_len={config.calib.seq_len}: the model holds at most {texts.longest} tokens; use a shorter one."
+            f"calib.seq_len={config.calib.seq_len}: the model takes at most {texts.longest} tokens; "
+            f"set calib.seq_len to at most {texts.longest}."
         )
     drawn = identity.tokens(model=session.identity["model"], text=session.identity["calibration"], seed=config.seed)
     tokens = session.stages.tensor(
@@ -177,7 +178,7 @@ def preprocess(
 
 @timed("quantize")
 def quantize_model(session: Session, weights: Weights, texts: Texts, calibration: Tensor, method: Method) -> Weights:
-    """Quantize a model in place, from the blocks that are finished already, and save it as the run's checkpoint."""
+    """Quantize a model in place, continuing from finished blocks, and save it as the run's checkpoint."""
     config, record, model = session.config, session.record, weights.model
     with session.stages.folder("blocks", _quantization(session, weights, method)) as folder:
         quantize(
@@ -210,7 +211,7 @@ def _quantization(session: Session, weights: Weights, method: Method) -> Fingerp
 
 
 def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
-    """Describe a packed model by the file that holds it."""
+    """Describe a packed model by the hash of its file."""
     sha256 = sha256_of_file(file)
     session.record.describe(checkpoint_sha256=sha256)
     layouts = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
@@ -219,14 +220,14 @@ def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
-CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
-"""Label of the model that is scored -> the stage that its seconds belong to."""
+_CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
+"""Label of the model that is scored -> the stage that the time counts for."""
 
 
 def score(session: Session, weights: Weights, texts: Texts) -> Scores:
-    """Score a model in the run's dtype and take its text sample; a full-precision one keeps its own dtype for later."""
+    """Score a model in the run's dtype, with a text sample; a model of another dtype is copied for it."""
     model, dtype, home = weights.model, COMPUTE_DTYPES[session.config.dtype], weights.model.device
-    with session.clock(CLOCKS[weights.label]):
+    with session.clock(_CLOCKS[weights.label]):
         if model.dtype != dtype:  # a packed model has it already
             model = copy.deepcopy(model)
             cast_rest(model, dtype)
@@ -241,7 +242,7 @@ def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
 
         @functools.cache
         def prepare() -> None:
-            # Where every score is found, the model need neither be moved nor dequantized.
+            # Called by the first score that is not cached: with all of them cached, nothing is moved or dequantized.
             nn.Module.to(model, config.device)
             prepared.enter_context(dense_cache(model, COMPUTE_DTYPES[config.dtype]))
 
@@ -267,7 +268,7 @@ def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
             lambda: {"text": greedy_sample(model, texts.tokenizer, prompt, n_tokens)},
         )["text"]
         if not prepare.cache_info().currsize:
-            log.info("%s: every score was known", label)
+            log.info("%s: all scores were found in the cache", label)
     record.sample(label, text)
     log.info("%s sample: %s", label, " ".join(text.split()))
     return scores
@@ -282,10 +283,10 @@ def _dense_size(session: Session, model: PreTrainedModel) -> dict[str, float]:
 
 def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
     size, nominal = measure(model), stored_nominal_bits(file.parent)
-    return {
-        "bits_per_weight": size.bits_per_weight,
-        **({} if nominal is None else {"nominal_bits_per_weight": nominal}),
-        "checkpoint_bytes": file.stat().st_size,
-        "linear_bytes": size.linear_bytes,
-        "other_bytes": size.other_bytes,
-    }
+    sizes = {"bits_per_weight": size.bits_per_weight}
+    if nominal is not None:
+        sizes["nominal_bits_per_weight"] = nominal
+    sizes["checkpoint_bytes"] = file.stat().st_size
+    sizes["linear_bytes"] = size.linear_bytes
+    sizes["other_bytes"] = size.other_bytes
+    return sizes

@@ -1,30 +1,28 @@
-"""The one table that a run ends in: full precision, restored where it was, and quantized."""
+"""The table that a run prints at its end: full precision, restored (if it was), and quantized."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from ptq161.console import stdout_console
 from ptq161.tracking.metric_names import SIZES
 
 
 def print_results(results: Mapping[str, Any], run_dir: str) -> None:
-    """Print a run's results, where its record lies, and how to look at it."""
-    # A file or a pipe has no width of its own; a narrow terminal wraps.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(results_table(results))
+    """Print a run's results, the path of its record, and the command of its report."""
+    console = stdout_console()
+    console.print(_results_table(results))
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in results["seconds"].items())
     console.print(f"Time: {seconds}. Peak memory: {results['peak_memory_bytes'] / 1e9:.2f} GB.")
     console.print(f"Record: {run_dir}", soft_wrap=True)
     console.print(f"Report: python -m ptq161.report {run_dir} --out FOLDER", soft_wrap=True)
 
 
-def results_table(results: Mapping[str, Any]) -> Table:
-    """Lay a run's results out, a metric a row.
+def _results_table(results: Mapping[str, Any]) -> Table:
+    """Return a table of a run's results, a metric a row.
 
     Args:
         results: the content of ``results.json``.
@@ -32,20 +30,22 @@ def results_table(results: Mapping[str, Any]) -> Table:
     metrics, full, protocol = results["metrics"], results["full_precision"], results["protocol"]
     merged = results.get("merged")
     table = Table(title="Full precision against quantized")
-    columns = ("metric", "full precision", *(["merged"] if merged else []), "quantized", "± se", "scored on")
+    columns = ["metric", "full precision", "merged", "quantized", "± se", "scored on"]
+    if not merged:
+        columns.remove("merged")
     for column in columns:
         table.add_column(column, justify="left" if column in ("metric", "scored on") else "right", no_wrap=True)
-    for name in [*(n for n in metrics if n not in SIZES), *(n for n in SIZES if n in metrics)]:
+    scores, sizes = [n for n in metrics if n not in SIZES], [n for n in SIZES if n in metrics]
+    for name in scores + sizes:
         settings = protocol.get(name, {})
         error = settings.get("standard_error")
-        table.add_row(
-            name,
-            _format(name, full.get(name)),
-            *([_format(name, merged.get(name))] if merged else []),
-            "" if metrics == full else _format(name, metrics[name]),
-            "" if error is None else f"{error:.3g}",
-            _scored_on(settings),
-        )
+        cells = [name, _format(name, full.get(name))]
+        if merged:
+            cells.append(_format(name, merged.get(name)))
+        cells.append("" if metrics == full else _format(name, metrics[name]))
+        cells.append("" if error is None else f"{error:.3g}")
+        cells.append(_scored_on(settings))
+        table.add_row(*cells)
     return table
 
 

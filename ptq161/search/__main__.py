@@ -6,9 +6,8 @@ Usage::
     python -m ptq161.search --trials 50 --out DIR --space my_space.yaml eval=ppl  # what to vary; settings of run.py
     python -m ptq161.search --trials 50 --out DIR --objectives bits_per_weight zero_shot/piqa/acc
 
-The same command again goes on where a killed search stopped, or adds trials up to a larger ``--trials``; typed in
-several terminals, or on machines that share the folder, it is one search in several processes. Each trial is a recorded
-run.
+The same command again continues a killed search, or adds trials up to a larger ``--trials``; in several terminals, or
+on machines that share the folder, it is one search in several processes. Each trial is a recorded run.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import TrialState
-from rich.console import Console
 
+from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
@@ -31,26 +30,26 @@ from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
-from ptq161.tracking.interrupts import Interrupts, ending_with_a_sentence
+from ptq161.tracking.interrupts import Interrupts, exit_on_interrupt
 from ptq161.tracking.metric_names import SIZES, is_perplexity
 
-DEFAULT_SPACE = CONF / "search.yaml"
-OWN_KEYS = ("hydra", "study")
-"""Keys of run.py that a trial cannot take: the search says where runs go, and a study is a sweep."""
+_DEFAULT_SPACE = CONF / "search.yaml"
+_RESERVED_KEYS = ("hydra", "study")
+"""Keys of run.py that a search does not accept: it sets the run directories itself, and a study is a sweep."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status: 1, with one sentence on stderr, for bad input, or where no trial has finished.
+        the exit status: 0, or 1, with one sentence on stderr, for bad input or if no trial has finished.
     """
     options = _parser().parse_intermixed_args(arguments)
     try:
-        search = prepare(options)
+        search = _prepare(options)
         with Interrupts().installed():
             _run_trials(search, options.trials)
         return _show(search, options.trials)
@@ -59,11 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def prepare(options: argparse.Namespace) -> Search:
-    """Check everything that can be wrong with a search, and open it.
+def _prepare(options: argparse.Namespace) -> Search:
+    """Check the arguments of a search, and open it.
 
     Raises:
-        UserError: something is; nothing has been written then.
+        UserError: an argument is wrong; nothing has been written then.
     """
     if options.trials < 1:
         raise UserError(f"--trials {options.trials}: use at least 1.")
@@ -82,15 +81,15 @@ def prepare(options: argparse.Namespace) -> Search:
         Path(options.out).absolute(),
         space,
         objectives,
-        [direction(name) for name in objectives],
+        [_direction(name) for name in objectives],
         overrides,
         seed=options.seed,
         first=configured if contains(space, configured) else None,
     )
 
 
-def direction(metric: str) -> Direction:
-    """Return which way a result improves: ``minimize`` for sizes and perplexities, ``maximize`` for accuracies."""
+def _direction(metric: str) -> Direction:
+    """Return the direction of an objective: ``minimize`` for sizes and perplexities, ``maximize`` for accuracies."""
     return "minimize" if metric in SIZES or is_perplexity(metric) else "maximize"
 
 
@@ -108,39 +107,39 @@ def _configure(overrides: Sequence[str]) -> tuple[DictConfig, RunConfig]:
 def _check_keys(space: Space, overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] in OWN_KEYS:
-            raise UserError(f"{override}: a search has no use for {key}; leave it out.")
+        if key.partition(".")[0].partition("/")[0] in _RESERVED_KEYS:
+            raise UserError(f"{override}: a search does not accept {key}; leave it out.")
         if key in space:
-            raise UserError(f"{override} fixes what the search varies: leave it out, here or in the space's file.")
+            raise UserError(f"{override}: the search varies {key}; leave it out, here or in the file of --space.")
 
 
-def _objectives(named: Sequence[str] | None, config: RunConfig) -> tuple[str, str]:
+def _objectives(names: Sequence[str] | None, config: RunConfig) -> tuple[str, str]:
     perplexities = [f"ppl/{corpus}@{config.eval.seq_len}" for corpus in config.eval.corpora]
-    if named is None:
+    if names is None:
         if not perplexities:
             raise UserError("eval.corpora is empty, so there is no perplexity: name two results with --objectives.")
         return "bits_per_weight", perplexities[0]
-    if named[0] == named[1]:
-        raise UserError(f"--objectives {named[0]} {named[1]}: name two different results.")
+    if names[0] == names[1]:
+        raise UserError(f"--objectives {names[0]} {names[1]}: name two different results.")
     known = [*SIZES, *perplexities]
     tasks = [f"zero_shot/{task}/" for task in config.eval.tasks]
-    for name in named:
+    for name in names:
         if name not in known and not name.startswith(tuple(tasks)):
-            offered = ", ".join([*known, *(f"{task}METRIC" for task in tasks)])
-            raise UserError(f"--objectives {name}: no run with these settings measures it; choose from {offered}.")
-    return named[0], named[1]
+            offered = ", ".join(known + [f"{task}METRIC" for task in tasks])
+            raise UserError(f"--objectives {name}: no run with these settings measures it; use one of {offered}.")
+    return names[0], names[1]
 
 
 def _run_trials(search: Search, n_trials: int) -> None:
     try:
         while claim := claim_trial(search, n_trials):
-            _tell(search, claim, run_trial(search, claim))
+            _print_trial(search, claim, run_trial(search, claim))
     except KeyboardInterrupt:
-        print("The search goes on when the same command is typed again.", file=sys.stderr)
+        print("Run the same command again to continue the search.", file=sys.stderr)
         raise
 
 
-def _tell(search: Search, claim: Claim, outcome: Outcome) -> None:
+def _print_trial(search: Search, claim: Claim, outcome: Outcome) -> None:
     point = " ".join(f"{key}={short(value)}" for key, value in claim.values.items())
     if outcome.values is None:
         print(f"Trial {claim.number} ({point}) failed: {outcome.reason}", file=sys.stderr, flush=True)
@@ -154,12 +153,11 @@ def _show(search: Search, n_trials: int) -> int:
     states = [trial.state for trial in search.study.get_trials(deepcopy=False)]
     finished, failed = states.count(TrialState.COMPLETE), states.count(TrialState.FAIL)
     if not finished:
-        raise UserError(f"none of the {failed} trials in {search.folder} finished; their runs say why.")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(front_table(search))
+        raise UserError(f"none of the {failed} trials in {search.folder} finished; the output.log of each says why.")
+    stdout_console().print(front_table(search))
     written = ", ".join(path.name for path in write_front(search))
     running = states.count(TrialState.RUNNING)
-    elsewhere = f", {running} still run in other processes" if running else ""
+    elsewhere = f", {running} still running in other processes" if running else ""
     print(f"{finished} of {n_trials} trials finished, {failed} failed{elsewhere}.")
     print(f"Written to {search.folder}: {written}.")
     return 0
@@ -173,18 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder of the search; trial N is recorded in DIR/N"
     )
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones counted (20)")
-    parser.add_argument("--space", default=str(DEFAULT_SPACE), metavar="FILE", help="what varies (%(default)s)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones included (20)")
+    parser.add_argument("--space", default=str(_DEFAULT_SPACE), metavar="FILE", help="keys that vary (%(default)s)")
     parser.add_argument(
         "--objectives",
         nargs=2,
         metavar="RESULT",
-        help="two names of results (bits_per_weight and the first perplexity)",
+        help="names of two results (bits_per_weight and the first perplexity)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the choice of trials (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampler (0)")
     return parser
 
 
 if __name__ == "__main__":
-    with ending_with_a_sentence():
+    with exit_on_interrupt():
         sys.exit(main())

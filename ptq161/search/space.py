@@ -1,4 +1,4 @@
-"""What a search varies: a YAML file in, Optuna's distributions and Hydra's overrides out."""
+"""The space of a search: a YAML file in, Optuna's distributions and Hydra's overrides out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from ptq161.errors import UserError
 
 Space = dict[str, BaseDistribution]
-FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"
-PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
+_FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"
+_PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
 
 
 def load_space(file: Path) -> Space:
     """Read a search space.
 
     Returns:
-        key of run.py -> where its values come from.
+        key of run.py -> distribution of its values.
 
     Raises:
-        UserError: there is no such file, or an entry has none of the forms of ``search.yaml``.
+        UserError: the file cannot be read, or an entry has none of the forms of ``conf/search.yaml``.
     """
     try:
         entries = OmegaConf.to_container(OmegaConf.load(file))
@@ -32,17 +32,17 @@ def load_space(file: Path) -> Space:
     except Exception as error:
         raise UserError(f"--space {file} cannot be read ({' '.join(str(error).split())}).") from error
     if not isinstance(entries, dict) or not entries:
-        raise UserError(f"--space {file} is empty: give at least one KEY: {FORMS}.")
+        raise UserError(f"--space {file} is empty: give at least one KEY: {_FORMS}.")
     space: Space = {}
     for key, entry in {str(key): entry for key, entry in entries.items()}.items():
         try:
             space[key] = _distribution(entry)
         except ValueError as error:
-            raise UserError(f"{key} of --space {file}: {error}; use {FORMS}.") from error
+            raise UserError(f"{key} of --space {file}: {error}; use {_FORMS}.") from error
     return space
 
 
-def ends(distribution: BaseDistribution) -> list[Any]:
+def _ends(distribution: BaseDistribution) -> list[Any]:
     """Return a distribution's choices, or its least and its largest value."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
@@ -51,15 +51,15 @@ def ends(distribution: BaseDistribution) -> list[Any]:
 
 
 def corners(space: Space) -> Iterator[dict[str, Any]]:
-    """Yield each end of each key, once with the others at their first end and once with them at their last.
+    """Yield points to check: each end of each key, with the other keys once at their first and once at their last end.
 
-    All combinations would be too many to compose; what only one of those can show fails as a trial.
+    All combinations would be too many to compose; an error that only another combination has fails its trial.
     """
     seen = []
     for side in (0, -1):
-        rest = {key: ends(distribution)[side] for key, distribution in space.items()}
+        rest = {key: _ends(distribution)[side] for key, distribution in space.items()}
         for key, distribution in space.items():
-            for value in ends(distribution):
+            for value in _ends(distribution):
                 corner = {**rest, key: value}
                 if corner not in seen:
                     seen.append(corner)
@@ -67,23 +67,23 @@ def corners(space: Space) -> Iterator[dict[str, Any]]:
 
 
 def contains(space: Space, values: Mapping[str, Any]) -> bool:
-    """Say whether ``values`` is a point of the space."""
+    """Return whether ``values`` is a point of the space."""
     return set(values) == set(space) and all(_has(space[key], value) for key, value in values.items())
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """Write a point of a space as Hydra reads it."""
+    """Return a point of a space as overrides of Hydra."""
     return [f"{key}={as_value(value)}" for key, value in values.items()]
 
 
 def as_value(value: Any) -> str:
-    """Write a plain value as Hydra's grammar reads it."""
+    """Return a plain value in the grammar of Hydra's overrides."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = str(value)
-    if not isinstance(value, str) or PLAIN.fullmatch(text):
+    if not isinstance(value, str) or _PLAIN.fullmatch(text):
         return text
-    # Within quotes, Hydra takes backslashes before a quote, or at the end, for escapes.
+    # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
     return f"'{escaped}'"
 
@@ -117,5 +117,5 @@ def _has(distribution: BaseDistribution, value: Any) -> bool:
         return value in distribution.choices
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    low, high = ends(distribution)
+    low, high = _ends(distribution)
     return bool(low <= value <= high)

@@ -1,8 +1,8 @@
 """The trials of a search: an Optuna study in the search's folder, a recorded run of run.py for each trial.
 
 Any number of processes, on any machines that share the folder, may work on one search. A trial belongs to the process
-that holds its lock; its run inherits the lock, so that a trial is given up only when nothing runs it any more. Then
-whoever comes next takes it over, and run.py goes on in its directory.
+that holds its lock; its run inherits the lock, which is free only when neither runs anymore. The next process then
+claims the trial, and run.py continues in its directory.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from ptq161.search.space import Space, as_overrides, as_value
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]
-RUN = (sys.executable, "-m", "ptq161", "run")
+_RUN = (sys.executable, "-m", "ptq161", "run")
 """The command line of a run, before its settings."""
-JOURNAL = "study.journal"
-LOCKS = ".locks"
-OUTPUT = "output.log"
-ATTEMPTS = 2
-"""Times that a run is begun before being killed by a signal counts as its failure."""
-GRACE_SECONDS = 30.0
-"""For which an interrupted run may close its record."""
+_JOURNAL = "study.journal"
+_LOCKS = ".locks"
+_OUTPUT = "output.log"
+_ATTEMPTS = 2
+"""Starts of a run that a signal kills, before its trial counts as failed."""
+_GRACE_SECONDS = 30.0
+"""Time in which an interrupted run may close its record before it is killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Search:
     """A search, opened.
 
     Attributes:
-        folder: of the study and, by their numbers, of the trials' runs.
+        folder: holds the study, and the run of each trial under its number.
         study: Optuna's.
-        space: what varies.
+        space: the keys that vary, and their distributions.
         objectives: names of two results.
         overrides: of run.py, for all trials.
-        seed: the sampler's random numbers follow from it and the number of trials so far.
+        seed: of the sampler, together with the number of trials so far.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A trial that this process, and no other, runs.
+    """A trial that this process alone may run.
 
     Attributes:
         number: of the trial.
@@ -93,7 +93,7 @@ class Outcome:
     Attributes:
         values: of the objectives; None where it failed.
         reason: why it failed; empty otherwise.
-        seconds: the run took; None where its record does not say.
+        seconds: duration of the run; None if its record does not have it.
     """
 
     values: tuple[float, float] | None
@@ -115,48 +115,48 @@ def open_search(
 
     Args:
         folder: is made where it does not exist.
-        space: what varies.
+        space: the keys that vary, and their distributions.
         objectives: names of two results.
         directions: ``minimize`` or ``maximize`` for each.
         overrides: of run.py, for all trials.
         seed: of the sampler.
-        first: point that is tried before any other.
+        first: point of the first trial; None lets the sampler select it.
 
     Raises:
         UserError: the folder cannot be written, its study is damaged, or it holds another search.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with writing(folder):
-        (folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         try:
             study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+                storage=JournalStorage(JournalFileBackend(str(folder / _JOURNAL))),
                 study_name="search",
                 directions=directions,
                 load_if_exists=True,
             )
         except (ValueError, KeyError) as error:
-            raise UserError(f"{folder / JOURNAL} is damaged ({error}); choose a new folder with --out.") from error
-        asked = {
+            raise UserError(f"{folder / _JOURNAL} is damaged ({error}); choose a new folder with --out.") from error
+        requested = {
             "space": {key: json.loads(distribution_to_json(space[key])) for key in sorted(space)},
             "objectives": list(objectives),
             "overrides": overrides,
         }
         if "search" not in study.user_attrs:
-            study.set_user_attr("search", asked)
+            study.set_user_attr("search", requested)
             if first is not None:
                 study.enqueue_trial(first)
-        _check_same(folder, study.user_attrs["search"], asked)
+        _check_same(folder, study.user_attrs["search"], requested)
     return Search(folder, study, space, objectives, overrides, seed)
 
 
 def claim_trial(search: Search, n_trials: int) -> Claim | None:
-    """Take over a trial that nobody runs any more, or begin a new one; None where the search has all it wants.
+    """Claim an unfinished trial that no process runs, else begin a new one; None if the search has all its trials.
 
     Args:
-        search: an open one.
-        n_trials: trials that the search is to have, failed ones among them.
+        search: an open search.
+        n_trials: number of trials in all, failed ones included.
     """
     with _locked(search.folder):
         begun = [trial for trial in search.study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
@@ -164,12 +164,12 @@ def claim_trial(search: Search, n_trials: int) -> Claim | None:
             if trial.state == TrialState.RUNNING and (lock := _lock(search, trial.number)) is not None:
                 if set(trial.params) == set(search.space):
                     return Claim(trial.number, dict(trial.params), lock)
-                # Its process was killed while the values were being chosen.
+                # Its process was killed before all values were sampled.
                 search.study.tell(trial.number, state=TrialState.FAIL)
                 os.close(lock)
         if len(begun) >= n_trials:
             return None
-        # A sampler of its own for each trial: the point follows from the seed and the trials so far, whoever asks.
+        # A new sampler for each trial: its point depends on the seed and the trials so far, not on the process.
         seed = numpy.random.SeedSequence([search.seed, len(begun)]).generate_state(1)[0]
         search.study.sampler = TPESampler(seed=int(seed))
         new = search.study.ask(search.space)
@@ -179,19 +179,20 @@ def claim_trial(search: Search, n_trials: int) -> Claim | None:
 
 
 def run_trial(search: Search, claim: Claim) -> Outcome:
-    """Run a claimed trial, unless it has finished already, and tell the study.
+    """Run a claimed trial, unless its run has finished already, and record its outcome in the study.
 
     Raises:
         UserError: the run does not measure an objective, or its folder cannot be written.
-        KeyboardInterrupt: the search was interrupted; its run has ended, and goes on when the trial is claimed again.
+        KeyboardInterrupt: the search was interrupted; the run has ended too, and continues when the trial is claimed
+            again.
     """
     run_dir = search.run_dir(claim.number)
     status = 0
     try:
-        for _ in range(ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             if _is_finished(run_dir):
                 break
-            status = _run(command(search, claim), run_dir, claim.lock)
+            status = _run(_command(search, claim), run_dir, claim.lock)
             if status >= 0:
                 break
         outcome = outcome_of(search, claim.number, status)
@@ -202,23 +203,23 @@ def run_trial(search: Search, claim: Claim) -> Outcome:
         os.close(claim.lock)
 
 
-def command(search: Search, claim: Claim) -> list[str]:
+def _command(search: Search, claim: Claim) -> list[str]:
     """Return the command line of a trial's run."""
     group = [] if any("tracker.group=" in o for o in search.overrides) else [f"++tracker.group={_group(search)}"]
     run_dir = f"hydra.run.dir={as_value(str(search.run_dir(claim.number)))}"
-    return [*RUN, *as_overrides(claim.values), *search.overrides, *group, run_dir]
+    return [*_RUN, *as_overrides(claim.values), *search.overrides, *group, run_dir]
 
 
 def outcome_of(search: Search, number: int, status: int | None = None) -> Outcome:
-    """Read how a trial ended from its record.
+    """Read the outcome of a trial from its record.
 
     Args:
-        search: an open one.
+        search: an open search.
         number: of the trial.
-        status: exit status of its run, where known.
+        status: exit status of its run, if known.
 
     Raises:
-        UserError: the run finished and does not have an objective.
+        UserError: the run finished without measuring an objective.
     """
     run_dir = search.run_dir(number)
     if not _is_finished(run_dir):
@@ -227,7 +228,9 @@ def outcome_of(search: Search, number: int, status: int | None = None) -> Outcom
     metrics = (run.results or {}).get("metrics", {})
     for name in search.objectives:
         if name not in metrics:
-            raise UserError(f"--objectives {name}: trial {number} did not measure it; it has {', '.join(metrics)}.")
+            raise UserError(
+                f"--objectives {name}: trial {number} did not measure it; it measured {', '.join(metrics)}."
+            )
     first, second = (float(metrics[name]) for name in search.objectives)
     seconds = run.manifest.get("duration_seconds")
     for name, value in zip(search.objectives, (first, second), strict=True):
@@ -237,19 +240,19 @@ def outcome_of(search: Search, number: int, status: int | None = None) -> Outcom
 
 
 def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
-    """Run a command to its end, its output beside its record; when interrupted, let it close its record first."""
-    with writing(run_dir / OUTPUT):
+    """Run a command, its output in a file; if this process is interrupted, end it with time to close its record."""
+    with writing(run_dir / _OUTPUT):
         run_dir.mkdir(exist_ok=True)
-        output = (run_dir / OUTPUT).open("ab")
+        output = (run_dir / _OUTPUT).open("ab")
     with output:
-        # Out of the terminal's process group: Ctrl-C is handed on below, once.
+        # Out of the terminal's process group: Ctrl-C reaches this process alone, which terminates the run below, once.
         process = subprocess.Popen(arguments, stdout=output, stderr=output, pass_fds=[lock], process_group=0)
         try:
             return process.wait()
         except BaseException:
             process.terminate()
             try:
-                process.wait(GRACE_SECONDS)
+                process.wait(_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
             raise
@@ -262,26 +265,26 @@ def _is_finished(run_dir: Path) -> bool:
 
 
 def _reason(run_dir: Path, status: int | None) -> str:
-    """Say why a run failed: as its record does, else as it said last, else by its exit status."""
+    """Return why a run failed: from its record, else the last line of its output, else its exit status."""
     if status is not None and status < 0:
-        return f"killed by {signal.Signals(-status).name} {ATTEMPTS} times"
+        return f"killed by {signal.Signals(-status).name} {_ATTEMPTS} times"
     if (run_dir / "manifest.json").exists():
         exception = read_run(run_dir, with_lines=False).manifest.get("exception")
         if exception:
             return str(exception["message"])
-    output = run_dir / OUTPUT
+    output = run_dir / _OUTPUT
     lines = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), f"exit status {status}")
 
 
 def _locked(folder: Path) -> FileLock:
-    """Return the lock under which the study is changed by more than one entry; a killed process gives it up."""
-    return FileLock(folder / LOCKS / "study.lock")
+    """Return the lock for changes of the study that take several steps; it is free when its process is killed."""
+    return FileLock(folder / _LOCKS / "study.lock")
 
 
 def _lock(search: Search, number: int) -> int | None:
-    """Open and lock a trial's file; None where another process, or the trial's run, holds it."""
-    handle = os.open(search.folder / LOCKS / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    """Open and lock a trial's file; None if another process, or the trial's run, holds the lock."""
+    handle = os.open(search.folder / _LOCKS / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -294,11 +297,11 @@ def _group(search: Search) -> str:
     return as_value(f"search/{search.folder.name}")
 
 
-def _check_same(folder: Path, stored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Refuse to mix trials that answer different questions."""
+def _check_same(folder: Path, stored: dict[str, Any], requested: dict[str, Any]) -> None:
+    """Refuse a search with other settings than the stored one: their trials must not be mixed."""
     for part, flag in (("space", "--space"), ("objectives", "--objectives"), ("overrides", "the settings")):
-        if stored[part] != asked[part]:
+        if stored[part] != requested[part]:
             was = json.dumps(stored[part])
             raise UserError(
-                f"--out {folder} holds a search with another value of {flag}, {was}: repeat it or choose a new folder."
+                f"--out {folder} holds a search with another value of {flag}, {was}: use that, or another folder."
             )

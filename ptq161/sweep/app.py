@@ -20,13 +20,13 @@ def job(cfg: DictConfig) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program, a sweep with ``-m``.
+    """Run the command, a sweep with ``-m``.
 
     Args:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status 0. Hydra ends the process with another one where a job has failed.
+        the exit status 0. Hydra itself ends the process with status 1 if a job fails.
     """
     if arguments is not None:
         sys.argv[1:] = arguments  # what Hydra reads

@@ -1,6 +1,7 @@
-"""What Hydra calls at the beginning and the end of a sweep: the check of every job, its failures, its summary.
+"""Hydra's callbacks around a run or a sweep: the check of every job, the table of failures, the summary.
 
-Hydra turns a callback's exceptions into warnings, all but ``SystemExit``; before the first job, leaving is right.
+Hydra turns every exception of a callback but ``SystemExit`` into a warning, so errors are raised as ``SystemExit``. It
+calls ``on_multirun_end`` only if no job has failed, so whatever is printed at the end is registered with ``atexit``.
 """
 
 from __future__ import annotations
@@ -28,13 +29,10 @@ from ptq161.sweep.summary import print_summary
 
 
 class CheckJobs(Callback):
-    """Checks the configuration of a run, or of every job of a sweep, before anything is done.
-
-    Hydra turns a callback's exceptions into warnings, all but ``SystemExit``; before the first job, leaving is right.
-    """
+    """Checks the configuration of a run, or of every job of a sweep, before the first one starts."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """End the program with one sentence where the configuration is wrong or its directory cannot be written."""
+        """End the program with one sentence if the configuration is wrong or its directory cannot be written."""
         try:
             checked_config(_task_config(config), config.hydra.overrides.task)
             check_writable("hydra.run.dir", config.hydra.run.dir)
@@ -42,7 +40,7 @@ class CheckJobs(Callback):
             raise SystemExit(str(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """End the program with one sentence where a job's configuration is wrong."""
+        """End the program with one sentence if a job's configuration is wrong or the directory cannot be written."""
         for overrides in sweep_jobs(config, GlobalHydra.instance().config_loader()):
             try:
                 checked_config(_compose(config, overrides), overrides)
@@ -60,33 +58,33 @@ def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def _task_config(config: DictConfig) -> DictConfig:
-    """Leave Hydra's own node out: parts of it are only known inside a job."""
+    """Return the configuration without Hydra's own node, parts of which cannot be resolved outside of a job."""
     return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
 
 
 class SweepFailures(Callback):
-    """Prints the table when the sweep's process ends, and ends it at the first failure with ``on_error=stop``."""
+    """Prints the table of failures when the sweep's process ends; ``on_error=stop`` ends it at the first failure.
+
+    Hydra also creates its callbacks in the processes of a sweep's jobs, where this one has nothing to do.
+    """
 
     def __init__(self) -> None:
-        """Change nothing: this is also made in the processes of a sweep's jobs."""
-        self._sweep_process: int | None = None
+        self._sweep_process: int | None = None  # id of the process in which on_multirun_start was called
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Begin without the failures of a sweep that used this directory before."""
+        """Delete the failures of an earlier sweep in this directory, and register the table for the end."""
         try:
             _check_launcher(config)
             path = Path(config.hydra.sweep.dir, FAILURES).absolute()
             with writing(path):
                 path.unlink(missing_ok=True)
         except UserError as error:
-            # Hydra turns other exceptions of a callback into warnings.
             raise SystemExit(str(error)) from error
         self._sweep_process = os.getpid()
-        # Hydra tells callbacks of a sweep's end only where no job has failed.
         atexit.register(print_failures, str(path.parent), config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """End the sweep where its jobs run in its own process; a launcher with processes of its own sees to it."""
+        """End the sweep if the job ran in its process; a launcher with processes of its own handles ``on_error``."""
         failed = job_return.status == JobStatus.FAILED
         if failed and config.on_error == "stop" and self._sweep_process == os.getpid():
             raise SystemExit(STOPPED)
@@ -95,9 +93,7 @@ class SweepFailures(Callback):
 def _check_launcher(config: DictConfig) -> None:
     launcher = str(config.hydra.launcher.get("_target_"))
     if launcher not in Plugins.instance().class_name_to_class:
-        raise UserError(
-            f"hydra/launcher: {launcher} is not installed; its extra brings it: pip install -e '.[cluster]'."
-        )
+        raise UserError(f"hydra/launcher: {launcher} is not installed; install it with pip install -e '.[cluster]'.")
     if config.on_error == "stop" and not launcher.endswith(STOPPABLE):
         raise UserError(
             f"on_error=stop: {launcher.rpartition('.')[2]} queues all jobs at once; "
@@ -106,9 +102,9 @@ def _check_launcher(config: DictConfig) -> None:
 
 
 class SweepSummary(Callback):
-    """Prints the line when the sweep's process ends: Hydra tells callbacks of the end only where no job has failed."""
+    """Prints the summary of a sweep when its process ends."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ask to be called at the end."""
+        """Register the summary for the end, for the runs that begin from now on."""
         began = datetime.now(UTC).isoformat(timespec="milliseconds")
         atexit.register(print_summary, Path(config.hydra.sweep.dir).absolute(), began)

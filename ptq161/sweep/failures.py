@@ -1,7 +1,7 @@
-"""What becomes of a sweep's failures: told as they happen, once more in a table at the end, and ``on_error``.
+"""The failures of a sweep: printed as they happen, and once more in a table at the end.
 
-Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra hands on only the first failure,
-and that after the last job. So each failing job adds a line to a file of the sweep's directory.
+Jobs run in the sweep's own process, in subprocesses or on other machines, and Hydra raises only the first failure,
+after the last job. So each failing job appends a line to a file in the sweep's directory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.sweep.overrides import own_overrides
 
 FAILURES = "failures.jsonl"
-STOPPED = "The sweep ends at its first failure (on_error=stop); what is finished is kept."
+STOPPED = "The sweep stops at its first failure (on_error=stop); finished runs are kept."
 STOPPABLE = ("basic_launcher.BasicLauncher", "ptq161_launcher.LocalLauncher")
-"""Launchers that begin a job after another one has ended; the others hand all jobs to a queue at once."""
+"""Launchers that start jobs one after the other, and so can stop; the others queue all jobs at once."""
 
 
 class FailedRunError(CompactHydraException):
-    """A failed job, as Hydra sees it: printed without a traceback (the run's log has that), exit status 1.
+    """The exception of a failed job: Hydra prints it without a traceback (the run's log has that) and exits with 1.
+
+    Args:
+        message: what Hydra prints after the last job.
+        sentence: why the job failed, where the message does not say it.
 
     Attributes:
-        sentence: why it failed.
+        sentence: why the job failed.
     """
 
     def __init__(self, message: str, sentence: str | None = None) -> None:
-        """Take what Hydra prints after the last job, and the job's own sentence where that is another one."""
         super().__init__(message)
         self.sentence = sentence or message
 
@@ -44,8 +47,8 @@ class Failure:
 
     Attributes:
         job: its number.
-        overrides: what was typed for it.
-        sentence: why.
+        overrides: of the command line, for this job.
+        sentence: why it failed.
         run_dir: its directory.
     """
 
@@ -55,8 +58,9 @@ class Failure:
     run_dir: str
 
     def error(self) -> FailedRunError:
-        """Return what Hydra is told."""
-        return FailedRunError("Jobs of this sweep failed, each for the reason given where it ended.", self.sentence)
+        """Return the exception with which the job ends."""
+        message = "One or more jobs of this sweep failed; the table of failures gives the reason of each."
+        return FailedRunError(message, self.sentence)
 
 
 def record_failure(sweep_dir: str, failure: Failure) -> None:
@@ -66,13 +70,13 @@ def record_failure(sweep_dir: str, failure: Failure) -> None:
         UserError: the file cannot be written.
     """
     path = Path(sweep_dir, FAILURES)
-    # One short write at the file's end is not mixed with that of another process.
+    # One short write in append mode is not interleaved with that of another process.
     with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(encode_json(dataclasses.asdict(failure)) + "\n")
 
 
 def read_failures(sweep_dir: Path | str) -> list[Failure]:
-    """Return a sweep's failures in the order of its jobs; lines that are damaged are left out."""
+    """Return a sweep's failures in the order of its jobs; damaged lines are skipped."""
     try:
         lines = Path(sweep_dir, FAILURES).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -88,12 +92,12 @@ def read_failures(sweep_dir: Path | str) -> list[Failure]:
 
 
 def print_failure(failure: Failure) -> None:
-    """Tell one failure on stderr."""
+    """Print one failure on stderr."""
     print(f"Job {failure.job} ({' '.join(failure.overrides)}) failed: {failure.sentence}", file=sys.stderr, flush=True)
 
 
 def print_failures(sweep_dir: str, sweep: DictConfig) -> None:
-    """Print the table of a sweep's failures on stderr, or nothing where there are none."""
+    """Print the table of a sweep's failures on stderr; nothing if there are none."""
     if not (failures := read_failures(sweep_dir)):
         return
     table = Table(title=f"{len(failures)} failed: {sweep_dir}", title_justify="left")

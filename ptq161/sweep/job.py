@@ -1,4 +1,4 @@
-"""Between Hydra and the pipeline: one job, its errors, and the check of every job before the first one."""
+"""One Hydra job: from the composed configuration to the pipeline, and from its errors to Hydra."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ptq161.errors import UserError
 from ptq161.run.preflight import checked_config, name_local_model
 from ptq161.sweep.failures import FailedRunError, Failure, print_failure, record_failure
 
-MAX_NAME = 128
-"""Characters of a name that every tracker takes."""
+_MAX_NAME = 128
+"""Longest name, in characters, that every tracker accepts."""
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -43,7 +43,7 @@ def run_job(cfg: DictConfig) -> None:
             ),
         )
     except Exception as error:
-        if sweeping:  # Hydra tells only the first failure, and that after the last job
+        if sweeping:  # Hydra would show only the first failure, after the last job
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             failure = Failure(hydra_config.job.num, overrides, sentence, hydra_config.runtime.output_dir)
             print_failure(failure)
@@ -62,9 +62,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _job_name(overrides: list[str], number: int | None) -> str:
     name = ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
-    return name[:MAX_NAME]
+    return name[:_MAX_NAME]
 
 
 def _sweep_name(folder: str) -> str:
-    """Name a sweep by the end of its directory, as a whole path may be too long."""
-    return "/".join(Path(folder).parts[-2:])[-MAX_NAME:]
+    """Name a sweep after the last two parts of its directory, as the whole path may be too long."""
+    return "/".join(Path(folder).parts[-2:])[-_MAX_NAME:]

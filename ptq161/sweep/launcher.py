@@ -1,8 +1,8 @@
 """``hydra/launcher=local``: a sweep on one machine, one subprocess per job, as many at a time as there are slots.
 
 The processes are forked from one that has imported everything and done nothing else (the standard library's fork
-server), so that a job begins without the seconds that the imports take. It never asks for a GPU, as CUDA cannot be used
-after a fork.
+server), so that a job starts without the seconds that the imports take. That process never initializes CUDA, which
+cannot be used after a fork.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from ptq161.tracking.interrupts import Interrupts
 
 log = logging.getLogger(__name__)
 
-PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
-THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-GRACE_SECONDS = 30.0
-"""For which an interrupted job may close its record."""
+_PRELOADED = ("ptq161.sweep.job", "ptq161.run.pipeline", "wandb")
+_THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_GRACE_SECONDS = 30.0
+"""Time in which an interrupted job may close its record before it is killed."""
 # Apple's libraries are not safe after a fork: there, each process imports everything anew.
-CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
+_CONTEXT: ForkServerContext | SpawnContext = ForkServerContext() if sys.platform == "linux" else SpawnContext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Settings:
 
     Attributes:
         slots: jobs at a time; None is one for each ``gpus_per_job`` GPUs, and one without a GPU.
-        gpus_per_job: GPUs that a job sees.
+        gpus_per_job: GPUs that are visible to a job.
         threads: threads of a job; None is cores // slots.
-        retries: how often a job that was killed by a signal is begun again.
+        retries: how often a job that was killed by a signal is started again.
     """
 
     slots: int | None = None
@@ -70,7 +70,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A share of the machine, which one job has at a time.
+    """A share of the machine, used by one job at a time.
 
     Attributes:
         gpus: ``CUDA_VISIBLE_DEVICES`` of its jobs; None leaves it as it is.
@@ -79,12 +79,12 @@ class Slot:
     gpus: str | None
 
 
-def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
-    """Divide the machine.
+def _plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
+    """Divide the machine into slots.
 
     Args:
         settings: of the launcher.
-        gpus: the names of all GPUs, as ``CUDA_VISIBLE_DEVICES`` takes them.
+        gpus: names of all GPUs, as in ``CUDA_VISIBLE_DEVICES``.
 
     Raises:
         UserError: a job is to have more GPUs than there are.
@@ -93,14 +93,16 @@ def plan_slots(settings: Settings, gpus: Sequence[str]) -> list[Slot]:
     if not gpus:
         return [Slot(None)] * (settings.slots or 1)
     if per_job > len(gpus):
-        raise UserError(f"hydra.launcher.gpus_per_job={per_job}: this machine has {len(gpus)} GPUs; use at most those.")
+        raise UserError(
+            f"hydra.launcher.gpus_per_job={per_job}: this machine has {len(gpus)} GPUs; use at most {len(gpus)}."
+        )
     if per_job == 0:
         return [Slot("")] * (settings.slots or 1)
     groups = [",".join(gpus[i : i + per_job]) for i in range(0, len(gpus) - per_job + 1, per_job)]
     return [Slot(groups[i % len(groups)]) for i in range(settings.slots or len(groups))]
 
 
-def visible_gpus() -> list[str]:
+def _visible_gpus() -> list[str]:
     """Return the names of the GPUs that this process may use."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -109,7 +111,7 @@ def visible_gpus() -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What Hydra hands to a launcher, checked.
+    """A sweep as Hydra passes it to a launcher, checked.
 
     Attributes:
         settings: of the launcher.
@@ -136,7 +138,7 @@ class Sweep:
         """
         try:
             checked = build(Settings, settings, "hydra.launcher")
-            slots = plan_slots(checked, visible_gpus())
+            slots = _plan_slots(checked, _visible_gpus())
         except UserError as error:
             raise FailedRunError(str(error)) from error
         return cls(checked, slots, hydra_context, TaskReference.to(task), config)
@@ -148,14 +150,14 @@ class Sweep:
         return self.settings.threads or max(1, cores // len(self.slots))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-        """Run jobs, and tell how each ended.
+        """Run jobs, and log how each ended.
 
         Args:
             job_overrides: of each job.
             first: number of the first one.
 
         Returns:
-            what Hydra's own launcher would: one ``JobReturn`` for each job, in their order.
+            one ``JobReturn`` for each job, in their order, as Hydra's own launcher does.
 
         Raises:
             SystemExit: a job failed, and ``on_error`` is ``stop``.
@@ -165,18 +167,18 @@ class Sweep:
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         count = len(job_overrides)
         log.info("Launching %d jobs, %d at a time with %d threads each", count, len(self.slots), self.threads)
-        # Composing takes a moment, which the first jobs need not wait for.
+        # A generator, so that the first jobs start before the last ones are composed.
         jobs = (self._compose(first + i, overrides) for i, overrides in enumerate(job_overrides))
         returns: dict[int, JobReturn] = {}
         with (
             Interrupts().installed(),
-            # Threads are counted when a library is imported, which happens once, in the fork server.
-            env_override(dict.fromkeys(THREAD_COUNTS, str(self.threads))),
-            contextlib.closing(run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
+            # Set before the fork server starts: libraries read these when they are imported, once, in that process.
+            env_override(dict.fromkeys(_THREAD_COUNTS, str(self.threads))),
+            contextlib.closing(_run_jobs(jobs, self.slots, self.task, self.settings.retries)) as ended,
         ):
             for job, result, seconds in ended:
                 returns[job.number] = result
-                self._tell(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
+                self._report(job, result, f"{seconds:.1f} s, {len(returns)} of {count}")
         return [returns[number] for number in sorted(returns)]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> Job:
@@ -186,8 +188,8 @@ class Sweep:
         folder = os.path.join(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir))
         return Job(number, list(filter_overrides(overrides)), config, folder)
 
-    def _tell(self, job: Job, result: JobReturn, where: str) -> None:
-        # What is the same for all jobs need not be told again and again.
+    def _report(self, job: Job, result: JobReturn, where: str) -> None:
+        # Only the overrides in which this job differs from the others.
         label = " ".join(own_overrides(job.overrides, self.config))
         log.info("\t#%d : %s %s (%s)", job.number, label, result.status.name.lower(), where)
         if result.status == JobStatus.COMPLETED:
@@ -207,18 +209,18 @@ class _Worker:
     began: float
 
 
-def run_jobs(
+def _run_jobs(
     jobs: Iterable[Job], slots: Sequence[Slot], task: TaskReference, retries: int
 ) -> Generator[tuple[Job, JobReturn, float], None, None]:
     """Run jobs in processes of their own, one per slot at a time.
 
-    A process that a signal killed is begun again, at most ``retries`` times. Closing the iterator, or an exception
-    while it waits, ends all that run: each closes its record as ``interrupted``.
+    A job whose process was killed by a signal is started again, at most ``retries`` times. Closing the iterator, or an
+    exception while it waits, interrupts all running jobs: each closes its record as ``interrupted``.
 
     Yields:
         each job as it ends, with what it returned and the seconds that it took.
     """
-    CONTEXT.set_forkserver_preload(list(PRELOADED))
+    _CONTEXT.set_forkserver_preload(list(_PRELOADED))
     coming, again, free = iter(jobs), list[Job](), collections.deque(slots)
     workers: list[_Worker] = []
     try:
@@ -227,14 +229,14 @@ def run_jobs(
                 workers.append(_start(job, free.popleft(), task))
             if not workers:
                 return
-            # A result arrives, or its pipe ends with the process that holds it.
+            # Ready when a result arrives, or when the process that holds the other end has gone.
             ready = wait([worker.results for worker in workers])
             for worker in [worker for worker in workers if worker.results in ready]:
                 result = _receive(worker)
                 workers.remove(worker)
                 free.append(worker.slot)
                 if result is None and _was_killed(worker) and worker.job.attempt <= retries:
-                    log.info("\t#%d : %s; it is begun again", worker.job.number, _how_it_ended(worker))
+                    log.info("\t#%d : %s; it is started again", worker.job.number, _how_it_ended(worker))
                     again.append(dataclasses.replace(worker.job, attempt=worker.job.attempt + 1))
                 else:
                     yield worker.job, result or _without_result(worker), time.monotonic() - worker.began
@@ -243,15 +245,15 @@ def run_jobs(
 
 
 def _start(job: Job, slot: Slot, task: TaskReference) -> _Worker:
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=work, args=(job, task, slot.gpus, sender), name=f"job-{job.number}")
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=work, args=(job, task, slot.gpus, sender), name=f"job-{job.number}")
     process.start()
     sender.close()
     return _Worker(job, slot, process, receiver, time.monotonic())
 
 
 def _receive(worker: _Worker) -> JobReturn | None:
-    """Return what a job has sent, None where its process ended before; the process is gone in any case."""
+    """Return the result of a job, or None if its process ended without one; then join the process."""
     try:
         result: JobReturn | None = worker.results.recv()
     except (EOFError, OSError):
@@ -268,8 +270,8 @@ def _interrupt(workers: Sequence[_Worker]) -> None:
 
 
 def _join(processes: Sequence[BaseProcess]) -> None:
-    """Wait for processes that are about to end, and kill those that do not."""
-    deadline = time.monotonic() + GRACE_SECONDS
+    """Wait for processes that should be ending, and kill those that still run after ``_GRACE_SECONDS``."""
+    deadline = time.monotonic() + _GRACE_SECONDS
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
@@ -285,13 +287,13 @@ def _how_it_ended(worker: _Worker) -> str:
     code = worker.process.exitcode
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}"
-    return f"its process ended with status {code} before it had a result"
+    return f"its process exited with status {code} without a result"
 
 
 def _without_result(worker: _Worker) -> JobReturn:
     job = worker.job
     attempts = f" in attempt {job.attempt}" if job.attempt > 1 else ""
-    sentence = f"{_how_it_ended(worker)}{attempts}; {os.path.join(job.run_dir, CONSOLE)} holds its output."
+    sentence = f"{_how_it_ended(worker)}{attempts}; its output is in {os.path.join(job.run_dir, CONSOLE)}."
     failure = Failure(job.number, job.overrides, sentence, job.run_dir)
     record_failure(job.config.hydra.sweep.dir, failure)
     result = JobReturn(overrides=job.overrides, cfg=job.config, task_name=job.config.hydra.job.name)

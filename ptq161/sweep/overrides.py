@@ -1,9 +1,10 @@
-"""The jobs of a sweep, as its configuration says."""
+"""The jobs of a sweep and their overrides, read from its configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+# Internal, but the only code that splits overrides into jobs as Hydra itself does.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,11 +12,11 @@ from omegaconf import DictConfig
 
 
 def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequence[str]]:
-    """Yield the overrides of each job, where they are known: a search chooses its values as it goes.
+    """Yield the overrides of each job of Hydra's basic sweeper; nothing for others, which select values as they go.
 
     Args:
         config: the sweep's composed configuration, with Hydra's node.
-        loader: finds what ``glob(...)`` stands for; None refuses it.
+        loader: expands ``glob(...)``; None refuses it.
 
     Raises:
         HydraException: the overrides cannot be read.
@@ -29,7 +30,7 @@ def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequ
 
 
 def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
-    """Return those of a job's overrides in which it differs from the others: all that the sweep itself does not have.
+    """Return the overrides of a job that are not the whole sweep's: those in which it differs from other jobs.
 
     Args:
         overrides: the job's.
@@ -40,5 +41,5 @@ def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
 
 
 def _plain(override: str) -> str:
-    """Undo what Hydra changes of an override as it was typed: spaces, and the case of ``true``."""
+    """Normalize what Hydra changes in an override as typed: spaces, and the case of ``true``."""
     return "".join(override.split()).lower()

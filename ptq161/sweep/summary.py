@@ -1,4 +1,4 @@
-"""What a sweep did, in one line at its end: how many runs were computed, found finished, failed or cut off."""
+"""The summary of a sweep at its end: how many runs were computed, reused, failed or interrupted."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from ptq161.files.strict_json import decode_json
+from ptq161.tracking.find import MANIFEST, find_runs
 
-OUTCOMES = ("computed", "found finished", "failed", "cut off")
+_OUTCOMES = ("computed", "reused", "failed", "interrupted")
 
 
-def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
-    """Count the runs of a sweep by what became of them, one of ``OUTCOMES``.
+def _count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
+    """Count the runs of a sweep by their outcome, one of ``_OUTCOMES``.
 
     Args:
-        sweep_dir: with a directory for each run, however deep.
-        since: leaves out what began before this time (UTC, ISO 8601), another sweep in the same directory.
+        sweep_dir: holds the run directories, at any depth.
+        since: runs that began before this time (UTC, ISO 8601) are those of an earlier sweep in the same directory.
     """
     outcomes: Counter[str] = Counter()
-    for path in sweep_dir.rglob("manifest.json"):
+    for run_dir in find_runs(sweep_dir):
         try:
-            manifest = decode_json(path.read_text(encoding="utf-8"))
+            manifest = decode_json((run_dir / MANIFEST).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            outcomes["cut off"] += 1
+            outcomes["interrupted"] += 1
             continue
         if str(manifest.get("start")) >= since:
             outcomes[_outcome(manifest)] += 1
@@ -32,13 +33,13 @@ def count_outcomes(sweep_dir: Path, since: str = "") -> Counter[str]:
 
 def _outcome(manifest: dict[str, Any]) -> str:
     if manifest.get("exit_state") == "finished":
-        return "found finished" if manifest.get("reused_from") else "computed"
-    return "failed" if manifest.get("exit_state") == "failed" else "cut off"
+        return "reused" if manifest.get("reused_from") else "computed"
+    return "failed" if manifest.get("exit_state") == "failed" else "interrupted"
 
 
 def print_summary(sweep_dir: Path, since: str) -> None:
-    """Print the line; ``since`` as in :func:`count_outcomes`."""
-    outcomes = count_outcomes(sweep_dir, since)
-    told = [f"{outcomes[name]} {name}" for name in OUTCOMES if outcomes[name] or name in OUTCOMES[:3]]
-    print(f"Sweep of {outcomes.total()} runs: {', '.join(told)}. Records: {sweep_dir}")
+    """Print the summary; ``since`` as in :func:`_count_outcomes`."""
+    outcomes = _count_outcomes(sweep_dir, since)
+    counts = [f"{outcomes[name]} {name}" for name in _OUTCOMES if outcomes[name] or name in _OUTCOMES[:3]]
+    print(f"Sweep of {outcomes.total()} runs: {', '.join(counts)}. Records: {sweep_dir}")
     print(f"Report: python -m ptq161.report {sweep_dir} --out FOLDER", flush=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
+
+# Internal, but run_job requires it in its context: the callbacks of the configuration, as Hydra's launcher passes them.
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobRuntime, run_job, setup_globals
@@ -26,7 +28,7 @@ CONSOLE = "console.log"
 
 @dataclasses.dataclass(frozen=True)
 class TaskReference:
-    """Where a task function is defined; a decorated one cannot be pickled by its name.
+    """The module and name of a task function, in the place of the function: a decorated one cannot be pickled.
 
     Attributes:
         module: its module; ``__main__`` is the same script in the worker.
@@ -54,10 +56,10 @@ class Job:
 
     Attributes:
         number: in the sweep, from 0.
-        overrides: what was typed for it.
+        overrides: of the command line, for this job.
         config: composed, with Hydra's node.
         run_dir: its directory.
-        attempt: from 1; a killed job is begun again.
+        attempt: from 1; a killed job is started again.
     """
 
     number: int
@@ -72,11 +74,11 @@ def work(job: Job, task: TaskReference, gpus: str | None, results: Connection) -
 
     Args:
         job: the job.
-        task: what it runs.
-        gpus: ``CUDA_VISIBLE_DEVICES``; None leaves it.
-        results: where its ``JobReturn`` goes.
+        task: the task function.
+        gpus: value of ``CUDA_VISIBLE_DEVICES``; None leaves it unchanged.
+        results: receives the ``JobReturn``.
     """
-    # The terminal's Ctrl-C is for the sweep's process alone, which then ends each job once.
+    # Out of the terminal's process group: Ctrl-C reaches the sweep's process alone, which interrupts each job once.
     os.setsid()
     _end_with_parent()
     # Bars of forked processes share a lock, which a process that is killed would never give back.
@@ -107,7 +109,7 @@ def _run(job: Job, task: TaskReference) -> JobReturn:
 
 
 def _end_with_parent() -> None:
-    """Interrupt this process when the sweep's process is gone, however that ended."""
+    """Interrupt this process when the sweep's process has ended, even if that was killed."""
     parent = parent_process()
     assert parent is not None
 

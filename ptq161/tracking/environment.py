@@ -1,4 +1,4 @@
-"""What a run ran on: commit, package versions, hardware, threads."""
+"""The environment of a run: commit, package versions, hardware, threads."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import torch
 
 from ptq161.files.identity import SOURCES
 
-PACKAGES = ("ptq161", "torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "peft", "numpy")
+_PACKAGES = ("ptq161", "torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "peft", "numpy")
 THREAD_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_")
 
 
 def describe_environment() -> dict[str, Any]:
     """Return the part of the manifest that does not depend on the run's configuration."""
     return {
-        "git": git_state(),
+        "git": _git_state(),
         "sources_sha256": SOURCES,
-        "versions": package_versions(),
-        "hardware": hardware(),
-        "threads": threads(),
+        "versions": _package_versions(),
+        "hardware": _hardware(),
+        "threads": _threads(),
         "command": [sys.executable, *sys.argv],
         "working_directory": os.getcwd(),
         "pid": os.getpid(),
     }
 
 
-def git_state(source: Path = Path(__file__)) -> dict[str, Any] | None:
+def _git_state(source: Path = Path(__file__)) -> dict[str, Any] | None:
     """Return ``{"commit": ..., "dirty": ...}`` of the checkout that ``source`` belongs to; None outside of one.
 
     A package installed into an environment that merely lies inside someone's repository does not belong to it.
@@ -44,10 +44,10 @@ def git_state(source: Path = Path(__file__)) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(_git(source.parent, "status", "--porcelain"))}
 
 
-def package_versions() -> dict[str, str | None]:
-    """Return the versions of everything that a result may depend on; None is not installed."""
+def _package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that a result may depend on; None for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def package_versions() -> dict[str, str | None]:
     return versions
 
 
-def hardware() -> dict[str, Any]:
+def _hardware() -> dict[str, Any]:
     """Return processor, memory (bytes) and GPUs."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
@@ -71,8 +71,8 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def threads() -> dict[str, Any]:
-    """Return the thread counts; they decide the order of float sums and so the bytes of a result."""
+def _threads() -> dict[str, Any]:
+    """Return the thread counts: the order of float sums, and so the bytes of a result, depend on them."""
     return {
         "torch": torch.get_num_threads(),
         "torch_interop": torch.get_num_interop_threads(),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,21 +17,23 @@ class Interrupted(KeyboardInterrupt):
 
     A ``KeyboardInterrupt``, because libraries clean up after that and do not mistake it for an error of their own.
 
+    Args:
+        number: of the signal.
+
     Attributes:
-        signal: which one.
+        signal: the signal.
         exit_code: the status with which the process should end: 130 after SIGINT, 143 after SIGTERM.
     """
 
     def __init__(self, number: int) -> None:
-        """Take the signal's number."""
         self.signal = signal.Signals(number)
         self.exit_code = 128 + number
         super().__init__(self.signal.name)
 
 
 @contextlib.contextmanager
-def ending_with_a_sentence() -> Iterator[None]:
-    """End the process with one sentence, and the status of its signal, where an interruption leaves the body."""
+def exit_on_interrupt() -> Iterator[None]:
+    """Turn a ``KeyboardInterrupt`` that leaves the context into one line on stderr and the signal's exit status."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -40,30 +42,35 @@ def ending_with_a_sentence() -> Iterator[None]:
 
 
 class Interrupts:
-    """Raises :class:`Interrupted` in the main thread when a signal arrives, unless :meth:`deferred`."""
+    """Raises :class:`Interrupted` in the main thread when SIGINT or SIGTERM arrives, unless :meth:`deferred`.
+
+    The handlers are in place only inside :meth:`installed`.
+    """
 
     def __init__(self) -> None:
-        """Change nothing yet."""
         self._deferring = False
         self._pending: int | None = None
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals inside, and put the handlers before back. Only the main thread can: others do nothing."""
+        """Handle the signals inside the context, and restore the earlier handlers after it.
+
+        Python sets handlers in the main thread alone; in another thread the context has no effect.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                # None stands for a handler that was not set from Python and cannot be put back.
+                # None is a handler that was not set from Python, which cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Hold signals back while something short and important happens; raise the last of them after it."""
+        """Hold signals back inside the context, which must be short, and raise the last of them after it."""
         self._deferring = True
         try:
             yield

@@ -1,4 +1,4 @@
 """The layout of a run's record."""
 
 SCHEMA_VERSION = 1
-"""Of the record's layout; every JSON file of a record carries it."""
+"""Version of the layout; every JSON file of a record has it."""

@@ -12,22 +12,22 @@ from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json
 from ptq161.tracking.layout import SCHEMA_VERSION
 
-# The C parser takes a fiftieth of the time; PyYAML is built without it on some platforms.
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# The C parser is 50 times as fast; PyYAML is built without it on some platforms.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-    """Everything that a run directory says about its run.
+    """The content of a run directory.
 
     Attributes:
-        run_dir: where it was read.
+        run_dir: the directory.
         config: the resolved configuration.
-        manifest: what ran where, and how it ended.
-        metrics: one entry per number: time, name, value and what it belongs to.
+        manifest: the environment of the run, and how it ended.
+        metrics: one entry per metric: time, name, value and what it belongs to (block, epoch, linear).
         samples: one entry per text sample: time, name, text.
-        results: what the run found; None where it did not finish.
-        problems: one sentence for each thing that could not be read.
+        results: the content of ``results.json``; None for a run that did not finish.
+        problems: one sentence for each part that could not be read.
     """
 
     run_dir: Path
@@ -40,13 +40,13 @@ class RunData:
 
 
 def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
-    """Read a record, of a run that has ended or still goes on.
+    """Read the record of a run, which may still be running.
 
     Damage to a part of it, such as the last line of a killed run, is reported in ``problems``.
 
     Args:
         run_dir: the directory.
-        with_lines: read metrics and samples too, which take most of the time; otherwise both are empty.
+        with_lines: read metrics and samples too, which takes most of the time; otherwise both are empty.
 
     Raises:
         UserError: the directory holds no record, or one of another layout version.
@@ -65,11 +65,11 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
 
 
 def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any]]:
-    """Read a record's numbers as they arose.
+    """Read a record's metrics, in the order in which they were written.
 
     Args:
         run_dir: the directory.
-        problems: takes one sentence for each line that cannot be read.
+        problems: receives one sentence for each line that cannot be read.
     """
     return _read_lines(Path(run_dir) / "metrics.jsonl", ("time", "name", "value"), problems)
 
@@ -78,7 +78,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = decode_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path.parent} is no run directory: its manifest.json cannot be read ({error}).") from error
+        raise UserError(f"{path.parent} is not a run directory: its manifest.json cannot be read ({error}).") from error
     _check_version(path, manifest)
     return manifest
 
@@ -103,7 +103,7 @@ def _check_version(path: Path, document: dict[str, Any]) -> None:
 
 def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        config = yaml.load(path.read_text(encoding="utf-8"), Loader=YAML_LOADER)
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_YAML_LOADER)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path} cannot be read ({' '.join(str(error).split())}).")
         return {}

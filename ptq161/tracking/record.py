@@ -1,4 +1,12 @@
-"""The record that a run writes about itself, complete without any service."""
+"""The record of a run: local files that are complete without any service, and their mirror.
+
+Usage::
+
+    with RunRecord.open(run_dir, config=config, tracker=tracker, seeds={"run": 0}, job_name="demo") as record:
+        record.describe(model_sha256=sha256_of_tensors(model.state_dict()))
+        record.metric("loss", 0.5, block=3, epoch=0)
+        record.finish({"metrics": {"ppl/boolq@512": 30.1}})
+"""
 
 from __future__ import annotations
 
@@ -20,20 +28,19 @@ from ptq161.tracking.run_log import run_log
 from ptq161.tracking.settings import TrackerConfig
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
 
-RESERVED = frozenset({"time", "name", "value", "nonfinite"})
-NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
+_RESERVED = frozenset({"time", "name", "value", "nonfinite"})
+_NO_RESULTS = {"type": "NoResults", "message": "the run ended without results"}
 
 
 class RunRecord:
     """The files of one run directory; made by :meth:`open`.
 
-    ``config.yaml`` (the resolved config), ``manifest.json`` (what ran where, and how it ended), ``metrics.jsonl``
-    (every number as it arises), ``samples.jsonl`` (text samples), ``results.json`` (what the run found) and
-    ``run.log``. Every JSON file carries ``schema_version``, the two line files through the manifest.
+    ``config.yaml`` (the resolved config), ``manifest.json`` (the environment of the run, and how it ended),
+    ``metrics.jsonl`` (every metric as it arises), ``samples.jsonl`` (text samples), ``results.json`` (the scores) and
+    ``run.log``. Every JSON file has a ``schema_version``; for the two line files it is in the manifest.
     """
 
     def __init__(self, run_dir: Path, manifest: dict[str, Any], metrics: TextIO, mirror: Mirror) -> None:
-        """Take what :meth:`open` has opened."""
         self.run_dir = run_dir
         self.manifest = manifest
         self._metrics = metrics
@@ -54,18 +61,18 @@ class RunRecord:
         group: str | None = None,
         tags: Sequence[str] = (),
     ) -> Iterator[RunRecord]:
-        """Begin a record, and end it with the state in which the body is left.
+        """Begin a record, and close it with the state in which the context ends.
 
-        ``finished`` after :meth:`finish`; ``interrupted`` by SIGINT, SIGTERM or ``KeyboardInterrupt``; ``failed``
-        by any other exception, or for lack of results. Inside, both signals raise :class:`Interrupted`. A record
-        that the directory already holds is replaced.
+        The state is ``finished`` after :meth:`finish`; ``interrupted`` after SIGINT, SIGTERM or a
+        ``KeyboardInterrupt``; ``failed`` after any other exception, or without results. Inside, both signals raise
+        :class:`Interrupted`. A record that the directory already holds is replaced.
 
         Args:
             run_dir: is made where it does not exist.
             config: the resolved configuration, plain containers and values.
-            tracker: where the record is mirrored; its ``group`` goes before ``group``, its ``tags`` join ``tags``.
+            tracker: where the record is mirrored; its ``group`` replaces ``group``, its ``tags`` join ``tags``.
             seeds: name -> seed.
-            job_name: what the mirror calls the run.
+            job_name: name of the run in the mirror.
             group: the sweep that the run belongs to.
             tags: labels of the run in the mirror.
 
@@ -92,7 +99,7 @@ class RunRecord:
                 yield record
             except BaseException as error:
                 log.traceback(error)
-                # A full disk may be why the run ends: its sentence must not be replaced by a second one.
+                # A full disk may be why the run ends: closing fails as well then, and must not hide the first error.
                 with contextlib.suppress(Exception):
                     record._close(interrupts, _state_after(error), error)
                 raise
@@ -108,19 +115,19 @@ class RunRecord:
         self._write_manifest()
 
     def metric(self, name: str, value: float, /, **where: int | str) -> None:
-        """Write one number as a line of ``metrics.jsonl``; a :class:`ptq161.methods.base.OnMetric`.
+        """Write one metric as a line of ``metrics.jsonl``; a :class:`ptq161.methods.base.OnMetric`.
 
         Args:
-            name: of the number.
+            name: of the metric.
             value: any number; NaN and infinities are kept (see :func:`ptq161.files.strict_json.encode_json`).
             where: what it belongs to, such as block, epoch, linear.
 
         Raises:
             UserError: the file cannot be written.
-            ValueError: a key of ``where`` is one of the line's own.
+            ValueError: a key of ``where`` is a key of the line itself.
         """
-        if clash := RESERVED & where.keys():
-            raise ValueError(f"a metric cannot be placed by {sorted(clash)[0]!r}: that is a key of the line itself")
+        if clash := _RESERVED & where.keys():
+            raise ValueError(f"{sorted(clash)[0]!r} cannot say where a metric belongs: it is a key of the line itself")
         self._metric(_now(), name, float(value), where)
 
     def sample(self, name: str, text: str) -> None:
@@ -131,8 +138,8 @@ class RunRecord:
         """
         self._sample(_now(), name, text)
 
-    def take_over(self, metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Record numbers and text samples of a run that was the same, with the times at which they arose.
+    def copy_lines(self, metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record the metrics and text samples of an identical run, with their original times.
 
         Args:
             metrics: lines of its ``metrics.jsonl``, as :func:`ptq161.tracking.read.read_run` returns them.
@@ -142,17 +149,17 @@ class RunRecord:
             UserError: a file cannot be written.
         """
         for line in metrics:
-            where = {key: value for key, value in line.items() if key not in RESERVED}
+            where = {key: value for key, value in line.items() if key not in _RESERVED}
             self._metric(line["time"], line["name"], line["value"], where)
         for line in samples:
             self._sample(line["time"], line["name"], line["text"])
 
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write ``results.json``; a run that comes here and raises nothing after is ``finished``.
+        """Write ``results.json``; the run's state is ``finished`` unless an exception follows.
 
         Args:
             results: ``metrics`` and ``full_precision`` (both flat, name -> number), ``protocol`` (metric ->
-                settings), and what else the run has to say.
+                settings), and other results.
 
         Raises:
             UserError: the file cannot be written.
@@ -177,7 +184,7 @@ class RunRecord:
     def _close(self, interrupts: Interrupts, state: str, error: BaseException | None) -> None:
         exception = {"type": type(error).__name__, "message": str(error)} if error else None
         if state == "failed" and error is None:
-            exception = NO_RESULTS
+            exception = _NO_RESULTS
         self.manifest.update(
             end=_iso_now(),
             duration_seconds=round(time.monotonic() - self._started, 3),
@@ -223,7 +230,7 @@ def _exit_code(state: str, error: BaseException | None) -> int:
 
 
 def _close_quietly(file: TextIO) -> None:
-    # Every line is flushed when it is written; what cannot be flushed now was already reported then.
+    # Every line is flushed when it is written, so an error here was reported before.
     with contextlib.suppress(OSError):
         file.close()
 

@@ -1,4 +1,4 @@
-"""The run's own log file."""
+"""The log file of a run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 from ptq161.files.atomic import writing
 
-FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
+_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] %(message)s"
 
 
 class RunLog(logging.FileHandler):
-    """Writes what the process logs, and keeps out of the way when it cannot."""
+    """Writes the process's log to the run's file; where that fails, the run goes on without a log."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say once that the log ends here, where logging would print a traceback for every line."""
+        """Report the first failure in one line and stop logging; the base class prints a traceback for each line."""
         error = sys.exc_info()[1]
         self.setLevel(logging.CRITICAL + 1)
-        print(f"{self.baseFilename} cannot be written any more: {error}", file=sys.stderr)
+        print(f"{self.baseFilename} cannot be written anymore: {error}", file=sys.stderr)
 
     def traceback(self, error: BaseException) -> None:
-        """Write an exception with its traceback into the file and nowhere else: the terminal gets one sentence."""
+        """Write an exception with its traceback to the file alone; the terminal shows one sentence."""
         exc_info = (type(error), error, error.__traceback__)
         record = logging.LogRecord(
             __name__, logging.ERROR, __file__, 0, "the run ended with an exception", None, exc_info
@@ -33,7 +33,7 @@ class RunLog(logging.FileHandler):
 
 @contextlib.contextmanager
 def run_log(path: Path) -> Iterator[RunLog]:
-    """Send everything that is logged inside, from INFO on, to a new file.
+    """Write log messages of level INFO and above, inside the context, to a new file.
 
     Raises:
         UserError: the file cannot be written.
@@ -41,7 +41,7 @@ def run_log(path: Path) -> Iterator[RunLog]:
     with writing(path):
         handler = RunLog(path, mode="w", encoding="utf-8")
     handler.setLevel(logging.INFO)
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter(_FORMAT))
     root, package = logging.getLogger(), logging.getLogger("ptq161")
     level = package.level
     if package.getEffectiveLevel() > logging.INFO:

@@ -1,4 +1,4 @@
-"""Where a run's record is mirrored."""
+"""The settings of the mirror of a run's record."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 
 from ptq161.checks import check_choice
 
-TRACKERS = ("wandb", "none")
-WANDB_MODES = ("auto", "online", "offline")
+_TRACKERS = ("wandb", "none")
+_WANDB_MODES = ("auto", "online", "offline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,5 +32,5 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         """Reject unknown trackers and modes."""
-        check_choice("tracker.name", self.name, TRACKERS)
-        check_choice("tracker.mode", self.mode, WANDB_MODES)
+        check_choice("tracker.name", self.name, _TRACKERS)
+        check_choice("tracker.mode", self.mode, _WANDB_MODES)

@@ -1,4 +1,4 @@
-"""The record mirrored to Weights & Biases. Nothing that goes wrong there reaches the run."""
+"""The mirror of a record in Weights & Biases. A failure there is logged and never ends the run."""
 
 from __future__ import annotations
 
@@ -15,49 +15,55 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 
 from ptq161.tracking.settings import TrackerConfig
 
-# W&B's own limits are 90 s and none at all. What does not arrive in time stays on disk for `wandb sync`.
-INIT_TIMEOUT_SECONDS = 30
-FINISH_TIMEOUT_SECONDS = 120
-# W&B keeps its own limits only while its service process lives and answers.
-GRACE_SECONDS = 15
-MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
+# W&B's own limits are 90 s and none at all. What is not sent in time stays on disk for `wandb sync`.
+_INIT_TIMEOUT_SECONDS = 30
+_FINISH_TIMEOUT_SECONDS = 120
+# Added to both limits: W&B itself keeps them only while its service process responds.
+_GRACE_SECONDS = 15
+_MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
 
-Mode = Literal["online", "offline", "disabled"]
-T = TypeVar("T")
+_Mode = Literal["online", "offline", "disabled"]
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
 
 class Mirror(Protocol):
-    """Hears what a record hears. None of its methods raises."""
+    """Receives what a record receives. None of its methods raises."""
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Take one number."""
+        """Mirror one metric; ``where`` says to what it belongs (block, epoch, linear)."""
 
     def sample(self, name: str, text: str) -> None:
-        """Take one text sample."""
+        """Mirror one text sample."""
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Take the results."""
+        """Mirror the content of ``results.json``."""
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
-        """End the mirrored run in the state of the real one."""
+        """End the mirrored run.
+
+        Args:
+            state: ``exit_state`` of the manifest.
+            exit_code: 0 for a finished run.
+            exception: type and message of what ended the run; None for a finished one.
+        """
 
 
 class NullMirror:
-    """The mirror of a run that is not mirrored."""
+    """The mirror of a run that is recorded in its directory alone: it drops everything."""
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Do nothing."""
+        """Drop the metric."""
 
     def sample(self, name: str, text: str) -> None:
-        """Do nothing."""
+        """Drop the text sample."""
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Do nothing."""
+        """Drop the results."""
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
-        """Do nothing."""
+        """Return at once: there is no mirrored run to end."""
 
 
 def open_mirror(
@@ -68,33 +74,37 @@ def open_mirror(
     group: str | None,
     tags: list[str],
 ) -> Mirror:
-    """Return the mirror that ``tracker`` asks for; where W&B cannot be had, say so once and mirror nothing."""
+    """Return the mirror of ``tracker.name``; where W&B cannot start, log that once and mirror nothing."""
     if tracker.name == "none":
         return NullMirror()
     try:
         run = _within(
-            INIT_TIMEOUT_SECONDS + GRACE_SECONDS,
+            _INIT_TIMEOUT_SECONDS + _GRACE_SECONDS,
             lambda: _init(tracker, run_dir, config, job_name, group, tags),
         )
     except Exception as error:
         _give_up("start", error)
         return NullMirror()
-    return NullMirror() if run is None else WandbMirror(run, run_dir)
+    return NullMirror() if run is None else _WandbMirror(run, run_dir)
 
 
-class WandbMirror:
-    """One W&B run. At the first failure it says so in one line and is silent from then on."""
+class _WandbMirror:
+    """One W&B run. The first failure is logged in one line, and nothing is sent after it.
+
+    Args:
+        run: a started ``wandb.Run``.
+        run_dir: of the record; its files are uploaded when the run ends.
+    """
 
     def __init__(self, run: Any, run_dir: Path) -> None:
-        """Mirror to a ``wandb.Run`` that has been started."""
         self._run = run
         self._run_dir = run_dir
         self._axes: set[str] = set()
         self._defined: set[str] = set()
 
     def metric(self, name: str, value: float, where: Mapping[str, int | str]) -> None:
-        """Log one number on a chart of its own, against step, epoch or block (see :func:`chart`)."""
-        key, axis = chart(name, where)
+        """Log one number on a chart of its own, against step, epoch or block (see :func:`_chart`)."""
+        key, axis = _chart(name, where)
 
         def send() -> None:
             if axis is None:
@@ -111,11 +121,11 @@ class WandbMirror:
         self._guard("log", lambda: self._run.summary.update({f"sample/{name}": text}))
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Put every result into the run's summary, under its own name and a plain one (:func:`plain_names`)."""
+        """Put every result into the run's summary, under its own name and a plain one (:func:`_plain_names`)."""
         values = dict(results.get("metrics", {}))
         values |= {f"full_precision/{name}": value for name, value in results.get("full_precision", {}).items()}
         values |= {f"merged/{name}": value for name, value in results.get("merged", {}).items()}
-        values |= {plain: values[name] for name, plain in plain_names(values).items()}
+        values |= {plain: values[name] for name, plain in _plain_names(values).items()}
         self._guard("log", lambda: self._run.summary.update(values))
 
     def close(self, state: str, exit_code: int, exception: Mapping[str, str] | None) -> None:
@@ -126,19 +136,19 @@ class WandbMirror:
 
         def end() -> None:
             self._run.summary.update(summary)
-            for name in MIRRORED_FILES:
+            for name in _MIRRORED_FILES:
                 if (self._run_dir / name).exists():
                     self._run.save(str(self._run_dir / name), base_path=str(self._run_dir), policy="now")
             self._run.finish(exit_code=exit_code)
             _teardown()
 
-        self._guard("finish", lambda: _within(FINISH_TIMEOUT_SECONDS + GRACE_SECONDS, end))
+        self._guard("finish", lambda: _within(_FINISH_TIMEOUT_SECONDS + _GRACE_SECONDS, end))
 
     def _define(self, key: str, axis: str) -> None:
         if axis not in self._axes:
             self._run.define_metric(axis, hidden=True, summary="none")
             self._axes.add(axis)
-        # The summary is a row of the project's table: results belong there, hundreds of curves' ends do not.
+        # The summary is a row of the project's table: it gets the results, and not the last value of each curve.
         self._run.define_metric(key, step_metric=axis, summary="none")
         self._defined.add(key)
 
@@ -152,7 +162,7 @@ class WandbMirror:
             _give_up(action, error)
 
 
-def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
+def _chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
     """Return the W&B key of a metric and the key of its x-axis (None: W&B's own step).
 
     A loss per epoch and block is one curve per block, ``loss/block_03`` against ``epoch``; an error per linear is
@@ -171,7 +181,7 @@ def chart(name: str, where: Mapping[str, int | str]) -> tuple[str, str | None]:
     return "/".join(parts), axis
 
 
-def plain_names(names: Iterable[str]) -> dict[str, str]:
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
     """Return name -> a name of letters, digits and underscores, which W&B can sort and filter by.
 
     Names that are plain already are left out; two names never get the same plain one.
@@ -193,19 +203,19 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
 def _init(
     tracker: TrackerConfig, run_dir: Path, config: Mapping[str, Any], job_name: str, group: str | None, tags: list[str]
 ) -> Any:
-    """Start a W&B run; None where the user has switched W&B off by its own means."""
-    # W&B reads both when it is first used in a process; whoever wants its messages sets WANDB_SILENT=false.
+    """Start a W&B run; None where ``WANDB_MODE=disabled``."""
+    # W&B reads it when it is first used in a process; set WANDB_SILENT=false to see its messages.
     os.environ.setdefault("WANDB_SILENT", "true")
-    # Importing takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it starts
-    # the service while it holds a lock that its own error path takes again, so a service that is missing hangs it.
+    # Imported here: it takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it
+    # starts the service while it holds a lock that its own error path takes again, so a missing service hangs it.
     import wandb
 
     with _untouched_hooks():
-        mode = _automatic_mode() if tracker.mode == "auto" else cast(Mode, tracker.mode)
+        mode = _automatic_mode() if tracker.mode == "auto" else cast(_Mode, tracker.mode)
         if mode == "disabled":
             return None
         if mode == "offline":
-            # W&B's telemetry heeds the mode of the process and not of the run; offline is to mean: talks to nobody.
+            # W&B's telemetry ignores the mode of the run; an offline run must not use the network at all.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         run = wandb.init(
             project=tracker.project,
@@ -219,8 +229,8 @@ def _init(
             reinit="create_new",
             settings=wandb.Settings(
                 console="off",
-                init_timeout=INIT_TIMEOUT_SECONDS,
-                finish_timeout=FINISH_TIMEOUT_SECONDS,
+                init_timeout=_INIT_TIMEOUT_SECONDS,
+                finish_timeout=_FINISH_TIMEOUT_SECONDS,
                 finish_timeout_raises=True,
             ),
         )
@@ -232,13 +242,13 @@ def _init(
     return run
 
 
-def _automatic_mode() -> Mode:
-    """Return what WANDB_MODE says, else online where a login exists. Neither asks the user nor the network."""
+def _automatic_mode() -> _Mode:
+    """Return ``WANDB_MODE`` if it is set, else online where a login exists, without a prompt or a request."""
     import wandb
 
     configured = os.environ.get("WANDB_MODE")
     if configured in ("online", "offline", "disabled"):
-        return cast(Mode, configured)
+        return cast(_Mode, configured)
     if wandb.login(prompt=False, verify=False):
         return "online"
     log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")
@@ -247,27 +257,27 @@ def _automatic_mode() -> Mode:
 
 def _give_up(action: str, error: Exception) -> None:
     sentence = " ".join(str(error).split()) or type(error).__name__
-    log.warning("W&B failed to %s (%s); the run goes on without it, its local record is complete.", action, sentence)
-    # What is broken may also break, or hang, while it is taken down.
+    log.warning("W&B failed to %s (%s); the run continues without it; its record is complete.", action, sentence)
+    # A broken service may also fail, or hang, while it is shut down.
     with contextlib.suppress(Exception):
-        _within(GRACE_SECONDS, _teardown)
+        _within(_GRACE_SECONDS, _teardown)
 
 
 def _teardown() -> None:
-    """End W&B's service process and threads, which otherwise live, or hang, until the process ends."""
+    """End W&B's service process and threads, which would otherwise live until this process ends."""
     import wandb
 
     wandb.teardown()
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what ``call`` returns, on a thread that is left behind when it hangs.
+def _within(seconds: float, call: Callable[[], _T]) -> _T:
+    """Return the value of ``call``, made on a thread of its own that is abandoned after ``seconds``.
 
     Raises:
         TimeoutError: it has not returned in time.
-        Exception: what it raises.
+        Exception: whatever ``call`` raises.
     """
-    outcome: Future[T] = Future()
+    outcome: Future[_T] = Future()
 
     def work() -> None:
         try:
@@ -286,7 +296,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _untouched_hooks() -> Iterator[None]:
-    """Undo what W&B replaces for good: its excepthook prints tracebacks where run.py prints a sentence."""
+    """Restore ``sys.excepthook`` and ``sys.exit``, which W&B replaces: its hook prints tracebacks of user errors."""
     excepthook, leave = sys.excepthook, sys.exit
     try:
         yield

@@ -1,1 +1,4 @@
-"""Follow a sweep, or a run, in the terminal."""
+"""The command ``watch``: the state of every run in a folder, read from the records and shown in the terminal.
+
+It imports ``sweep`` and ``tracking``; only the command line imports it.
+"""

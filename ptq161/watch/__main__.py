@@ -10,30 +10,18 @@ from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
-import functools
-import os
-import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
-from omegaconf import DictConfig, OmegaConf
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from ptq161.errors import UserError
-from ptq161.files.strict_json import decode_json
-from ptq161.sweep.failures import read_failures
-from ptq161.sweep.overrides import own_overrides, sweep_jobs
-from ptq161.tracking.read import RunData, read_run
+from ptq161.watch.snapshot import STATES, Snapshot, read_snapshot
 
-STYLES = {
+_STYLES = {
     "running": "cyan",
     "starting": "cyan",
     "failed": "red",
@@ -42,58 +30,10 @@ STYLES = {
     "waiting": "dim",
     "finished": "green",
 }
-"""Of each state, in the order in which a terminal that is too small for all of them shows the rows."""
-ACTIVE = ("running", "starting", "waiting")
-LOSSES = ("loss", "preprocess_loss", "preprocess_quantize_loss")
-TAIL_BYTES = 1 << 16
-"""Read from the end of a running job's numbers: far more than one window's."""
-CLOCK_SECONDS = 60.0
-"""By which a process may seem to begin after its own record."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What is shown of one run.
-
-    Attributes:
-        job: its directory below the watched one.
-        label: its overrides.
-        state: one of ``STYLES``.
-        progress: what it was last heard of.
-        loss: the last one.
-        seconds: since its start, or how long it took.
-        outcome: its perplexities, or why it failed.
-    """
-
-    job: str
-    label: str
-    state: str
-    progress: str = ""
-    loss: float | None = None
-    seconds: float | None = None
-    outcome: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-    """What a folder holds at a moment.
-
-    Attributes:
-        rows: of all runs, in the order of their directories.
-        problems: one sentence for each record that cannot be read.
-    """
-
-    rows: list[Row]
-    problems: list[str]
-
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing to wait for."""
-        return bool(self.rows) and not any(row.state in ACTIVE for row in self.rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
+    """Run the command.
 
     Args:
         arguments: of the command line; None takes the process's own.
@@ -104,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     folder, console = Path(options.folder), Console(markup=False, highlight=False)
     if not folder.is_dir():
-        print(f"{folder} is no folder: name the directory of a sweep or of a run.", file=sys.stderr)
+        print(f"{folder} is not a folder: give the directory of a sweep or of a run.", file=sys.stderr)
         return 1
     if options.once or not console.is_terminal:
-        shot = snapshot(folder)
-        console.print(render(shot))
+        shot = read_snapshot(folder)
+        console.print(_render(shot))
         return 0
     try:
         _follow(folder, console, options.every)
@@ -117,209 +57,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def snapshot(folder: Path) -> Snapshot:
-    """Look at all runs in a folder: those of its sweeps that have not begun too."""
-    problems: list[str] = []
-    rows: dict[str, Row] = {}
-    for name, folders, files in os.walk(folder):
-        path = Path(name)
-        if "multirun.yaml" in files:
-            rows.update((row.job, row) for row in _planned(path, folder))
-        if "manifest.json" in files:
-            folders.clear()
-            try:
-                row = _row(path, folder)
-            except UserError as error:
-                problems.append(f"{path} is skipped: {error}")
-                continue
-            planned = rows.get(row.job)
-            rows[row.job] = dataclasses.replace(row, label=planned.label) if planned else row
-        elif ".hydra" in folders:
-            folders.clear()
-            planned = rows.get(_relative(path, folder), Row(_relative(path, folder), "", "waiting"))
-            if planned.state == "waiting":
-                rows[planned.job] = dataclasses.replace(planned, state="starting")
-    return Snapshot([rows[job] for job in sorted(rows, key=_naturally)], problems)
-
-
-def render(shot: Snapshot, height: int | None = None) -> Group:
-    """Draw a snapshot.
-
-    Args:
-        shot: what is drawn.
-        height: rows that there is room for; where they do not suffice, what has ended is left out first.
-    """
-    counts = collections.Counter(row.state for row in shot.rows)
-    total = ", ".join(f"{counts[state]} {state}" for state in STYLES if counts[state])
-    shown = shot.rows
-    if height is not None and len(shown) > height:
-        order = list(STYLES)
-        first = sorted(shown, key=lambda row: order.index(row.state))[: max(1, height)]
-        shown = [row for row in shown if row in first]
-    left_out = f"; {len(shot.rows) - len(shown)} not shown" if len(shown) < len(shot.rows) else ""
-    table = Table(title=f"{len(shot.rows)} runs: {total or 'none yet'}{left_out}", title_justify="left")
-    for column, right in {
-        "run": 1,
-        "overrides": 0,
-        "state": 0,
-        "progress": 0,
-        "loss": 1,
-        "time": 1,
-        "result": 0,
-    }.items():
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
-    for row in shown:
-        loss = "" if row.loss is None else f"{row.loss:.4g}"
-        spent = "" if row.seconds is None else _duration(row.seconds)
-        table.add_row(row.job, row.label, row.state, row.progress, loss, spent, row.outcome, style=STYLES[row.state])
-    return Group(table, *shot.problems)
-
-
 def _follow(folder: Path, console: Console, every: float) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
-            shot = snapshot(folder)
-            # A title, a header and four lines; a label may take two.
-            live.update(render(shot, height=(console.height - 6) // 2), refresh=True)
+            shot = read_snapshot(folder)
+            # Six lines are the title, the header and rules; a row may take two lines.
+            live.update(_render(shot, height=(console.height - 6) // 2), refresh=True)
             if shot.ended:
-                live.update(render(shot), refresh=True)
+                live.update(_render(shot), refresh=True)
                 return
             time.sleep(every)
 
 
-def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
-    """Yield a row for each job that a sweep's configuration names: waiting, or failed before its record began."""
-    try:
-        config = OmegaConf.load(sweep / "multirun.yaml")
-        assert isinstance(config, DictConfig)
-        jobs = list(sweep_jobs(config, loader=None))
-        labels = [" ".join(own_overrides(overrides, config)) for overrides in jobs]
-    # A file that is being written, or another program's, holds anything; the jobs' own directories tell enough.
-    except Exception:
-        return
-    failed = {failure.job: failure.sentence for failure in read_failures(sweep)}
-    for number, label in enumerate(labels):
-        job = _relative(sweep / str(number), folder)
-        if number in failed:
-            yield Row(job, label, "failed", outcome=failed[number])
-        else:
-            yield Row(job, label, "waiting")
+def _render(shot: Snapshot, height: int | None = None) -> Group:
+    """Draw a snapshot.
 
-
-def _row(run_dir: Path, folder: Path) -> Row:
-    try:
-        changed = (run_dir / "manifest.json").stat().st_mtime_ns
-    except OSError as error:
-        raise UserError(f"its manifest.json cannot be read ({error.strerror})") from error
-    run, state = _read(run_dir, changed)
-    manifest = run.manifest
-    row = Row(_relative(run_dir, folder), str(manifest.get("job_name") or ""), state)
-    if state != "running":
-        return dataclasses.replace(row, seconds=_number(manifest.get("duration_seconds")), outcome=_outcome(run))
-    if _is_gone(manifest):
-        return dataclasses.replace(row, state="lost", outcome="its process has gone; type its command again")
-    numbers = _last_numbers(run_dir / "metrics.jsonl")
-    losses = [_number(number.get("value")) for number in numbers if number.get("name") in LOSSES]
-    return dataclasses.replace(
-        row,
-        progress=_progress(numbers[-1], manifest.get("n_blocks")) if numbers else "loading",
-        loss=losses[-1] if losses else None,
-        seconds=_since(manifest.get("start")),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _read(run_dir: Path, changed: int) -> tuple[RunData, str]:
-    """Read a record once for each state of its manifest (``changed``, when it was last written), and tell that."""
-    run = read_run(run_dir, with_lines=False)
-    state = str(run.manifest.get("exit_state"))
-    if state not in STYLES:
-        raise UserError(f"its manifest has exit_state {state!r}")
-    return run, state
-
-
-def _is_gone(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the process of a running record has gone; of another machine's processes, nothing is known."""
-    hardware, pid = manifest.get("hardware"), manifest.get("pid")
-    if not isinstance(hardware, Mapping) or hardware.get("host") != platform.node() or not isinstance(pid, int):
-        return False
-    try:
-        process = psutil.Process(pid)
-        began = _time(manifest.get("start"))
-        # A number is given again: the process of a later day is not this run's.
-        reused = began is not None and process.create_time() > began.timestamp() + CLOCK_SECONDS
-        return reused or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
-
-
-def _last_numbers(path: Path) -> list[dict[str, Any]]:
-    """Read the numbers at the end of a file that grows; half a line, at either end of what is read, is left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    numbers = []
-    for line in lines:
-        try:
-            number = decode_json(line.decode("utf-8"))
-        except ValueError:
-            continue
-        if "name" in number:
-            numbers.append(number)
-    return numbers
-
-
-def _progress(number: Mapping[str, Any], n_blocks: int | None) -> str:
-    name = str(number["name"])
-    stage = "preprocess: " if name.startswith("preprocess_") else ""
-    if "step" in number:
-        return f"{stage}step {number['step']}"
-    if "block" in number or "linear" in number:
-        block = number["block"] if "block" in number else str(number["linear"]).partition(".")[0]
-        total = f" of {n_blocks}" if n_blocks else ""
-        epoch = f", epoch {number['epoch']}" if "epoch" in number else ""
-        return f"{stage}block {block}{total}{epoch}"
-    return f"{number['model']}: {name}" if "model" in number else name
-
-
-def _outcome(run: RunData) -> str:
-    exception = run.manifest.get("exception")
-    if isinstance(exception, Mapping):
-        return str(exception.get("message"))
-    metrics = (run.results or {}).get("metrics")
-    found = metrics.items() if isinstance(metrics, Mapping) else ()
-    return ", ".join(f"{name} {value:.4g}" for name, value in found if name.startswith("ppl/") and _number(value))
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder)) if path != folder else path.absolute().name
-
-
-def _naturally(name: str) -> list[tuple[int, str]]:
-    """Order 2 before 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.replace("-", "/").split("/")]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _time(value: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(str(value)).astimezone(UTC)
-    except ValueError:
-        return None
-
-
-def _since(start: Any) -> float | None:
-    began = _time(start)
-    return None if began is None else max(0.0, (datetime.now(UTC) - began).total_seconds())
+    Args:
+        shot: what is drawn.
+        height: most rows; if there are more runs, those that have ended are left out first.
+    """
+    counts = collections.Counter(row.state for row in shot.rows)
+    total = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    shown = shot.rows
+    if height is not None and len(shown) > height:
+        first = sorted(shown, key=lambda row: STATES.index(row.state))[: max(1, height)]
+        shown = [row for row in shown if row in first]
+    left_out = f"; {len(shot.rows) - len(shown)} not shown" if len(shown) < len(shot.rows) else ""
+    table = Table(title=f"{len(shot.rows)} runs: {total or 'none yet'}{left_out}", title_justify="left")
+    for column in ("run", "overrides", "state", "progress", "loss", "time", "result"):
+        table.add_column(column, justify="right" if column in ("run", "loss", "time") else "left", overflow="fold")
+    for row in shown:
+        loss = "" if row.loss is None else f"{row.loss:.4g}"
+        spent = "" if row.seconds is None else _duration(row.seconds)
+        table.add_row(row.job, row.label, row.state, row.progress, loss, spent, row.outcome, style=_STYLES[row.state])
+    return Group(table, *shot.problems)
 
 
 def _duration(seconds: float) -> str:
@@ -331,8 +102,8 @@ def _duration(seconds: float) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ptq161.watch", description="Follow a sweep, or a run.")
     parser.add_argument("folder", metavar="DIR", help="directory of a sweep or a run, or any folder above them")
-    parser.add_argument("--once", action="store_true", help="print one table and end (as where stdout is no terminal)")
-    parser.add_argument("--every", type=_positive, default=2.0, metavar="SECONDS", help="between two looks (2)")
+    parser.add_argument("--once", action="store_true", help="print one table and exit (as without a terminal)")
+    parser.add_argument("--every", type=_positive, default=2.0, metavar="SECONDS", help="time between two updates (2)")
     return parser
 
 

@@ -47,7 +47,7 @@ def test_what_is_there(store: Store, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "left", "told"),
+    ("options", "left", "message"),
     [
         ("", [], "4 entries"),
         ("--kind scores", ["blocks", "results"], "2 entries"),
@@ -57,11 +57,11 @@ def test_what_is_there(store: Store, capsys: pytest.CaptureFixture[str]) -> None
         ("--kind results --unfinished", ["blocks", "results", "scores", "scores"], "0 entries"),
     ],
 )
-def test_pruning(options: str, left: list[str], told: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pruning(options: str, left: list[str], message: str, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--prune", *options.split()]) == 0
     assert kinds(store) == left
     out = capsys.readouterr().out
-    assert told in out and "freed" in out
+    assert message in out and "freed" in out
     assert ("2.00 MB freed" in out) is ("results" not in left)
 
 
@@ -81,8 +81,8 @@ def test_an_entry_is_not_old_once_it_is_used_again(store: Store) -> None:
 
 def test_mistakes_are_one_sentence(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in [
-        (["--kind=x"], "--kind=x: the store holds blocks, results, scores."),
-        (["--unfinished"], "--older-than and --unfinished say what to delete: use them with --prune."),
+        (["--kind=x"], "--kind=x: the store has no such entries; use one of blocks, results, scores."),
+        (["--unfinished"], "--older-than and --unfinished select entries to delete: use them with --prune."),
     ]:
         assert main(arguments) == 1
         assert capsys.readouterr().err.strip() == sentence

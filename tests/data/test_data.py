@@ -173,7 +173,7 @@ def test_a_file_in_the_hub_cache_needs_no_network(hub: Path, monkeypatch: pytest
     snapshot.parent.mkdir(parents=True)
     (hub / text.repo).rename(snapshot)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub / "hub"))
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("the network was used"))
     assert load_corpus(make_tokenizer(), "wikitext2").n_documents == 4
 
 

@@ -34,13 +34,13 @@ QUICK = PTQ161(epochs=1, batch_size=2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Watching:
-    """A method that shows each window to a listener and rounds the weights to 8 bits."""
+class Inspecting:
+    """A method that passes each window to a function and rounds the weights to 8 bits."""
 
     needs_full_chain: ClassVar[bool] = True
     takes_salient_masks: ClassVar[bool] = False
 
-    listener: Callable[[Window], object]
+    inspect: Callable[[Window], object]
     block_size: int = 1
     batch_size: int = 2
     compute_dtype: str = "float32"
@@ -49,7 +49,7 @@ class Watching:
         return 8.0
 
     def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
-        self.listener(window)
+        self.inspect(window)
         return {name: rtn_weight(linear.weight.detach(), 8) for name, linear in window.linears.items()}
 
 
@@ -178,13 +178,13 @@ def test_modes_are_given_back(training: bool, use_cache: bool, fails: bool, tiny
     model.config.use_cache = use_cache
     seen: list[tuple[bool, bool]] = []
 
-    def listener(window: Window) -> None:
+    def inspect(window: Window) -> None:
         seen.append((any(m.training for b in window.blocks for m in b.modules()), model.config.use_cache))
         if fails:
             raise ZeroDivisionError
 
     try:
-        quantize(model, TOKENS, Watching(listener))
+        quantize(model, TOKENS, Inspecting(inspect))
     except ZeroDivisionError:
         assert fails
     assert set(seen) == {(False, use_cache)}
@@ -212,7 +212,7 @@ def test_half_precision_models_are_worked_on_in_float32(
     weights = {name: linear.weight.detach().clone() for name, linear in quantized_linears(model)}
     seen: set[torch.dtype] = set()
 
-    def listener(window: Window) -> None:
+    def inspect(window: Window) -> None:
         for name, linear in window.linears.items():
             assert linear.weight.dtype == torch.float32 and torch.equal(linear.weight, weights[name].float())
         linear = window.linears[window.input_groups[0][0]]
@@ -220,7 +220,7 @@ def test_half_precision_models_are_worked_on_in_float32(
         seen.add(window.run(window.to_device(window.quant_inputs[:2])).dtype)
         hook.remove()
 
-    quantize(model, TOKENS, Watching(listener))
+    quantize(model, TOKENS, Inspecting(inspect))
     assert seen == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {dtype}
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_both_chains(tiny_model: TinyModel) -> None:
     full = plain_hidden_states(original)
     windows: list[tuple[int, Tensor, Tensor, dict[str, Tensor]]] = []
 
-    def listener(window: Window) -> None:
+    def inspect(window: Window) -> None:
         scales = {name: scale.maximum for name, scale in window.activations.items()}
         windows.append((window.first_block, window.quant_inputs.clone(), window.full_outputs.clone(), scales))
 
@@ -251,7 +251,7 @@ def test_both_chains(tiny_model: TinyModel) -> None:
     for hook in hooks:
         hook.remove()
 
-    quantize(model, TOKENS, Watching(listener))
+    quantize(model, TOKENS, Inspecting(inspect))
     quant = plain_hidden_states(model)
     assert [first for first, *_ in windows] == [0, 1, 2]
     for i, (_, quant_inputs, full_outputs, scales) in enumerate(windows):
@@ -273,10 +273,10 @@ def test_the_means_of_the_activations(tiny_model: TinyModel) -> None:
     hook.remove()
     means: list[Tensor] = []
 
-    def listener(window: Window) -> None:
+    def inspect(window: Window) -> None:
         means.extend(scale.mean for name, scale in window.activations.items() if name == "0.mlp.down_proj")
 
-    quantize(model, TOKENS, Watching(listener))
+    quantize(model, TOKENS, Inspecting(inspect))
     torch.testing.assert_close(means[0], expected[0])
 
 
@@ -288,7 +288,7 @@ def test_nothing_is_kept_from_block_to_block(tiny_model: TinyModel) -> None:
         alive: list[tuple[int, list[weakref.ref[Any]]]] = []
         leftover: list[tuple[int, int]] = []
 
-        def listener(window: Window) -> None:
+        def inspect(window: Window) -> None:
             i = window.first_block
             for j, references in alive:
                 # The window before hands its outputs on as this one's inputs, and the first inputs are the caller's.
@@ -297,7 +297,7 @@ def test_nothing_is_kept_from_block_to_block(tiny_model: TinyModel) -> None:
             kept = [*window.blocks, *window.linears.values(), window.full_outputs, window]
             alive.append((i, [weakref.ref(thing) for thing in kept + ([window.quant_inputs] if i else [])]))
 
-        quantize(tiny_model("llama", n_blocks=6), TOKENS, Watching(listener))
+        quantize(tiny_model("llama", n_blocks=6), TOKENS, Inspecting(inspect))
         assert not leftover
         assert not [r for _, references in alive for r in references if r() is not None]
     finally:
@@ -309,22 +309,22 @@ def test_nothing_is_kept_from_block_to_block(tiny_model: TinyModel) -> None:
 
 @pytest.mark.parametrize("method", [QUICK, RTN(bits=4)])
 def test_every_number_is_told(method: PTQ161 | RTN, tiny_model: TinyModel) -> None:
-    heard: list[tuple[str, float, dict[str, Any]]] = []
+    emitted: list[tuple[str, float, dict[str, Any]]] = []
     model = tiny_model("llama")
-    quantize(model, TOKENS, method, on_metric=lambda name, value, /, **where: heard.append((name, value, where)))
+    quantize(model, TOKENS, method, on_metric=lambda name, value, /, **where: emitted.append((name, value, where)))
     packed = {name: module.packed for name, module in quantized_linears(model)}
     for metric, value_of in (
         ("output_error", None),
         ("nbytes", lambda weight: weight.nbytes),
         ("bits_per_weight", lambda weight: weight.bits_per_weight),
     ):
-        values = {where["linear"]: value for name, value, where in heard if name == metric}
+        values = {where["linear"]: value for name, value, where in emitted if name == metric}
         assert values.keys() == packed.keys()
         for name, value in values.items():
             assert 0 < value < 1 if value_of is None else value == value_of(packed[name])
-    assert [where for name, _, where in heard if name == "seconds"] == [{"block": 0}, {"block": 1}]
-    assert {name for name, *_ in heard if name.endswith("loss")} == ({"loss"} if method is QUICK else set())
-    assert all(isinstance(value, int | float) for _, value, _ in heard)
+    assert [where for name, _, where in emitted if name == "seconds"] == [{"block": 0}, {"block": 1}]
+    assert {name for name, *_ in emitted if name.endswith("loss")} == ({"loss"} if method is QUICK else set())
+    assert all(isinstance(value, int | float) for _, value, _ in emitted)
 
 
 def test_the_output_error_is_that_of_the_first_sequence(tiny_model: TinyModel) -> None:
@@ -359,10 +359,10 @@ def test_the_generators_follow_the_seed_and_the_window(tiny_model: TinyModel) ->
     def drawn(seed: int) -> list[float]:
         values: list[float] = []
 
-        def listener(window: Window) -> None:
+        def inspect(window: Window) -> None:
             values.extend(float(torch.rand(1, generator=window.generator(stage))) for stage in ("a", "b", "a"))
 
-        quantize(tiny_model("llama"), TOKENS, Watching(listener), seed=seed)
+        quantize(tiny_model("llama"), TOKENS, Inspecting(inspect), seed=seed)
         return values
 
     values = drawn(0)
@@ -377,7 +377,7 @@ def test_the_generators_follow_the_seed_and_the_window(tiny_model: TinyModel) ->
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        (torch.zeros(1, 513, dtype=torch.long), r"calib\.seq_len=513: the model holds at most 512 tokens"),
+        (torch.zeros(1, 513, dtype=torch.long), r"calib\.seq_len=513: the model takes at most 512 tokens"),
         (torch.full((2, 8), 256), "outside the model's vocabulary of 256"),
         (torch.full((2, 8), -1), "outside the model's vocabulary of 256"),
         (torch.rand(2, 8), r"shape \[2, 8\]: use integers \[n_samples, seq_len\]"),

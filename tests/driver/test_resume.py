@@ -50,31 +50,31 @@ class Cut(Exception):
     """Ends a quantization."""
 
 
-class Listener:
-    """Keeps what it hears, and cuts the quantization off at a number."""
+class MetricLog:
+    """Keeps every metric, and interrupts the quantization at the one with number ``until``."""
 
     def __init__(self, until: int | None = None) -> None:
-        self.heard: Numbers = []
+        self.emitted: Numbers = []
         self.until = until
 
     def __call__(self, name: str, value: float, /, **where: int | str) -> None:
-        self.heard.append((name, value, where))
-        if len(self.heard) == self.until:
+        self.emitted.append((name, value, where))
+        if len(self.emitted) == self.until:
             raise Cut
 
     @property
     def results(self) -> Numbers:
         """All but the times, which differ from run to run."""
-        return [entry for entry in self.heard if entry[0] != "seconds"]
+        return [entry for entry in self.emitted if entry[0] != "seconds"]
 
 
 def run(
     tiny_model: TinyModel, folder: Path | None, method: Method = QUICK, until: int | None = None, **arguments: Any
-) -> tuple[str, Listener]:
-    """Quantize the tiny model; return the hash of all its bytes, and what was heard."""
-    model, listener = tiny_model("llama", n_blocks=N_BLOCKS), Listener(until)
-    quantize(model, arguments.pop("tokens", TOKENS), method, on_metric=listener, resume=folder, **arguments)
-    return sha256_of_tensors(model.state_dict()), listener
+) -> tuple[str, MetricLog]:
+    """Quantize the tiny model; return the hash of all its bytes, and the metrics."""
+    model, metrics = tiny_model("llama", n_blocks=N_BLOCKS), MetricLog(until)
+    quantize(model, arguments.pop("tokens", TOKENS), method, on_metric=metrics, resume=folder, **arguments)
+    return sha256_of_tensors(model.state_dict()), metrics
 
 
 def cut(tiny_model: TinyModel, folder: Path, until: int, method: Method = QUICK) -> None:
@@ -87,19 +87,19 @@ def test_the_bytes_and_numbers_of_a_run_that_was_never_cut_off(
     method: Method, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     expected, whole = run(tiny_model, None, method)
-    per_window = [i for i, (name, _, _) in enumerate(whole.heard, start=1) if name == "seconds"]
+    per_window = [i for i, (name, _, _) in enumerate(whole.emitted, start=1) if name == "seconds"]
     assert len(per_window) == -(-N_BLOCKS // method.block_size)
     # In the second window, with the first one finished.
     cut(tiny_model, tmp_path, per_window[0] + 1, method)
-    found, listener = run(tiny_model, tmp_path, method)
+    found, metrics = run(tiny_model, tmp_path, method)
     assert found == expected
-    assert listener.results == whole.results
-    assert len(listener.heard) == len(whole.heard)
+    assert metrics.results == whole.results
+    assert len(metrics.emitted) == len(whole.emitted)
 
 
 def test_cut_off_again_and_again(tiny_model: TinyModel, tmp_path: Path) -> None:
     expected, whole = run(tiny_model, None)
-    ends = [i for i, (name, _, _) in enumerate(whole.heard, start=1) if name == "seconds"]
+    ends = [i for i, (name, _, _) in enumerate(whole.emitted, start=1) if name == "seconds"]
     for finished, end in enumerate(ends):
         for until in (end - 1, end):  # within a window, and after its last number, before it is written
             cut(tiny_model, tmp_path, until)
@@ -127,9 +127,9 @@ def test_finished_windows_are_not_quantized_again(
     assert quantized == [0, 1, 2, 1]
     # With everything finished not even the chains are computed.
     monkeypatch.setattr("ptq161.driver.quantization.capture_inputs", lambda *_: pytest.fail("the model was run"))
-    found, listener = run(tiny_model, tmp_path)
+    found, metrics = run(tiny_model, tmp_path)
     assert found == expected and len(quantized) == 4
-    assert [entry for entry in listener.heard if entry[0] != "seconds"] == whole.results
+    assert [entry for entry in metrics.emitted if entry[0] != "seconds"] == whole.results
 
 
 def test_a_model_in_half_precision_and_other_architectures(tiny_model: TinyModel, tmp_path: Path) -> None:

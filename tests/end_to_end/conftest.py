@@ -29,7 +29,7 @@ class Ended:
 
     @property
     def sentences(self) -> list[str]:
-        """What it said on stderr beside progress bars and Hydra's own frame."""
+        """The lines of stderr without progress bars and Hydra's own frame."""
         lines = [line.rpartition("\r")[2].strip() for line in self.stderr.splitlines()]
         frame = ("Error executing job with overrides", "Set the environment variable HYDRA_FULL_ERROR")
         return [line for line in lines if line and not line.startswith(frame) and "it/s]" not in line]
@@ -105,9 +105,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_model_dir: Path, text_file: Path) -> list[str]:
     return [
         f"model.path={tiny_model_dir}",
-        *(f"calib=text_file calib.text_file={text_file} calib.n_samples=4 calib.seq_len={SEQ_LEN}").split(),
-        *(f"eval=ppl eval.corpora=[text_file] eval.text_file={text_file} eval.seq_len={SEQ_LEN}").split(),
-        *["eval.max_windows=8", "eval.sample_tokens=3", "device=cpu"],
+        "calib=text_file",
+        f"calib.text_file={text_file}",
+        "calib.n_samples=4",
+        f"calib.seq_len={SEQ_LEN}",
+        "eval=ppl",
+        "eval.corpora=[text_file]",
+        f"eval.text_file={text_file}",
+        f"eval.seq_len={SEQ_LEN}",
+        "eval.max_windows=8",
+        "eval.sample_tokens=3",
+        "device=cpu",
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the program says about itself."""
+"""The help and the composed configuration that the program prints."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def test_help_explains_every_top_level_key(program: Program) -> None:
     ended = program("--help")
     assert (ended.status, ended.stderr) == (0, "")
     config = yaml.safe_load((CONF / "config.yaml").read_text())
-    chosen = [next(iter(entry)) for entry in config["defaults"] if entry != "_self_"]
-    groups = [name for name in chosen if not name.startswith("override ")]
+    selected = [next(iter(entry)) for entry in config["defaults"] if entry != "_self_"]
+    groups = [name for name in selected if not name.startswith("override ")]
     keys = [*groups, *(key for key in config if key not in ("defaults", "hydra"))]
     assert {"model", "method", "mask_ratio", "block_size", "seed", "device", "dtype"} <= set(keys)
     for key in keys:
@@ -31,7 +31,7 @@ def test_help_explains_every_top_level_key(program: Program) -> None:
 
 
 def test_the_config_of_a_job_can_be_shown(program: Program) -> None:
-    ended = program(*["--cfg", "job", "--resolve", "mask_ratio=0.3", "method=ptq161_paper"])
+    ended = program("--cfg", "job", "--resolve", "mask_ratio=0.3", "method=ptq161_paper")
     assert (ended.status, ended.stderr) == (0, "")
     config = yaml.safe_load(ended.stdout)
     assert config["method"]["mask_ratio"] == 0.3

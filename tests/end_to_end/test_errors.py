@@ -19,7 +19,7 @@ from tests.end_to_end.conftest import SECONDS, Ended, Program, Recorded
 pytestmark = pytest.mark.slow
 
 
-def assert_told(ended: Ended, *parts: str) -> None:
+def assert_sentence(ended: Ended, *parts: str) -> None:
     """One sentence with all ``parts``, and nothing else."""
     assert ended.status == 1
     assert "Traceback" not in ended.stderr
@@ -46,7 +46,7 @@ def test_what_is_known_beforehand_leaves_nothing_behind(
     (program.folder / "occupied").write_text("a file")
     multirun, *rest = overrides.split() if overrides.startswith("-m") else ("", *overrides.split())
     ended = program(*filter(None, [multirun]), *program.tiny, *rest)
-    assert_told(ended, *parts)
+    assert_sentence(ended, *parts)
     assert [path.name for path in program.folder.iterdir()] == ["occupied"]
 
 
@@ -68,7 +68,7 @@ def test_hydra_itself_rejects_unknown_names(program: Program, override: str, fir
 
 def test_a_packed_checkpoint_takes_no_method(program: Program, tiny_run: Recorded) -> None:
     ended = program(f"model.path={tiny_run[1] / 'checkpoint'}", "method=rtn")
-    assert_told(ended, "method=rtn", "already quantized")
+    assert_sentence(ended, "method=rtn", "already quantized")
     assert list(program.folder.iterdir()) == []
 
 
@@ -96,7 +96,7 @@ def test_what_model_and_text_show_ends_the_run_before_it_computes(
     if folder.name == "damaged":
         _put_nan(tiny_model_dir, folder)
     ended = program(*program.tiny, overrides, "tracker=none", "hydra.run.dir=run")
-    assert_told(ended, *parts)
+    assert_sentence(ended, *parts)
     assert_failed(program.folder / "run", *parts)
 
 
@@ -105,32 +105,39 @@ def test_a_damaged_asset_names_file_and_checksum(program: Program) -> None:
     wheel = program.folder / "cache" / "wheels" / asset.wheel
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"damaged")
-    ended = program(*["debug=smoke", "tracker=none", "hydra.run.dir=run"], PTQ161_CACHE=str(program.folder / "cache"))
-    assert_told(ended, str(wheel), asset.sha256)
+    cache = str(program.folder / "cache")
+    ended = program("debug=smoke", "tracker=none", "hydra.run.dir=run", PTQ161_CACHE=cache)
+    assert_sentence(ended, str(wheel), asset.sha256)
     assert_failed(program.folder / "run", asset.sha256)
 
 
 def test_an_asset_without_network_says_what_to_do(program: Program) -> None:
     ended = program(
-        *["debug=smoke", "tracker=none", "hydra.run.dir=run"],
+        "debug=smoke",
+        "tracker=none",
+        "hydra.run.dir=run",
         PTQ161_CACHE=str(program.folder / "cache"),
         PIP_INDEX_URL="http://127.0.0.1:9/simple",
         PIP_CONFIG_FILE="/dev/null",
         PIP_EXTRA_INDEX_URL=None,
         PIP_FIND_LINKS=None,
     )
-    assert_told(ended, "pip could not fetch it", "model.path")
+    assert_sentence(ended, "pip could not fetch it", "model.path")
     assert_failed(program.folder / "run", "pip could not fetch it")
 
 
 def test_an_unreachable_hub_is_said_at_once(program: Program) -> None:
     ended = program(
-        *["model=llama2_7b", "calib=wikitext2", "eval=paper", "tracker=none", "hydra.run.dir=run"],
+        "model=llama2_7b",
+        "calib=wikitext2",
+        "eval=paper",
+        "tracker=none",
+        "hydra.run.dir=run",
         HF_HUB_OFFLINE=None,
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HOME=str(program.folder / "hf"),
     )
-    assert_told(ended, "meta-llama/Llama-2-7b-hf", "hub", "model=smollm2_135m", "model.path=FOLDER")
+    assert_sentence(ended, "meta-llama/Llama-2-7b-hf", "hub", "model=smollm2_135m", "model.path=FOLDER")
     assert_failed(program.folder / "run", "hub")
     manifest = read_run(program.folder / "run").manifest
     assert manifest["duration_seconds"] < 15  # the libraries' own retries alone take longer
@@ -138,7 +145,7 @@ def test_an_unreachable_hub_is_said_at_once(program: Program) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_as_interrupted(program: Program, number: signal.Signals) -> None:
-    process = program.start(*program.tiny, *["method.epochs=1000000", "tracker=none", "hydra.run.dir=run"])
+    process = program.start(*program.tiny, "method.epochs=1000000", "tracker=none", "hydra.run.dir=run")
     metrics = program.folder / "run" / "metrics.jsonl"
     deadline = time.monotonic() + SECONDS
     while not (metrics.exists() and '"loss"' in metrics.read_text()):

@@ -24,15 +24,24 @@ SECONDS = 300  # after which it hangs
 def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program) -> None:
     ratios = [i / 100 for i in range(JOBS)]
     running = program.start(
-        *["-m", *program.tiny, "tracker=none", "hydra.sweep.dir=sweep", "method.epochs=1", "calib.n_samples=2"],
-        *["eval.max_windows=2", "eval.full_precision=false", f"mask_ratio={','.join(map(str, ratios))}"],
-        *["hydra/launcher=local", "hydra.launcher.slots=4", f"hydra.launcher.retries={KILLS}"],
+        "-m",
+        *program.tiny,
+        "tracker=none",
+        "hydra.sweep.dir=sweep",
+        "method.epochs=1",
+        "calib.n_samples=2",
+        "eval.max_windows=2",
+        "eval.full_precision=false",
+        f"mask_ratio={','.join(map(str, ratios))}",
+        "hydra/launcher=local",
+        "hydra.launcher.slots=4",
+        f"hydra.launcher.retries={KILLS}",
     )
     killed = kill_workers(running, KILLS)
     stdout, stderr = running.communicate(timeout=SECONDS)
     assert (running.returncode, len(killed)) == (0, KILLS), stdout + stderr
     # A worker that is killed when its job is done already needs no second attempt.
-    late = KILLS - stdout.count("killed by SIGKILL; it is begun again")
+    late = KILLS - stdout.count("killed by SIGKILL; it is started again")
     assert 0 <= late < KILLS // 2
 
     sweep = program.folder / "sweep"

@@ -121,27 +121,28 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
         ),
         (
             ["preprocess.seq_len=1024"],
-            "preprocess.seq_len=1024: the model holds at most 512 tokens; use a shorter one.",
+            "preprocess.seq_len=1024: the model takes at most 512 tokens; set preprocess.seq_len to at most 512.",
         ),
-        (["+preprocess.colour=1"], "unknown key preprocess.colour: known are update, rank, alpha, dropout, targets, "),
+        (["+preprocess.color=1"], "unknown key preprocess.color: known are update, rank, alpha, dropout, targets, "),
     ],
 )
 def test_refusals_are_one_sentence(program: Program, training: list[str], overrides: list[str], sentence: str) -> None:
     ended = program(*program.tiny, *training, "tracker=none", *overrides)
     assert ended.status == 1 and "Traceback" not in ended.stderr
-    (told,) = ended.sentences
-    assert told.startswith(sentence)
+    (printed,) = ended.sentences
+    assert printed.startswith(sentence)
 
 
 def test_training_on_what_is_scored_is_refused(program: Program, training: list[str]) -> None:
     scored = next(o.partition("=")[2] for o in program.tiny if o.startswith("eval.text_file="))
     ended = program(*program.tiny, *training, f"preprocess.text_file={scored}")
-    assert ended.sentences == [f"preprocess.text_file={scored} is what eval.text_file scores: train on another text."]
+    sentence = "is the file of eval.text_file as well: train on another text."
+    assert ended.sentences == [f"preprocess.text_file={scored} {sentence}"]
 
 
 def test_packed_checkpoints_are_not_restored(
     restored: tuple[Ended, Path, list[str]], program: Program, training: list[str]
 ) -> None:
     ended = program(*program.tiny[-6:], *training, f"model.path={restored[1] / 'checkpoint'}")
-    (told,) = ended.sentences
-    assert told.startswith("preprocess=restorative_lora: the model ") and "already quantized" in told
+    (printed,) = ended.sentences
+    assert printed.startswith("preprocess=restorative_lora: the model ") and "already quantized" in printed

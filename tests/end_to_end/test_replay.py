@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.replay.__main__ import read_finished, replay
+from ptq161.replay.__main__ import _read_finished, _replay
 from ptq161.tracking.read import read_run
 from tests.end_to_end.conftest import RUN, SECONDS, SEQ_LEN, Program, Recorded, variables
 
@@ -50,7 +50,7 @@ def test_a_run_is_found_again_to_the_last_bit_whatever_the_threads_of_the_shell(
     assert not (again / "wandb").exists()
 
 
-def test_what_differs_is_told_and_the_exit_status_is_one(tmp_path: Path, tiny_run: Recorded) -> None:
+def test_differences_are_reported_and_the_exit_status_is_one(tmp_path: Path, tiny_run: Recorded) -> None:
     recorded = copy_of(tiny_run, tmp_path / "run")
     results = json.loads((recorded / "results.json").read_text())
     results["metrics"][f"ppl/text_file@{SEQ_LEN}"] *= 1.001
@@ -74,7 +74,7 @@ def test_the_evaluation_of_a_packed_checkpoint_is_replayed(
     evaluation = [override for override in program.tiny if override.startswith(("eval", "device"))]
     ended = program(f"model.path={tiny_run[1] / 'checkpoint'}", *evaluation, "tracker=none", "hydra.run.dir=scored")
     assert ended.status == 0, ended.stderr
-    comparison = replay(read_finished(tmp_path / "scored"), tmp_path / "again")
+    comparison = _replay(_read_finished(tmp_path / "scored"), tmp_path / "again")
     assert comparison.equal and comparison.n_values > 5
     assert set(comparison.hashes) == {"checkpoint_sha256"}
     assert set(read_run(tmp_path / "again").config) == set(read_run(tmp_path / "scored").config)
@@ -85,6 +85,6 @@ def test_a_model_that_has_gone_is_one_sentence(tmp_path: Path, tiny_run: Recorde
     config = (recorded / "config.yaml").read_text()
     path = read_run(recorded).config["model"]["path"]
     (recorded / "config.yaml").write_text(config.replace(path, "gone"))
-    with pytest.raises(UserError, match=r"cannot be replayed: model\.path=gone: no Hugging Face model"):
-        replay(read_finished(recorded), tmp_path / "again")
+    with pytest.raises(UserError, match=r"cannot be replayed: model\.path=gone: no config\.json is there"):
+        _replay(_read_finished(recorded), tmp_path / "again")
     assert not (tmp_path / "again").exists()

@@ -39,7 +39,7 @@ def test_killed_in_the_second_block_and_typed_again(program: Program) -> None:
     again = program(*program.tiny, *LONG, "hydra.run.dir=again")
     assert again.status == 0, again.stderr
     assert "1 of 2 windows of blocks are finished already" in again.stdout
-    assert "full precision: every score was known" in again.stdout
+    assert "full precision: all scores were found in the cache" in again.stdout
     assert checkpoint(program.folder / "again") == checkpoint(program.folder / "whole")
     runs = [read_run(program.folder / name) for name in ("again", "whole")]
     assert plain(runs[0]) == plain(runs[1])
@@ -52,11 +52,11 @@ def test_a_sweep_skips_what_is_finished_and_redoes_what_failed(program: Program)
     command = ["-m", *program.tiny, "tracker=none", "method=rtn", "mask_ratio=0.1,0.2", "calib.seq_len=64,600"]
     first = program(*command, "hydra.sweep.dir=first")
     assert first.status == 1
-    told = "Sweep of 4 runs: 1 computed, 1 found finished, 2 failed. Records:"
-    assert told in first.stdout
-    assert "nothing is computed again" in first.stdout
+    summary = "Sweep of 4 runs: 1 computed, 1 reused, 2 failed. Records:"
+    assert summary in first.stdout
+    assert "its results are reused" in first.stdout
     second = program(*command, "hydra.sweep.dir=second")
-    assert "Sweep of 4 runs: 0 computed, 2 found finished, 2 failed. Records:" in second.stdout
+    assert "Sweep of 4 runs: 0 computed, 2 reused, 2 failed. Records:" in second.stdout
     runs = [read_run(path.parent) for path in sorted(program.folder.glob("*/*/manifest.json"))]
     finished = [run for run in runs if run.results is not None]
     assert len(runs) == 8 and len(finished) == 4

@@ -23,8 +23,15 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def test_the_default_directory_is_below_the_working_directory_and_holds_the_whole_record(tiny_run: Recorded) -> None:
     ended, run_dir = tiny_run
     assert {path.name for path in run_dir.iterdir()} == {
-        *(".hydra", "checkpoint", "wandb"),
-        *("config.yaml", "manifest.json", "metrics.jsonl", "results.json", "run.log", "samples.jsonl"),
+        ".hydra",
+        "checkpoint",
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "results.json",
+        "run.log",
+        "samples.jsonl",
+        "wandb",
     }
     assert not set("=,") & set(str(run_dir.relative_to(run_dir.parents[2])))
     assert str(run_dir) in ended.stdout
@@ -88,7 +95,7 @@ def test_results_hold_scores_sizes_and_protocol_of_both_models(tiny_run: Recorde
     assert results["metrics"]["bits_per_weight"] == pytest.approx(8 * linear_bytes / weights)
 
 
-def test_the_table_and_the_samples_are_told(tiny_run: Recorded) -> None:
+def test_the_table_and_the_samples_are_printed(tiny_run: Recorded) -> None:
     ended, run_dir = tiny_run
     results = json.loads((run_dir / "results.json").read_text())
     (row,) = [line for line in ended.stdout.splitlines() if PPL in line]
@@ -145,9 +152,20 @@ def test_samples_windows_and_a_long_protocol_are_set_on_the_command_line(
 ) -> None:
     ended = program(
         f"model.path={tiny_model_dir}",
-        *f"calib=text_file calib.text_file={text_file} calib.seq_len=64 calib.n_samples=16 block_size=2".split(),
-        *f"eval=ppl eval.corpora=[text_file] eval.text_file={text_file} eval.seq_len=512 eval.max_windows=40".split(),
-        *["device=cpu", "tracker=none", "hydra.run.dir=run", "seed=1"],
+        "calib=text_file",
+        f"calib.text_file={text_file}",
+        "calib.seq_len=64",
+        "calib.n_samples=16",
+        "block_size=2",
+        "eval=ppl",
+        "eval.corpora=[text_file]",
+        f"eval.text_file={text_file}",
+        "eval.seq_len=512",
+        "eval.max_windows=40",
+        "device=cpu",
+        "tracker=none",
+        "hydra.run.dir=run",
+        "seed=1",
     )
     assert ended.status == 0, ended.stderr
     run = read_run(program.folder / "run")
@@ -159,7 +177,7 @@ def test_samples_windows_and_a_long_protocol_are_set_on_the_command_line(
 
 
 def test_full_precision_alone(program: Program, tiny_run: Recorded) -> None:
-    ended = program(*program.tiny, *["method=none", "tracker=none", "hydra.run.dir=run"])
+    ended = program(*program.tiny, "method=none", "tracker=none", "hydra.run.dir=run")
     assert ended.status == 0, ended.stderr
     run, quantized = read_run(program.folder / "run"), read_run(tiny_run[1])
     assert run.results is not None and quantized.results is not None

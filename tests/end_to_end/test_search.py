@@ -40,13 +40,13 @@ def test_a_killed_search_goes_on_and_ends_in_its_front(tmp_path: Path, tiny: lis
         assert search.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(search.pid, signal.SIGTERM)
-    _, said = search.communicate(timeout=SECONDS)
+    _, printed = search.communicate(timeout=SECONDS)
     assert search.returncode == 143
-    assert "goes on when the same command is typed again" in said and "Traceback" not in said
+    assert "Run the same command again to continue the search." in printed and "Traceback" not in printed
 
     search = start(tmp_path, *settings)
-    out, said = search.communicate(timeout=SECONDS)
-    assert search.returncode == 0, said
+    out, printed = search.communicate(timeout=SECONDS)
+    assert search.returncode == 0, printed
     assert "2 of 2 trials finished, 0 failed." in out and "Pareto front" in out
     folder = tmp_path / "search = 1"
     rows = list(csv.DictReader((folder / "trials.csv").read_text().splitlines()))

@@ -48,11 +48,16 @@ STUDIES = {
     "components": Study(
         {
             "method": [
-                *("binarized", "mask", "mask+scales", "mask+scales+angles", "mask+scales+angles+cosine"),
-                *("mask+scales+angles+cosine+preprocessing", "binarized+preprocessing"),
+                "binarized",
+                "mask",
+                "mask+scales",
+                "mask+scales+angles",
+                "mask+scales+angles+cosine",
+                "mask+scales+angles+cosine+preprocessing",
+                "binarized+preprocessing",
                 "mask+scales+angles+preprocessing",
             ],
-            "mask_ratio": [0, *[0.2] * 5, 0, 0.2],
+            "mask_ratio": [0, 0.2, 0.2, 0.2, 0.2, 0.2, 0, 0.2],
         },
         x="method",
     ),
@@ -123,8 +128,14 @@ def test_a_study_from_its_command_to_its_figure(name: str, program: Program, sma
     tiny = [o for o in program.tiny if not (study.keeps_calibration and o.startswith("calib"))]
     sweep = program.folder / "sweep"
     ended = program(
-        *["--config-path", str(small_conf), "-m", f"+study={name}", *tiny, *study.overrides],
-        *["tracker=none", f"hydra.sweep.dir={sweep}"],
+        "--config-path",
+        str(small_conf),
+        "-m",
+        f"+study={name}",
+        *tiny,
+        *study.overrides,
+        "tracker=none",
+        f"hydra.sweep.dir={sweep}",
     )
     assert ended.status == 0, ended.stderr
     found = collect([sweep])

@@ -1,4 +1,4 @@
-"""A W&B agent's own code starts run.py from sweep.yaml; no service is asked."""
+"""A W&B agent's own code starts run.py from sweep.yaml; no service is used."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_an_agent_runs_what_the_sweep_chose(tmp_path: Path, tiny: list[str], mon
 
     agent = Agent(api=None, queue=None, sweep_id="sweep7")
     agent._sweep_command = config["command"]  # as the service would send it
-    chosen = {"mask_ratio": 0.25, "method.epochs": 2, "method.scale_lr": 0.00012345, "method.angle_lr": 0.05}
-    arguments = {**chosen, **dict(override.split("=", 1) for override in tiny)}
+    parameters = {"mask_ratio": 0.25, "method.epochs": 2, "method.scale_lr": 0.00012345, "method.angle_lr": 0.05}
+    arguments = {**parameters, **dict(override.split("=", 1) for override in tiny)}
     values = {name: {"value": value} for name, value in arguments.items()}
     agent._command_run({"run_id": "run3", "program": config["program"], "args": values})
     assert agent._run_processes["run3"]._popen.wait(SECONDS) == 0
@@ -44,7 +44,8 @@ def test_an_agent_runs_what_the_sweep_chose(tmp_path: Path, tiny: list[str], mon
     run = read_run(tmp_path / "outputs" / "sweep7" / "run3")
     assert run.results is not None and run.manifest["exit_state"] == "finished"
     method = run.config["method"]
-    assert {"mask_ratio": method["mask_ratio"], **{f"method.{k}": method[k] for k in method}}.items() >= chosen.items()
+    recorded = {f"method.{key}": value for key, value in method.items()} | {"mask_ratio": method["mask_ratio"]}
+    assert recorded.items() >= parameters.items()
     mirror = read_wandb_file(run.run_dir)
     assert mirror.run.run_id == "run3" and mirror.exit_code == 0
     assert mirror.summary[f"ppl_text_file_{SEQ_LEN}"] == run.results["metrics"][f"ppl/text_file@{SEQ_LEN}"]

@@ -63,13 +63,13 @@ def test_the_default_model_in_an_empty_folder(scripts: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     (run_dir,) = tmp_path.glob("outputs/*/*")
     assert (run_dir / "checkpoint" / "packed.safetensors").is_file()
-    for verb, said in (
+    for verb, output in (
         (["report", str(run_dir), "--out", "page"], "page"),
         (["watch", "outputs", "--once"], "1 finished"),
         (["cache"], "results"),
     ):
         done = start(scripts, tmp_path, "ptq161", *verb)
-        assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 and output in done.stdout, done.stdout + done.stderr
     assert (tmp_path / "page" / "index.html").is_file()
 
 
@@ -104,6 +104,6 @@ def test_without_the_packages_of_a_verb_one_sentence(scripts: Path, tmp_path: Pa
 
 def test_no_verb_and_a_wrong_one(scripts: Path, tmp_path: Path) -> None:
     assert start(scripts, tmp_path, "ptq161").returncode == 2
-    done = start(scripts, tmp_path, "ptq161", "quantise")
-    assert done.returncode == 2 and done.stderr.startswith("'quantise' is no verb of ptq161.")
+    done = start(scripts, tmp_path, "ptq161", "quantify")
+    assert done.returncode == 2 and done.stderr.startswith("'quantify' is not a verb of ptq161.")
     assert os.listdir(tmp_path) == []

@@ -83,7 +83,7 @@ def test_refusals(tiny_model, tokens):
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"eval\.seq_len=84: the text has only 83 tokens"):
         perplexity(model, tokens, 84)
-    with pytest.raises(UserError, match=r"eval\.seq_len=513: the model holds 512 positions"):
+    with pytest.raises(UserError, match=r"eval\.seq_len=513: the model takes at most 512 tokens"):
         perplexity(model, tokens.repeat(10), 513)
     check_windows(10, 10, None)
     with torch.no_grad():

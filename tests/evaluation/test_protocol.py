@@ -19,7 +19,7 @@ from ptq161.evaluation import (
     score_tasks,
 )
 from ptq161.evaluation.settings import EvalConfig
-from ptq161.evaluation.zero_shot import separately, sha256_of_documents
+from ptq161.evaluation.zero_shot import sha256_of_documents, split_tasks
 from ptq161.run.config import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "eval"
@@ -55,7 +55,14 @@ def test_paper_uses_no_validation_split_of_its_own():
     paper = load("paper")
     assert (paper.corpora, paper.seq_len) == (["wikitext2", "c4"], 2048)
     assert paper.tasks == [
-        *("piqa", "arc_easy", "hellaswag", "winogrande", "race", "arc_challenge", "lambada_openai", "lambada_standard")
+        "piqa",
+        "arc_easy",
+        "hellaswag",
+        "winogrande",
+        "race",
+        "arc_challenge",
+        "lambada_openai",
+        "lambada_standard",
     ]
 
 
@@ -64,11 +71,13 @@ def test_scores_and_record(tiny_model, tiny_tokenizer, text_file):
     opened = open_evaluation(
         tiny_tokenizer, config(text_file, max_windows=3, tasks=["copa", "lambada"], limit=5), model_max_length=512
     )
-    heard = {}
-    scores = evaluate(model, tiny_tokenizer, opened, on_metric=lambda name, value, **where: heard.update({name: value}))
+    emitted = {}
+    scores = evaluate(
+        model, tiny_tokenizer, opened, on_metric=lambda name, value, **where: emitted.update({name: value})
+    )
     names = ["ppl/text_file@64", "zero_shot/copa/acc", "zero_shot/lambada/perplexity", "zero_shot/lambada/acc"]
     assert list(scores.metrics) == list(scores.protocol) == names
-    assert heard == scores.metrics
+    assert emitted == scores.metrics
     tokens = torch.tensor(tiny_tokenizer(text_file.read_text())["input_ids"])
     assert scores.metrics[names[0]] == pytest.approx(perplexity(model, tokens, 64, max_windows=3).value, rel=1e-6)
     record = json.loads(json.dumps(scores.protocol))
@@ -128,8 +137,8 @@ def test_each_corpus_and_task_is_remembered_on_its_own(tiny_model, tiny_tokenize
     opened = open_evaluation(tiny_tokenizer, config(text_file, tasks=["copa", "lambada", "rte"], limit=3), 512)
     kept = {}
 
-    def remember(about, compute):
-        key = json.dumps(about, sort_keys=True)
+    def remember(measured, compute):
+        key = json.dumps(measured, sort_keys=True)
         if key not in kept:
             if len(kept) == 3:
                 raise KeyboardInterrupt  # killed in the last task
@@ -143,38 +152,38 @@ def test_each_corpus_and_task_is_remembered_on_its_own(tiny_model, tiny_tokenize
     whole = evaluate(model, tiny_tokenizer, opened)
     computed = []
 
-    def find(about, compute):
-        found = kept.get(json.dumps(about, sort_keys=True))
-        computed.extend([] if found else [about["task"]])
+    def find(measured, compute):
+        found = kept.get(json.dumps(measured, sort_keys=True))
+        computed.extend([] if found else [measured["task"]])
         return found or compute()
 
     assert evaluate(model, tiny_tokenizer, opened, remember=find) == whole
     assert computed == ["rte"]
-    # What is asked beside a task does not change its score.
+    # The rest of the protocol does not change a task's score.
     alone = open_evaluation(tiny_tokenizer, config(text_file, tasks=["rte"], limit=3, corpora=[]), 512)
     scores = evaluate(model, tiny_tokenizer, alone)
     assert scores.metrics == {"zero_shot/rte/acc": whole.metrics["zero_shot/rte/acc"]}
 
 
 def test_what_is_remembered_depends_on_texts_and_settings(tiny_tokenizer, text_file, tmp_path):
-    def asked(text=text_file, **settings):
+    def keys(text=text_file, **settings):
         opened = open_evaluation(tiny_tokenizer, config(text, **({"tasks": ["copa"], "limit": 3} | settings)), 512)
         found = []
 
-        def remember(about, compute):
-            found.append(json.dumps(about, sort_keys=True))
+        def remember(measured, compute):
+            found.append(json.dumps(measured, sort_keys=True))
             return {"metrics": {}, "protocol": {}}
 
         evaluate(None, tiny_tokenizer, opened, remember=remember)
         return found
 
-    text, task = asked()
+    text, task = keys()
     copy = tmp_path / "copy" / text_file.name
     copy.parent.mkdir()
     copy.write_text(text_file.read_text())
-    assert asked(copy) == [text, task]
+    assert keys(copy) == [text, task]
     copy.write_text(text_file.read_text().replace("fox", "cat"))
-    assert [old == new for old, new in zip([text, task], asked(copy), strict=True)] == [False, True]
+    assert [old == new for old, new in zip([text, task], keys(copy), strict=True)] == [False, True]
     for settings, same in [
         ({"seq_len": 32}, [False, True]),
         ({"max_windows": 1}, [False, True]),
@@ -182,7 +191,7 @@ def test_what_is_remembered_depends_on_texts_and_settings(tiny_tokenizer, text_f
         ({"batch_size": 2}, [False, False]),
         ({"sample_tokens": 3}, [True, True]),
     ]:
-        assert [old == new for old, new in zip([text, task], asked(**settings), strict=True)] == same, settings
+        assert [old == new for old, new in zip([text, task], keys(**settings), strict=True)] == same, settings
 
 
 def test_a_group_is_scored_with_its_tasks(tiny_model, tiny_tokenizer):
@@ -193,7 +202,7 @@ def test_a_group_is_scored_with_its_tasks(tiny_model, tiny_tokenizer):
     for name in ("copa", "rte"):
         group.add(opened.loaded["tasks"][name])
     grouped = dataclasses.replace(opened, loaded={"tasks": opened.loaded["tasks"], "groups": {"pair": group}})
-    parts = list(separately(grouped))
+    parts = list(split_tasks(grouped))
     assert [part.names for part in parts] == [("pair",), ("piqa",)]
     assert [set(part.loaded["tasks"]) for part in parts] == [{"copa", "rte"}, {"piqa"}]
     together = score_tasks(tiny_model("llama"), tiny_tokenizer, grouped)
@@ -208,7 +217,7 @@ def test_a_group_is_scored_with_its_tasks(tiny_model, tiny_tokenizer):
     ("settings", "max_length", "message"),
     [
         ({"seq_len": 901}, 2048, r"eval\.seq_len=901: corpus text_file has only 900 tokens"),
-        ({"seq_len": 600}, 512, r"eval\.seq_len=600: the model holds 512 positions"),
+        ({"seq_len": 600}, 512, r"eval\.seq_len=600: the model takes at most 512 tokens"),
     ],
 )
 def test_refusals_before_any_work(settings, max_length, message, tiny_tokenizer, text_file):

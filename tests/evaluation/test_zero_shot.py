@@ -253,7 +253,8 @@ def test_test_splits_are_rebuilt_as_the_validation_splits_would_be(name):
     for ours, theirs in zip(rebuilt, original, strict=True):
         gold = theirs["choices"]["label"].index(theirs["answerKey"])
         assert (ours["id"], ours["question"], ours["choices"]["text"]) == (
-            *(theirs["id"], theirs["question"]),
+            theirs["id"],
+            theirs["question"],
             theirs["choices"]["text"],
         )
         assert ours["choices"]["label"].index(ours["answerKey"]) == gold
@@ -278,11 +279,15 @@ def test_scorer_by_hand(architecture, tiny_model, tiny_tokenizer):
     """Shared contexts, one-token choices, single requests, padding, and texts that are too long."""
     model = tiny_model(architecture)
     pairs = [
-        *(("a question that is longer than the sliding window:", choice) for choice in (" yes", " no", " a longer")),
-        *(("short", choice) for choice in (" a", " b")),
+        ("a question that is longer than the sliding window:", " yes"),
+        ("a question that is longer than the sliding window:", " no"),
+        ("a question that is longer than the sliding window:", " a longer"),
+        ("short", " a"),
+        ("short", " b"),
         ("alone", " in its context"),
         ("x" * 600, " too long"),
-        *(("y" * 505, f" too long {end}") for end in ("with its choice", "b")),
+        ("y" * 505, " too long with its choice"),
+        ("y" * 505, " too long b"),
         ("", "without context"),
         ("the same", " twice"),
         ("the same", " twice"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ptq161.files import identity
-from ptq161.files.identity import _versions, describe, device_name
+from ptq161.files.identity import _device_name, _versions, describe
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.preprocess.restoration import Restoration
@@ -20,8 +20,16 @@ CPU = torch.device("cpu")
 
 
 def quantization(**changes: Any) -> dict[str, Any]:
-    facts = {"weights": "w", "config": "c", "calibration": "t", "method": RTN(), "salient_masks": None, "seed": 0}
-    return identity.quantization(**{**facts, "device": CPU, **changes})
+    facts: dict[str, Any] = {
+        "weights": "w",
+        "config": "c",
+        "calibration": "t",
+        "method": RTN(),
+        "salient_masks": None,
+        "seed": 0,
+        "device": CPU,
+    }
+    return identity.quantization(**(facts | changes))
 
 
 def test_a_quantization_depends_on_each_of_its_arguments_and_on_the_threads() -> None:
@@ -79,4 +87,4 @@ def test_a_method_from_elsewhere_brings_its_source(tmp_path: Path, monkeypatch: 
 
 def test_versions_and_device() -> None:
     assert _versions("torch") == {"torch": torch.__version__}
-    assert device_name(torch.device("cpu")).startswith("cpu: ")
+    assert _device_name(torch.device("cpu")).startswith("cpu: ")

@@ -164,7 +164,7 @@ def test_only_the_first_blocks(tiny_model_dir: Path) -> None:
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UserError, match=r"model\.path=.*: no Hugging Face model \(config\.json\) is") as caught:
+        with pytest.raises(UserError, match=r"model\.path=.*: no config\.json is there; give") as caught:
             load_model(local(path))
         assert one_sentence(caught) and str(path) in str(caught.value)
 

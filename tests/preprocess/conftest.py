@@ -1,4 +1,4 @@
-"""A tiny model that has learnt something, and short trainings of it."""
+"""A tiny model that has learned something, and short trainings of it."""
 
 from __future__ import annotations
 

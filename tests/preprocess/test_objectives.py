@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import frozen_copy
-from ptq161.preprocess.training import logits_of, objective
+from ptq161.preprocess.training import _logits, objective
 
 TinyModel = Callable[..., PreTrainedModel]
 ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
@@ -77,7 +77,7 @@ def test_logits_are_the_models_own(tiny_model: TinyModel, architecture: str) -> 
     model = tiny_model(architecture)
     with torch.no_grad():
         output = model(TOKENS, output_hidden_states=True)
-        torch.testing.assert_close(logits_of(model, output.hidden_states[-1]), output.logits)
+        torch.testing.assert_close(_logits(model, output.hidden_states[-1]), output.logits)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "opt"])
@@ -94,10 +94,14 @@ def test_lm_is_the_librarys_loss(tiny_model: TinyModel, architecture: str) -> No
 def test_distillation_against_plain_autograd(tiny_model: TinyModel, architecture: str, name: str) -> None:
     model, teacher = tiny_model(architecture), tiny_model(architecture, seed=1)
     loss = objective(model, teacher, Restoration(objective=name, hidden_weight=0.7))(TOKENS)
-    own, told = (m(TOKENS, output_hidden_states=True) for m in (model, teacher))
-    expected = (told.logits.softmax(-1) * (told.logits.log_softmax(-1) - own.logits.log_softmax(-1))).sum(-1).mean()
+    student_out, teacher_out = (m(TOKENS, output_hidden_states=True) for m in (model, teacher))
+    expected = (
+        (teacher_out.logits.softmax(-1) * (teacher_out.logits.log_softmax(-1) - student_out.logits.log_softmax(-1)))
+        .sum(-1)
+        .mean()
+    )
     if name == "kl_hidden":
-        pairs = list(zip(own.hidden_states, told.hidden_states, strict=True))[1:]
+        pairs = list(zip(student_out.hidden_states, teacher_out.hidden_states, strict=True))[1:]
         expected = expected + 0.7 * sum(((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs) / len(
             pairs
         )

@@ -70,14 +70,14 @@ def test_every_architecture(tiny_model: TinyModel, architecture: str, update: st
     before = copy.deepcopy(model.state_dict())
     losses: list[float] = []
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
+    def keep_loss(name: str, value: float, /, **where: int | str) -> None:
         if name == "preprocess_loss":
             losses.append(value)
 
-    # One batch over and over: it must be learnt.
+    # One batch over and over: it must be learned.
     one = TRAINING[:2]
     restoration = short(update=update, steps=6)
-    merged, _ = restore(model, one, CALIBRATION, COARSE, restoration, on_metric=listen)
+    merged, _ = restore(model, one, CALIBRATION, COARSE, restoration, on_metric=keep_loss)
     assert losses[-1] < losses[0]
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert {p.dtype for p in merged.parameters()} == {torch.float32} and not merged.training
@@ -90,14 +90,14 @@ def test_every_architecture(tiny_model: TinyModel, architecture: str, update: st
 def test_rounds_build_on_each_other(tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
     once = restored(model, short())
-    told: list[tuple[str, int | str]] = []
+    emitted: list[tuple[str, int | str]] = []
     twice = restored(
-        model, short(rounds=2), on_metric=lambda name, value, /, **where: told.append((name, where["round"]))
+        model, short(rounds=2), on_metric=lambda name, value, /, **where: emitted.append((name, where["round"]))
     )
     assert not same(once, twice)
-    assert {round_ for name, round_ in told if name == "preprocess_loss"} == {0, 1}
-    assert {round_ for name, round_ in told if name == "preprocess_quantize_nbytes"} == {0, 1}
-    assert len([name for name, _ in told if name == "preprocess_loss"]) == 2 * 4
+    assert {round_ for name, round_ in emitted if name == "preprocess_loss"} == {0, 1}
+    assert {round_ for name, round_ in emitted if name == "preprocess_quantize_nbytes"} == {0, 1}
+    assert len([name for name, _ in emitted if name == "preprocess_loss"]) == 2 * 4
 
 
 def test_the_second_round_starts_from_the_first_ones_result(tiny_model: TinyModel) -> None:
@@ -144,11 +144,11 @@ class KilledError(Exception):
 
 
 def killing(step: int, round_: int = 0) -> Callable[..., None]:
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
         if name == "preprocess_loss" and (where["round"], where["step"]) == (round_, step):
             raise KilledError
 
-    return listener
+    return on_metric
 
 
 @pytest.mark.parametrize("update", ["lora", "full"])
@@ -169,20 +169,20 @@ def test_a_killed_training_ends_in_the_same_bytes(
     assert killed == whole[: len(killed)]
 
 
-def recording(told: list[Any]) -> Callable[..., None]:
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+def recording(emitted: list[Any]) -> Callable[..., None]:
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
         if name in ("preprocess_loss", "preprocess_lr"):
-            told.append((name, value, where))
+            emitted.append((name, value, where))
 
-    return listener
+    return on_metric
 
 
 def both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
-    def listener(name: str, value: float, /, **where: int | str) -> None:
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
         first(name, value, **where)
         second(name, value, **where)
 
-    return listener
+    return on_metric
 
 
 def test_a_finished_training_is_not_run_again(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_finished_training_is_not_run_again(tiny_model: TinyModel, tmp_path: P
     expected = restored(model, short(), folder=tmp_path)
     (file,) = tmp_path.glob("round_0.pt")
     written = file.stat().st_mtime_ns
-    assert set(torch.load(file)) == {"done", "rows", "trained"}  # no optimiser state is kept for good
+    assert set(torch.load(file)) == {"done", "rows", "trained"}  # no optimizer state is kept for good
     assert same(restored(model, short(), folder=tmp_path), expected)
     assert file.stat().st_mtime_ns == written
 
@@ -316,7 +316,8 @@ def test_tokens_that_do_not_fit(tiny_model: TinyModel, tokens: Tensor, part: str
 
 def test_sequences_that_the_model_cannot_hold(tiny_model: TinyModel) -> None:
     sentence = refused(lambda: restored(tiny_model("llama"), short(seq_len=1024)))
-    assert sentence == "preprocess.seq_len=1024: the model holds at most 512 tokens; use a shorter one."
+    expected = "preprocess.seq_len=1024: the model takes at most 512 tokens; set preprocess.seq_len to at most 512."
+    assert sentence == expected
 
 
 def test_a_packed_model_is_refused(tiny_model: TinyModel) -> None:

@@ -28,7 +28,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(**changes: object) -> Restoration:
-    return short(**{"corpora": EMBEDDED, "seq_len": 5, "steps": 3, "batch_size": 2, **changes})
+    values: dict[str, object] = {"corpora": EMBEDDED, "seq_len": 5, "steps": 3, "batch_size": 2}
+    return short(**(values | changes))
 
 
 def test_documents_follow_each_other_without_padding(few: None, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -106,7 +107,7 @@ def test_the_hubs_documents_are_read_no_further_than_needed(
     )
     tokens = training_tokens(tiny_tokenizer, settings(corpora=["redpajama"], seq_len=32), 0, hub_root=tmp_path)
     assert tokens.shape == (6, 32)
-    assert sum(map(len, encoded)) < 2 * text.CHARACTERS_PER_TOKEN * tokens.numel()
+    assert sum(map(len, encoded)) < 2 * text._CHARACTERS_PER_TOKEN * tokens.numel()
     assert len({document.split()[0] for document in encoded}) > 2  # a mixture of its parts
 
 

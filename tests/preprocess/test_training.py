@@ -18,7 +18,7 @@ from ptq161.preprocess.checkpoint import TrainingCheckpoint
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.student import make_student, trained_parameters
-from ptq161.preprocess.training import objective, sequence_order, train
+from ptq161.preprocess.training import _sequence_order, objective, train
 from tests.preprocess.conftest import sequences, short
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -26,38 +26,38 @@ CPU = torch.device("cpu")
 TOKENS = sequences(6)
 
 
-def trained(model: PreTrainedModel, restoration: Restoration, told: dict[str, list[float]] | None = None) -> Any:
+def trained(model: PreTrainedModel, restoration: Restoration, emitted: dict[str, list[float]] | None = None) -> Any:
     packed = ptq161.quantize(model, TOKENS, RTN(bits=3))
     torch.manual_seed(0)
     student = make_student(packed, restoration, CPU)
 
-    def listen(name: str, value: float, /, **where: int | str) -> None:
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
         assert where["round"] == 0
-        if told is not None:
-            assert where["step"] == len(told.setdefault(name, []))
-            told[name].append(value)
+        if emitted is not None:
+            assert where["step"] == len(emitted.setdefault(name, []))
+            emitted[name].append(value)
 
     loss_of = objective(student, None, restoration)
-    train(student, loss_of, TOKENS, restoration, None, on_metric=listen, seed=0, round_=0, progress=False)
+    train(student, loss_of, TOKENS, restoration, None, on_metric=on_metric, seed=0, round_=0, progress=False)
     return {name: p.detach() for name, p in trained_parameters(student).items()}
 
 
 def test_an_epoch_takes_each_sequence_once() -> None:
-    order = sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
+    order = _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
     assert len(order) == 10
     assert sorted(order[:6].tolist()) == list(range(6)) and len(set(order[6:].tolist())) == 4
-    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
-    assert not torch.equal(order, sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
 
 
 def test_the_rate_rises_and_falls_along_a_cosine(tiny_model: TinyModel) -> None:
-    told: dict[str, list[float]] = {}
-    trained(tiny_model("llama"), short(steps=10, lr=1e-3, warmup_share=0.2), told)
-    rates = told["preprocess_lr"]
+    emitted: dict[str, list[float]] = {}
+    trained(tiny_model("llama"), short(steps=10, lr=1e-3, warmup_share=0.2), emitted)
+    rates = emitted["preprocess_lr"]
     assert rates[:3] == pytest.approx([0, 0.5e-3, 1e-3])
     assert rates[6] == pytest.approx(0.5e-3)  # half way
     assert all(a > b for a, b in itertools.pairwise(rates[2:])) and rates[-1] > 0
-    assert len(told["preprocess_loss"]) == 10 and min(told["preprocess_tokens_per_second"]) > 0
+    assert len(emitted["preprocess_loss"]) == 10 and min(emitted["preprocess_tokens_per_second"]) > 0
 
 
 def test_accumulation_is_a_larger_batch(tiny_model: TinyModel) -> None:
@@ -78,7 +78,7 @@ def test_against_a_plain_loop(tiny_model: TinyModel) -> None:
     student = make_student(packed, restoration, CPU)
     parameters = trained_parameters(student)
     optimizer = torch.optim.AdamW(parameters.values(), lr=restoration.lr, weight_decay=0.0)
-    for step, batch in enumerate(sequence_order(6, restoration, 0, 0).view(3, 2)):
+    for step, batch in enumerate(_sequence_order(6, restoration, 0, 0).view(3, 2)):
         optimizer.param_groups[0]["lr"] = restoration.lr * 0.5 * (1 + math.cos(math.pi * step / 3))
         student(TOKENS[batch], labels=TOKENS[batch]).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 0.1)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json, encode_json
-from ptq161.replay.__main__ import main, print_comparison, read_finished, replayed_config
-from ptq161.replay.compare import Place, compare, relative_difference, values
+from ptq161.replay.__main__ import _print_comparison, _read_finished, _replayed_config, main
+from ptq161.replay.compare import Place, _relative_difference, _values, compare
 from ptq161.tracking.read import RunData, read_run
 from ptq161.tracking.record import RunRecord
 from ptq161.tracking.settings import TrackerConfig
@@ -38,7 +38,8 @@ def record(tmp_path: Path) -> Record:
         config = {"dtype": "auto", "method": {"name": "ptq161", "compute_dtype": "auto"}, "tracker": {"name": "wandb"}}
         tracker = TrackerConfig("none")
         with RunRecord.open(tmp_path / name, config=config, tracker=tracker, seeds={}, job_name="demo") as run:
-            run.describe(**{"checkpoint_sha256": "c0ffee", "device": "cpu", "dtype": "float32", **facts})
+            run.describe(checkpoint_sha256="c0ffee", device="cpu", dtype="float32")
+            run.describe(**facts)
             for key, value, where in lines:
                 run.metric(key, value, **where)
             if results is not None:
@@ -58,7 +59,7 @@ def changed(document: dict[str, Any], *path: str, to: Any) -> dict[str, Any]:
 
 
 def test_everything_that_a_run_computes_is_compared_and_no_clock(record: Record) -> None:
-    assert values(record("a")) == {
+    assert _values(record("a")) == {
         Place("metrics", "ppl/boolq@512", ""): 30.5,
         Place("metrics", "bits_per_weight", ""): 1.72,
         Place("full_precision", "ppl/boolq@512", ""): 20.5,
@@ -92,7 +93,7 @@ def test_the_last_bit_of_a_result_counts(record: Record, path: tuple[str, ...]) 
     assert compare(record("a"), record("b", changed(RESULTS, *path, to=math.nextafter(value, math.inf))), 1e-9).equal
 
 
-def test_the_largest_difference_of_a_name_is_told_with_its_place(record: Record) -> None:
+def test_the_largest_difference_of_a_name_is_reported_with_its_place(record: Record) -> None:
     lines = [("loss", 0.5 * 1.01, {"block": 0, "epoch": 0}), ("loss", 0.25 / 2, {"block": 0, "epoch": 1})]
     comparison = compare(record("a"), record("b", lines=lines), tolerance=0.1)
     (loss,) = [metric for metric in comparison.metrics if metric.name == "loss"]
@@ -128,7 +129,7 @@ def test_the_checkpoint_must_be_the_same_unless_a_tolerance_is_given(record: Rec
     assert compare(before, after, tolerance=1e-6).equal
 
 
-def test_what_may_explain_a_difference_is_told(record: Record) -> None:
+def test_differences_of_the_environment_are_reported(record: Record) -> None:
     before = record("a", device="cuda", versions={"torch": "2.9", "peft": "1"}, git={"commit": "abc", "dirty": False})
     after = record("b", versions={"torch": "2.10", "peft": "1"}, git=None)
     assert compare(before, after).environment == {
@@ -147,10 +148,11 @@ def test_the_report_is_json_and_the_table_names_what_differs(record: Record, cap
     assert document["hashes"]["checkpoint_sha256"] == {"recorded": "c0ffee", "replayed": "decaf"}
     assert document["environment"]["dtype"] == {"recorded": "float32", "replayed": "bfloat16"}
     assert document["missing"] == [{"source": "metrics.jsonl", "name": "loss", "where": "block=0 epoch=1"}]
-    print_comparison(comparison, Path("out"))
-    said = capsys.readouterr().out
-    assert "Not reproduced: 1 of 7 values differ, 1 were not found again; checkpoint_sha256 differ." in said
-    assert "The replay has no loss block=0 epoch=1 (metrics.jsonl)." in said and "decaf" in said
+    _print_comparison(comparison, Path("out"))
+    printed = capsys.readouterr().out
+    verdict = "Not reproduced: 1 of 7 values differ, 1 are missing from the replay; "
+    assert verdict + "hashes that differ: checkpoint_sha256." in printed
+    assert "The replay has no loss block=0 epoch=1 (metrics.jsonl)." in printed and "decaf" in printed
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -158,27 +160,35 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(finite, finite)
 def test_a_relative_difference_is_symmetric_and_zero_for_equal_numbers_only(a: float, b: float) -> None:
-    difference = relative_difference(a, b)
-    assert difference == relative_difference(b, a) >= 0
+    difference = _relative_difference(a, b)
+    assert difference == _relative_difference(b, a) >= 0
     if a == b:
         assert difference == 0
-    assert relative_difference(a, a) == 0
+    assert _relative_difference(a, a) == 0
 
 
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        *[(1.0, 2.0, 0.5), (-1.0, 1.0, 2.0), (0.0, 1e-300, 1.0), (0, 0.0, 0.0)],
-        *[(math.nan, math.nan, 0.0), (math.nan, 1.0, math.inf), (math.inf, math.inf, 0.0), (math.inf, 1.0, math.inf)],
-        *[("a", "a", 0.0), ("a", "b", math.inf), (None, 1.0, math.inf)],
+        (1.0, 2.0, 0.5),
+        (-1.0, 1.0, 2.0),
+        (0.0, 1e-300, 1.0),
+        (0, 0.0, 0.0),
+        (math.nan, math.nan, 0.0),
+        (math.nan, 1.0, math.inf),
+        (math.inf, math.inf, 0.0),
+        (math.inf, 1.0, math.inf),
+        ("a", "a", 0.0),
+        ("a", "b", math.inf),
+        (None, 1.0, math.inf),
     ],
 )
 def test_relative_differences(a: Any, b: Any, expected: float) -> None:
-    assert relative_difference(a, b) == expected
+    assert _relative_difference(a, b) == expected
 
 
 def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored_or_found(record: Record) -> None:
-    config = replayed_config(record("a"))
+    config = _replayed_config(record("a"))
     assert config["dtype"] == config["method"]["compute_dtype"] == "float32"
     assert config["tracker"] == {"name": "none"}
     assert config["cache"] is config["force"] is False
@@ -186,16 +196,16 @@ def test_the_dtype_that_auto_meant_is_configuration_and_nothing_is_mirrored_or_f
 
 def refusal(capsys: pytest.CaptureFixture, *arguments: str) -> str:
     assert main(arguments) == 1
-    said = capsys.readouterr()
-    assert said.out == ""
-    (sentence,) = said.err.splitlines()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (sentence,) = printed.err.splitlines()
     return sentence
 
 
 def test_what_cannot_be_replayed_is_refused_in_one_sentence(
     record: Record, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    assert "is no run directory" in refusal(capsys, str(tmp_path / "nowhere"))
+    assert "is not a run directory" in refusal(capsys, str(tmp_path / "nowhere"))
     record("unfinished", results=None)
     assert "did not finish (state: failed)" in refusal(capsys, str(tmp_path / "unfinished"))
     record("old")
@@ -216,4 +226,4 @@ def test_a_damaged_configuration_is_refused(record: Record, tmp_path: Path) -> N
     record("done")
     (tmp_path / "done" / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match="is damaged"):
-        read_finished(tmp_path / "done")
+        _read_finished(tmp_path / "done")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ptq161.run.summary import results_table
+from ptq161.run.summary import _results_table
 
 RESULTS: dict[str, Any] = {
     "metrics": {"ppl/boolq@64": 40.0, "bits_per_weight": 1.7},
@@ -24,7 +24,7 @@ MERGED = {"merged": {"ppl/boolq@64": 30.0, "bits_per_weight": 16.0}}
     ],
 )
 def test_a_preprocessed_model_has_a_column(more: dict[str, Any], columns: list[str], row: list[str]) -> None:
-    table = results_table({**RESULTS, **more})
+    table = _results_table({**RESULTS, **more})
     assert [str(column.header) for column in table.columns] == ["metric", *columns, "± se", "scored on"]
     cells = [list(column.cells) for column in table.columns]
     assert [column[0] for column in cells] == ["ppl/boolq@64", *row, "", "128 tokens"]

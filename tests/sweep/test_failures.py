@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -25,9 +26,7 @@ def sweep_config(*overrides: str) -> DictConfig:
 
 
 def failure(job: int, **changes: Any) -> Failure:
-    return Failure(
-        **{"job": job, "overrides": [f"seed={job}"], "sentence": f"no {job}.", "run_dir": str(job), **changes}
-    )
+    return dataclasses.replace(Failure(job, [f"seed={job}"], f"no {job}.", run_dir=str(job)), **changes)
 
 
 def test_failures_are_read_in_the_order_of_jobs_and_once_each(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from ptq161.errors import UserError
 from ptq161.sweep import launcher
 from ptq161.sweep.failures import FailedRunError, read_failures
-from ptq161.sweep.launcher import Settings, Slot, Sweep, plan_slots, visible_gpus
+from ptq161.sweep.launcher import Settings, Slot, Sweep, _plan_slots, _visible_gpus
 from ptq161.tracking.interrupts import Interrupted, Interrupts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -35,7 +35,7 @@ Launch = Callable[..., list[JobReturn]]
 
 def describe(cfg: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
-    variables = [*launcher.THREAD_COUNTS, "CUDA_VISIBLE_DEVICES"]
+    variables = [*launcher._THREAD_COUNTS, "CUDA_VISIBLE_DEVICES"]
     return {
         "seed": cfg.seed,
         "number": hydra.job.num,
@@ -90,7 +90,7 @@ def wait_for_signal(cfg: DictConfig) -> None:
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
     """Launch a task for several seeds; keywords are the launcher's settings."""
-    monkeypatch.setattr(launcher, "PRELOADED", (__name__,))
+    monkeypatch.setattr(launcher, "_PRELOADED", (__name__,))
     setup_globals()
     with initialize_config_dir(str(CONF), version_base="1.3"):
 
@@ -112,7 +112,7 @@ def test_a_job_sees_what_hydras_own_launcher_would_show_it(launch: Launch, tmp_p
         assert (seen["number"], seen["id"], seen["mode"]) == (number, str(number), "MULTIRUN")
         assert seen["overrides"] == result.overrides == [f"seed={5 + number}"]
         assert (seen["output_dir"], seen["sweep_dir"]) == (str(tmp_path / str(number)), str(tmp_path))
-        assert {seen[name] for name in launcher.THREAD_COUNTS} == {"3"}
+        assert {seen[name] for name in launcher._THREAD_COUNTS} == {"3"}
         assert result.cfg is not None and result.cfg.seed == 5 + number
     pids = {result.return_value["pid"] for result in results}
     assert len(pids) == 3 and os.getpid() not in pids
@@ -151,7 +151,7 @@ def test_a_process_that_ends_by_itself_is_not_begun_again(launch: Launch, tmp_pa
     assert "status 3" in failure.sentence and "attempt" not in failure.sentence
 
 
-def test_a_failure_is_told_and_the_others_run(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_printed_and_the_others_run(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
     failed, *finished = launch(fail_at_zero, range(3))
     assert failed.status == JobStatus.FAILED
     assert [result.return_value for result in finished] == [1, 2]
@@ -195,11 +195,11 @@ def test_a_signal_ends_the_jobs_before_the_sweep(launch: Launch, tmp_path: Path,
     ],
 )
 def test_slots(settings: dict[str, int], gpus: list[str], expected: list[str | None]) -> None:
-    assert plan_slots(Settings(**settings), gpus) == [Slot(gpus) for gpus in expected]
+    assert _plan_slots(Settings(**settings), gpus) == [Slot(gpus) for gpus in expected]
 
 
 def test_a_job_sees_the_gpus_of_its_slot(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "visible_gpus", lambda: ["4", "7"])
+    monkeypatch.setattr(launcher, "_visible_gpus", lambda: ["4", "7"])
     results = launch(describe, range(4))
     assert {result.return_value["CUDA_VISIBLE_DEVICES"] for result in results} == {"4", "7"}
 
@@ -215,7 +215,7 @@ def test_the_gpus_of_this_process_are_divided(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if variable is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert visible_gpus() == expected
+    assert _visible_gpus() == expected
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_the_gpus_of_this_process_are_divided(
 )
 def test_one_sentence_names_the_setting(settings: dict[str, int], gpus: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
-        plan_slots(Settings(**settings), gpus)
+        _plan_slots(Settings(**settings), gpus)
     assert str(caught.value).startswith(sentence)
 
 
@@ -250,15 +250,15 @@ from pathlib import Path
 import torch
 
 def refuse(*args):
-    raise SystemExit("a GPU was asked for")
+    raise SystemExit("CUDA was initialized")
 
 for name in ("is_available", "device_count", "init", "_lazy_init"):
     setattr(torch.cuda, name, refuse)
-for name in {launcher.PRELOADED}:
+for name in {launcher._PRELOADED}:
     __import__(name)
 threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 print(threading.active_count(), len([name for name in threads if name != "jemalloc_bg_thd"]))
 """
-    environment = os.environ | dict.fromkeys(launcher.THREAD_COUNTS, "1")
+    environment = os.environ | dict.fromkeys(launcher._THREAD_COUNTS, "1")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "1 1\n"), done.stderr

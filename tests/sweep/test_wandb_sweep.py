@@ -1,4 +1,4 @@
-"""sweep.yaml: what a W&B agent would hand to run.py is a configuration that can run, and its metric is measured."""
+"""sweep.yaml: what a W&B agent passes to run.py is a configuration that can run, and its metric is measured."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from ptq161.run.config import RunConfig
 from ptq161.run.preflight import checked_config
-from ptq161.tracking.wandb_mirror import plain_names
+from ptq161.tracking.wandb_mirror import _plain_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,9 +39,8 @@ def test_every_corner_is_a_configuration_that_can_run(sweep: dict[str, Any]) -> 
     assert len(corners) == 8
     for corner in corners:
         arguments = {name: {"value": value} for name, value in zip(names, corner, strict=True)}
-        config = configured(create_sweep_command_args({"args": arguments})["args_no_hyphens"])
-        method: Any = config.method
-        assert (config.mask_ratio, method.epochs, method.scale_lr, method.angle_lr) == corner
+        method: Any = configured(create_sweep_command_args({"args": arguments})["args_no_hyphens"]).method
+        assert (method.mask_ratio, method.epochs, method.scale_lr, method.angle_lr) == corner
 
 
 def test_the_program_and_the_arguments_are_hydras(sweep: dict[str, Any]) -> None:
@@ -52,4 +51,4 @@ def test_the_program_and_the_arguments_are_hydras(sweep: dict[str, Any]) -> None
 def test_the_metric_is_one_that_a_default_run_puts_into_its_summary(sweep: dict[str, Any]) -> None:
     evaluation = configured([]).eval
     measured = [f"ppl/{corpus}@{evaluation.seq_len}" for corpus in evaluation.corpora]
-    assert sweep["metric"] == {"name": plain_names(measured)[measured[0]], "goal": "minimize"}
+    assert sweep["metric"] == {"name": _plain_names(measured)[measured[0]], "goal": "minimize"}

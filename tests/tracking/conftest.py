@@ -31,12 +31,12 @@ def open_record(tmp_path: Path) -> OpenRecord:
     """Open a record in ``tmp_path/run`` without a tracker; every argument can be replaced."""
 
     def opened(run_dir: Path | None = None, **changes: Any) -> contextlib.AbstractContextManager[RunRecord]:
-        arguments = {
+        arguments: dict[str, Any] = {
             "config": {"mask_ratio": 0.2, "eval": {"corpora": ["boolq"]}},
             "tracker": TrackerConfig("none"),
             "seeds": {"run": 7},
             "job_name": "demo",
         }
-        return RunRecord.open(run_dir or tmp_path / "run", **{**arguments, **changes})
+        return RunRecord.open(run_dir or tmp_path / "run", **(arguments | changes))
 
     return opened

@@ -38,10 +38,10 @@ def test_another_layout_version_is_named(run_dir: Path, name: str) -> None:
 
 
 def test_a_foreign_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         read_run(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="no run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         read_run(tmp_path)
 
 

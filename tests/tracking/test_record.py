@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.tracking.environment import PACKAGES, git_state
+from ptq161.tracking.environment import _PACKAGES, _git_state
 from ptq161.tracking.interrupts import Interrupted
 from ptq161.tracking.read import read_run
 from tests.tracking.conftest import OpenRecord
@@ -67,7 +67,7 @@ def test_the_manifest_says_what_ran_where(tmp_path: Path, open_record: OpenRecor
     start, end = (datetime.fromisoformat(manifest[key]) for key in ("start", "end"))
     assert start.utcoffset() is not None and start <= end
     assert manifest["duration_seconds"] == pytest.approx((end - start).total_seconds(), abs=0.5)
-    assert set(manifest["versions"]) == {"python", *PACKAGES} and None not in manifest["versions"].values()
+    assert set(manifest["versions"]) == {"python", *_PACKAGES} and None not in manifest["versions"].values()
     assert manifest["threads"]["torch"] >= 1 and manifest["hardware"]["ram_bytes"] > 2**28
     assert manifest["command"][0] == sys.executable
 
@@ -81,16 +81,16 @@ def test_git_state_belongs_to_the_checkout_that_tracks_the_file(tmp_path: Path) 
 
     source = tmp_path / "a.py"
     source.write_text("")
-    assert git_state(source) is None
+    assert _git_state(source) is None
     git("init", "-q")
-    assert git_state(source) is None
+    assert _git_state(source) is None
     git("add", "a.py")
     git("commit", "-qm", "x")
-    assert git_state(source) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert _git_state(source) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     source.write_text("x")
-    assert git_state(source) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+    assert _git_state(source) == {"commit": git("rev-parse", "HEAD"), "dirty": True}
     (tmp_path / "installed.py").write_text("")
-    assert git_state(tmp_path / "installed.py") is None
+    assert _git_state(tmp_path / "installed.py") is None
 
 
 def test_a_failure_is_recorded_and_its_traceback_logged_in_the_file_only(

@@ -42,12 +42,12 @@ RESULTS = {
     ],
 )
 def test_charts(name: str, where: dict[str, int | str], expected: tuple[str, str | None]) -> None:
-    assert mirror.chart(name, where) == expected
+    assert mirror._chart(name, where) == expected
 
 
 def test_plain_names_are_plain_and_never_collide() -> None:
     names = ["a/b", "a_b", "a.b", "bits", "1x/ä"]
-    plain = mirror.plain_names(names)
+    plain = mirror._plain_names(names)
     assert plain == {"a/b": "a_b_2", "a.b": "a_b_3", "1x/ä": "_1x__"}
 
 
@@ -82,8 +82,8 @@ def test_two_runs_in_one_process_are_two_whole_wandb_runs(
         assert {"manifest.json", "results.json", "run.log"} <= set(seen.files)
     assert ids[0] != ids[1]
     assert (sys.excepthook, sys.exit, threading.active_count()) == hooks
-    said = [entry.getMessage() for entry in caplog.records if entry.name.startswith("ptq161")]
-    assert ["offline" in line for line in said] == [True, True]
+    messages = [entry.getMessage() for entry in caplog.records if entry.name.startswith("ptq161")]
+    assert ["offline" in line for line in messages] == [True, True]
     assert capfd.readouterr() == ("", "")
 
 
@@ -196,7 +196,7 @@ def services() -> list[psutil.Process]:
 def test_a_frozen_service_costs_one_line_and_some_seconds(
     tmp_path: Path, open_record: OpenRecord, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("FINISH_TIMEOUT_SECONDS", "GRACE_SECONDS"):
+    for name in ("_FINISH_TIMEOUT_SECONDS", "_GRACE_SECONDS"):
         monkeypatch.setattr(mirror, name, 0.5)
     with open_record(tracker=TRACKER) as record:
         (service,) = services()
@@ -229,7 +229,7 @@ def test_a_server_that_never_answers_costs_one_line(
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        monkeypatch.setattr(mirror, "INIT_TIMEOUT_SECONDS", 1)
+        monkeypatch.setattr(mirror, "_INIT_TIMEOUT_SECONDS", 1)
         with open_record(tracker=TRACKER) as record:
             record.finish(RESULTS)
     assert len(warnings_in(caplog)) == 1

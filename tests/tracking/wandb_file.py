@@ -19,7 +19,7 @@ FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclasses.dataclass
 class WandbFile:
-    """What one W&B run was told.
+    """What one W&B run was sent.
 
     ``history`` has one dict per logged row, ``summary`` the explicitly set values, ``axes`` metric -> x-axis.
     """

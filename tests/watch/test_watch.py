@@ -23,7 +23,9 @@ from ptq161.files.strict_json import encode_json
 from ptq161.sweep.failures import Failure, record_failure
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.watch import __main__ as watch
-from ptq161.watch.__main__ import Row, main, snapshot
+from ptq161.watch import snapshot as snapshots
+from ptq161.watch.__main__ import main
+from ptq161.watch.snapshot import Row, read_snapshot
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LOSS = {"time": 1.0, "name": "loss", "value": 0.125, "block": 3, "epoch": 1}
@@ -64,7 +66,7 @@ def write_sweep(folder: Path, *overrides: str) -> None:
 
 
 def only_row(folder: Path) -> Row:
-    (row,) = snapshot(folder).rows
+    (row,) = read_snapshot(folder).rows
     return row
 
 
@@ -107,12 +109,12 @@ def test_a_running_one_shows_where_it_is(tmp_path: Path, line: dict[str, Any], p
 
 
 def test_of_many_numbers_only_the_last_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "TAIL_BYTES", 150)
+    monkeypatch.setattr(snapshots, "_TAIL_BYTES", 150)
     write_metrics(write_run(tmp_path / "0", "running"), *({**LOSS, "block": i} for i in range(9)))
     assert only_row(tmp_path).progress == "block 8, epoch 1"
 
 
-def test_blocks_are_told_with_their_number(tmp_path: Path) -> None:
+def test_blocks_are_shown_with_their_number(tmp_path: Path) -> None:
     write_metrics(write_run(tmp_path / "0", "running", n_blocks=30), LOSS)
     assert only_row(tmp_path).progress == "block 3 of 30, epoch 1"
 
@@ -159,18 +161,18 @@ def test_a_sweep_shows_the_jobs_that_have_not_begun(tmp_path: Path) -> None:
     (tmp_path / "1" / ".hydra").mkdir(parents=True)
     record_failure(str(tmp_path), Failure(2, ["mask_ratio=0.3"], "it is too large.", str(tmp_path / "2")))
     (tmp_path / "2" / ".hydra").mkdir(parents=True)
-    found = [(row.job, row.label, row.state) for row in snapshot(tmp_path).rows]
+    found = [(row.job, row.label, row.state) for row in read_snapshot(tmp_path).rows]
     states = ("finished", "starting", "failed", "waiting")
     assert found == [(str(i), f"mask_ratio=0.{i + 1}", state) for i, state in enumerate(states)]
-    assert snapshot(tmp_path).rows[2].outcome == "it is too large."
-    assert not snapshot(tmp_path).ended
+    assert read_snapshot(tmp_path).rows[2].outcome == "it is too large."
+    assert not read_snapshot(tmp_path).ended
 
 
 def test_several_sweeps_below_a_folder(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_sweep(tmp_path / name, "seed=range(11)")
     write_run(tmp_path / "b" / "10")
-    rows = snapshot(tmp_path).rows
+    rows = read_snapshot(tmp_path).rows
     assert [row.job for row in rows] == [f"{name}/{i}" for name in ("a", "b") for i in range(11)]
     assert (rows[-1].state, rows[-1].label) == ("finished", "seed=10")
 
@@ -190,7 +192,7 @@ def test_a_foreign_folder_is_skipped_with_a_sentence(
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "manifest.json").write_text(content, encoding="latin-1")
     (tmp_path / "2" / "data").mkdir(parents=True)
-    shot = snapshot(tmp_path)
+    shot = read_snapshot(tmp_path)
     assert [row.job for row in shot.rows] == ["0"]
     (problem,) = shot.problems
     assert problem.startswith(f"{tmp_path / '1'} is skipped: ")
@@ -214,7 +216,8 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(tmp_path)]) == 0
     assert "0 runs: none yet" in capsys.readouterr().out
     assert main([str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err == f"{tmp_path / 'none'} is no folder: name the directory of a sweep or of a run.\n"
+    sentence = f"{tmp_path / 'none'} is not a folder: give the directory of a sweep or of a run.\n"
+    assert capsys.readouterr().err == sentence
 
 
 def test_following_ends_with_the_last_run(tmp_path: Path) -> None:
@@ -239,10 +242,16 @@ def test_following_ends_with_the_last_run(tmp_path: Path) -> None:
 def test_a_small_terminal_shows_what_runs_before_what_has_ended(tmp_path: Path) -> None:
     for number in range(9):
         write_run(tmp_path / str(number), "running" if number in (4, 7) else "finished")
-    shot = snapshot(tmp_path)
+    shot = read_snapshot(tmp_path)
     console = Console(file=io.StringIO(), width=120)
-    console.print(watch.render(copy.copy(shot), height=3))
+    console.print(watch._render(copy.copy(shot), height=3))
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == ["0", "4", "7"]
     assert "6 not shown" in lines[0]
+
+
+def test_copies_of_the_mirror_are_no_runs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "0")
+    write_run(run / "wandb" / "offline-run-1" / "files")
+    assert [row.job for row in read_snapshot(tmp_path).rows] == ["0"]
