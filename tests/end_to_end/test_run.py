@@ -128,7 +128,7 @@ def test_the_checkpoint_is_evaluated_as_it_is_to_the_last_digit(
     evaluation = [override for override in program.tiny if override.startswith(("eval", "device"))]
     ended = program(f"model.path={checkpoint}", *evaluation, "tracker=none", "hydra.run.dir=again")
     assert ended.status == 0, ended.stderr
-    assert len([line for line in ended.stdout.splitlines() if "evaluated as it is" in line]) == 1
+    assert len([line for line in ended.stdout.splitlines() if "nothing is quantized" in line]) == 1
     before, again = read_run(tiny_run[1]), read_run(program.folder / "again")
     assert before.results is not None and again.results is not None
     for name in (PPL, *SIZES):
