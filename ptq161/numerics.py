@@ -1,6 +1,9 @@
-"""Device and dtype of a run: how ``auto`` is resolved on this machine, and why."""
+"""Device and dtype of a run, how ``auto`` is resolved on this machine and why; torch's settings as they come."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -44,3 +47,33 @@ def resolve_dtype(name: str, device: torch.device) -> tuple[str, str]:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "bfloat16", "the CPU supports bfloat16"
     return "float32", "the CPU does not support bfloat16"
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Compute as torch does when nothing was set, whatever a training or serving script has left switched on.
+
+    Gradients are recorded where they are asked for, nothing is autocast or compiled, new tensors are float32 on the
+    CPU, and float32 products are exact. The caller's settings are back afterwards. A decorator, too.
+
+    Example:
+        >>> with torch.inference_mode(), plain_torch():
+        ...     torch.ones(1, requires_grad=True).mul(2).requires_grad
+        True
+    """
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and the Hugging Face libraries are imported, which read these once. One thread per test process is the
 # fastest for models this small and makes sums reproducible; subprocesses inherit it. No test needs the hub or W&B.
@@ -26,6 +27,11 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 VOCAB_SIZE = 256
 MAX_LENGTH = 512
+WRAPPERS = ("gemma3", "mistral3", "qwen3_vl")
+"""Models of images and text around a language model."""
+MIXTURES = ("mixtral", "qwen3_moe")
+TINY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt", *MIXTURES, *WRAPPERS)
+"""What ``tiny_model`` can make: one model at least of every row in the table of architectures."""
 SLIDING_WINDOW = 24
 
 
@@ -89,12 +95,19 @@ def _tiny_model(architecture: str, *, n_blocks: int = 2, seed: int = 0) -> PreTr
         "opt": ("OPT", {}),
         "gemma2": ("Gemma2", {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}),
         "gemma3_text": ("Gemma3", {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}),
+        "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        # Block 0 is dense.
+        "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}),
     }
+    if architecture in WRAPPERS:
+        return _tiny_wrapper(architecture, n_blocks, seed)
     name, settings = family[architecture]
     if architecture == "opt":
         settings |= {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1}
     else:
         settings |= {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+    if architecture == "qwen3_moe":
+        settings["moe_intermediate_size"] = 96
     if architecture in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
         settings["layer_types"] = ["full_attention" if i % 2 else "sliding_attention" for i in range(n_blocks)]
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(
@@ -111,6 +124,53 @@ def _tiny_model(architecture: str, *, n_blocks: int = 2, seed: int = 0) -> PreTr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{name}ForCausalLM")(config)
+    return model.float().eval()
+
+
+def _tiny_wrapper(architecture: str, n_blocks: int, seed: int) -> PreTrainedModel:
+    """Build a model of images and text around a language model of the size of the others."""
+    text: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": n_blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.1,
+        "max_position_embeddings": MAX_LENGTH,
+    }
+    vision: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    match architecture:
+        case "gemma3":
+            name = "Gemma3"
+            text |= {"sliding_window": SLIDING_WINDOW, "query_pre_attn_scalar": 16}
+            text["layer_types"] = ["full_attention" if i % 2 else "sliding_attention" for i in range(n_blocks)]
+            settings = {"image_token_index": 3, "boi_token_index": 4, "eoi_token_index": 5, "mm_tokens_per_image": 4}
+        case "mistral3":
+            name = "Mistral3"
+            text |= {"model_type": "mistral", "sliding_window": SLIDING_WINDOW}
+            vision |= {"model_type": "pixtral", "head_dim": 16}
+            settings = {"image_token_index": 3}
+        case _:
+            name = "Qwen3VL"
+            text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+            vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+            vision |= {"patch_size": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]}
+            settings = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=vision, bos_token_id=0, eos_token_id=1, pad_token_id=2, **settings
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     return model.float().eval()
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text")
+from tests.conftest import TINY
+
 WINDOWED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_tiny_model_is_seeded(tiny_model, architecture):
     first, again, other = tiny_model(architecture), tiny_model(architecture), tiny_model(architecture, seed=1)
     assert not first.training
@@ -18,7 +19,7 @@ def test_tiny_model_is_seeded(tiny_model, architecture):
     assert any(not torch.equal(a, c) for a, _, c in pairs)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_sliding_window_is_shorter_than_the_sequence(tiny_model, architecture):
     """In the first block, the last of 48 tokens depends on the first one exactly where nothing cuts it off."""
     model = tiny_model(architecture, n_blocks=1)

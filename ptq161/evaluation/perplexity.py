@@ -12,6 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
+from ptq161.models.architectures import max_seq_len
+from ptq161.models.checks import as_text, check_head, check_seq_len, evaluation_mode
+from ptq161.numerics import plain_torch
 
 # Rows of logits that are held in float32 at a time: 512 rows of a vocabulary of 128k take 262 MB.
 _ROWS_PER_CHUNK = 512
@@ -48,11 +51,7 @@ def check_windows(n_tokens: int, seq_len: int, max_length: int | None, text: str
     Raises:
         UserError: the text is too short, or the window too long.
     """
-    if max_length is not None and seq_len > max_length:
-        raise UserError(
-            f"eval.seq_len={seq_len}: the model takes at most {max_length} tokens; "
-            f"set eval.seq_len to at most {max_length}."
-        )
+    check_seq_len("eval.seq_len", seq_len, max_length)
     if n_tokens < seq_len:
         raise UserError(
             f"eval.seq_len={seq_len}: {text} has only {n_tokens} tokens; "
@@ -60,10 +59,10 @@ def check_windows(n_tokens: int, seq_len: int, max_length: int | None, text: str
         )
 
 
-@torch.no_grad()
+@plain_torch()
 def perplexity(
     model: PreTrainedModel,
-    tokens: Tensor,
+    tokens: object,
     seq_len: int,
     *,
     max_windows: int | None = None,
@@ -79,23 +78,26 @@ def perplexity(
 
     Args:
         model: a causal language model; it runs on its own device, in its own dtype.
-        tokens: ``[n]``, int64.
+        tokens: ``[n]`` integers, in any form that :func:`ptq161.models.checks.as_text` takes.
         seq_len: tokens per window.
         max_windows: score only the first windows; None scores all.
         batch_size: windows per forward pass.
         progress: label of the progress bar; None shows none.
 
     Raises:
-        UserError: the text is shorter than one window, a window is too long for the model, or a loss is not finite.
+        UserError: the model predicts no tokens, or these are not of its vocabulary; the text is shorter than one
+            window, or a window too long for the model; a loss is not finite.
     """
-    check_windows(tokens.numel(), seq_len, getattr(model.config, "max_position_embeddings", None))
+    check_head(model)
+    tokens = as_text(model, tokens, "evaluation")
+    check_windows(tokens.numel(), seq_len, max_seq_len(model.config))
     n_windows = tokens.numel() // seq_len
     if max_windows is not None:
         n_windows = min(n_windows, max_windows)
     windows = tokens[: n_windows * seq_len].view(n_windows, seq_len)
-    model.train(False)
     losses = []
-    with tqdm(total=n_windows, desc=progress, unit="window", disable=progress is None) as bar:
+    bar = tqdm(total=n_windows, desc=progress, unit="window", disable=progress is None)
+    with bar, torch.no_grad(), evaluation_mode(model):
         for batch in windows.split(batch_size):
             losses.append(_window_losses(model, batch.to(model.device)))
             bar.update(len(batch))

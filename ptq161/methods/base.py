@@ -19,6 +19,7 @@ from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.kernels.attention import FastCausalAttention
 from ptq161.kernels.matmul import FastLinear
+from ptq161.methods.rescaling import Rescaling
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
 
@@ -85,6 +86,7 @@ class Window:
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
         on_metric: receives every metric.
         device: where the blocks are; inputs are moved there batch by batch.
+        rescalings: linears whose weights and inputs are of unusual size: what was taken out of them.
 
     Example:
         >>> block = nn.Sequential(nn.Linear(4, 4, bias=False))
@@ -120,6 +122,7 @@ class Window:
     generator: Callable[[str], torch.Generator]
     on_metric: OnMetric
     device: torch.device
+    rescalings: dict[str, Rescaling] = dataclasses.field(default_factory=dict)
 
     def run(self, hidden: Tensor) -> Tensor:
         """Run all blocks of the window on ``hidden [b, seq_len, hidden]``."""
@@ -141,7 +144,7 @@ class Window:
             for batch in self.batches(batch_size):
                 outputs[batch] = self.run(self.to_device(inputs[batch])).to(outputs.device, outputs.dtype)
         if not bool(torch.isfinite(outputs).all()):
-            raise UserError(f"block {self.first_block} returns NaN or infinite activations; check the model's weights.")
+            raise not_finite(f"block {self.first_block} returns NaN or infinite activations", compute_dtype)
         return outputs
 
     def batches(self, batch_size: int) -> Iterator[slice]:
@@ -167,6 +170,8 @@ class Window:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the linear called ``name``."""
         block, path = name.split(".", 1)
+        if name in self.rescalings:
+            module = self.rescalings[name].around(module)
         self.blocks[int(block) - self.first_block].set_submodule(path, module)
 
 
@@ -226,6 +231,18 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
         raise UserError(f"method.batch_size={batch_size}: use at least 1.")
     check_choice("method.compute_dtype", compute_dtype, COMPUTE_DTYPES)
     check_choice("method.scale_dtype", scale_dtype, SCALE_DTYPES)
+
+
+def not_finite(fault: str, compute_dtype: str) -> UserError:
+    """Return the error of activations that overflow, which says what helps.
+
+    Example:
+        >>> not_finite("the input of 3.mlp.down_proj is NaN or infinite", "float16")
+        UserError('the input of 3.mlp.down_proj is NaN or infinite in float16; use method.compute_dtype=float32.')
+    """
+    if compute_dtype == "float16":
+        return UserError(f"{fault} in float16; use method.compute_dtype=float32.")
+    return UserError(f"{fault}; check the model's weights.")
 
 
 @contextmanager

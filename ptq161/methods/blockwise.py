@@ -73,7 +73,8 @@ def optimize(
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 where = f"in block {window.first_block}, epoch {epoch}"
-                raise UserError(f"the loss is {losses[-1]} {where}: lower the method's learning rates.")
+                helps = "use method.compute_dtype=float32, or " if compute_dtype == "float16" else ""
+                raise UserError(f"the loss is {losses[-1]} {where}: {helps}lower the method's learning rates.")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
-from ptq161.methods.base import Window, check_common
+from ptq161.methods.base import Window, check_common, not_finite
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight
 
@@ -165,7 +165,8 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
     Each pass ends where the last group's input has been seen: the rest of the block is not computed.
 
     Returns:
-        the statistics by the first name of each input group.
+        the statistics by the first name of each input group; those of a linear that saw no token weigh all channels
+        alike.
 
     Raises:
         UserError: an input is NaN or infinite; the sentence names block and linear.
@@ -195,7 +196,9 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
     statistics = {group[0]: _empty(window.linears[group[0]], window.device) for group in window.input_groups}
     last = window.input_groups[-1][0]
     hooks = [
-        window.linears[name].register_forward_pre_hook(_accumulate_into(name, entry, stop=name == last))
+        window.linears[name].register_forward_pre_hook(
+            _accumulate_into(name, entry, method.compute_dtype, stop=name == last)
+        )
         for name, entry in statistics.items()
     ]
     try:
@@ -209,6 +212,11 @@ def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, Inp
     n_sequences = window.quant_inputs.shape[0]
     for entry in statistics.values():
         entry.n_sequences = n_sequences
+        if not entry.n_tokens:  # an expert that no token has chosen: its inputs count alike
+            entry.hessian.fill_diagonal_(1.0)
+            entry.absolute_mean.fill_(1.0)
+            entry.absolute_max.fill_(1.0)
+            continue
         # The factor 2/n is that of GPTQ's add_batch; a batch counts by its sequences, not by its tokens.
         entry.hessian = (entry.hessian.triu() + entry.hessian.triu(1).T) * (2 / n_sequences)
         entry.absolute_mean /= entry.n_tokens
@@ -228,7 +236,9 @@ class _AllSeenError(Exception):
     """Ends a forward pass once the last input has been seen."""
 
 
-def _accumulate_into(name: str, entry: InputStatistics, *, stop: bool) -> Callable[[nn.Module, Any], None]:
+def _accumulate_into(
+    name: str, entry: InputStatistics, compute_dtype: str, *, stop: bool
+) -> Callable[[nn.Module, Any], None]:
     def hook(_: nn.Module, args: Any) -> None:
         x: Tensor = args[0].detach()
         # Autocast would also cast this product; the hessian has to be float32.
@@ -237,7 +247,7 @@ def _accumulate_into(name: str, entry: InputStatistics, *, stop: bool) -> Callab
             absolute = x.abs()
             total = absolute.sum(0)
             if not bool(torch.isfinite(total).all()):
-                raise UserError(f"the input of linear {name} is NaN or infinite; check the model's weights.")
+                raise not_finite(f"the input of linear {name} is NaN or infinite", compute_dtype)
             entry.n_tokens += x.shape[0]
             entry.absolute_mean += total
             torch.maximum(entry.absolute_max, absolute.amax(0), out=entry.absolute_max)

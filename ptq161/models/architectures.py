@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq161.errors import UserError
@@ -17,24 +17,23 @@ from ptq161.files.fingerprints import key_of
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Where the decoder blocks of a model are, and which of their linears are quantized.
+    """Where the decoder blocks of a language model are, and which of their linears are quantized.
 
     Attributes:
-        blocks: path of the list of decoder blocks.
-        linears: paths inside a block, grouped by shared input, in the order in which their inputs arise.
+        blocks: path of the list of decoder blocks in the model without its head.
+        linears: paths inside a block, grouped by shared input, in the order in which their inputs arise. A ``*``
+            stands for each expert of a mixture (:mod:`ptq161.models.experts`). A group that a block lacks is left out:
+            some blocks of a mixture are dense.
     """
 
     blocks: str
     linears: tuple[tuple[str, ...], ...]
 
 
-_LLAMA_LINEARS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-_LLAMA = Architecture("model.layers", _LLAMA_LINEARS)
+_ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
+_MLP = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_EXPERTS = (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",))
+_LLAMA = Architecture("layers", _ATTENTION + _MLP)
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -42,8 +41,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
     "opt": Architecture(
-        "model.decoder.layers",
+        "decoder.layers",
         (
             ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             ("self_attn.out_proj",),
@@ -51,8 +51,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             ("fc2",),
         ),
     ),
+    "mixtral": Architecture("layers", _ATTENTION + _EXPERTS),
+    "qwen3_moe": Architecture("layers", _ATTENTION + _MLP + _EXPERTS),
 }
-"""By the ``model_type`` of the Hugging Face config."""
+"""By the ``model_type`` of the language model's config."""
+
+LANGUAGE_MODELS: dict[str, str] = {
+    "gemma3": "language_model",
+    "mistral3": "language_model",
+    "qwen3_vl": "language_model",
+}
+"""Models around a language model, by ``model_type``: path of the language model in the model without its head."""
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -64,72 +73,66 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     return architecture_from_config(model.config)
 
 
+def blocks_path(model: PreTrainedModel) -> str:
+    """Return the module path of the list of decoder blocks, as in ``model.layers``."""
+    head = "" if model.base_model is model else model.base_model_prefix
+    inside = LANGUAGE_MODELS.get(model.config.model_type, "")
+    return ".".join(part for part in (head, inside, architecture_of(model).blocks) if part)
+
+
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's list of decoder blocks."""
-    blocks = model.get_submodule(architecture_of(model).blocks)
+    blocks = model.get_submodule(blocks_path(model))
     assert isinstance(blocks, nn.ModuleList)
     return blocks
 
 
+def input_groups(model: PreTrainedModel, block: nn.Module) -> list[list[str]]:
+    """Return the paths of a block's quantized linears, grouped by shared input, in the order in which these arise."""
+    groups: list[list[str]] = []
+    for each_expert, rows in itertools.groupby(architecture_of(model).linears, lambda group: "*" in group[0]):
+        if not each_expert:
+            groups += [list(group) for group in rows if _has(block, group[0])]
+            continue
+        expert_groups = list(rows)
+        home = expert_groups[0][0].partition(".*")[0]
+        if not _has(block, home):
+            continue
+        # Experts run one after the other. Those of a fused module are no children of it.
+        for expert in (name for name, _ in block.get_submodule(home).named_children() if name.isdigit()):
+            groups += [[path.replace("*", expert) for path in group] for group in expert_groups]
+    return groups
+
+
 def quantized_linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield ``("{block}.{path}", module)`` for every linear that is, or will be, packed."""
-    row = architecture_of(model)
     for i, block in enumerate(decoder_blocks(model)):
-        for group in row.linears:
+        for group in input_groups(model, block):
             for path in group:
                 yield f"{i}.{path}", block.get_submodule(path)
 
 
-def check_tokens(model: PreTrainedModel, tokens: Tensor, kind: str, shape: str) -> None:
-    """Check that tokens are integers of the model's vocabulary in two dimensions.
-
-    Args:
-        model: the model that reads them.
-        tokens: ``[n, seq_len]``.
-        kind: what the error calls them, such as ``calibration``.
-        shape: how the error names the dimensions.
-
-    Raises:
-        UserError: the tokens have another shape or dtype, or lie outside the vocabulary.
-    """
-    if tokens.dim() != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-        raise UserError(f"{kind} tokens have shape {list(tokens.shape)}: use integers {shape}.")
-    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")
-
-
-def check_quantizable(model: PreTrainedModel) -> None:
-    """Check that a model can be quantized.
-
-    Raises:
-        UserError: its architecture is unknown, it is already quantized, or a weight is NaN or infinite.
-    """
-    architecture_of(model)
-    check_not_quantized(model.config)
-    for name, module in quantized_linears(model):
-        if not isinstance(module, nn.Linear):
-            raise UserError(
-                f"the model is already quantized: its linear {name} is a {type(module).__name__}; "
-                "use the full-precision model."
-            )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"the model's weights are NaN or infinite in {name}; use an intact checkpoint.")
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
     """Drop all decoder blocks but the first ``n_blocks``, in place."""
-    blocks = decoder_blocks(model)
+    blocks, config = decoder_blocks(model), model.config.get_text_config()
     del blocks[n_blocks:]
-    model.config.num_hidden_layers = len(blocks)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[: len(blocks)]
+    config.num_hidden_layers = len(blocks)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: len(blocks)]
 
 
-def max_seq_len(config: PretrainedConfig) -> int:
-    """Return the longest sequence that a model takes, in tokens."""
-    return int(config.max_position_embeddings)
+def max_seq_len(config: PretrainedConfig) -> int | None:
+    """Return the longest sequence that a model takes, in tokens; None where its config sets no limit."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if longest is None else int(longest)
 
 
 def config_key(model: PreTrainedModel) -> str:
@@ -145,23 +148,14 @@ def architecture_from_config(config: PretrainedConfig) -> Architecture:
     Raises:
         UserError: the architecture is not supported.
     """
-    row = ARCHITECTURES.get(config.model_type)
+    supported = sorted({*ARCHITECTURES, *LANGUAGE_MODELS})
+    language_model = config.get_text_config() if config.model_type in LANGUAGE_MODELS else config
+    row = ARCHITECTURES.get(language_model.model_type)
     if row is None:
         raise UserError(
-            f"models of type {config.model_type!r} are not supported; supported are {', '.join(sorted(ARCHITECTURES))}."
+            f"models of type {language_model.model_type!r} are not supported; supported are {', '.join(supported)}."
         )
     return row
-
-
-def check_not_quantized(config: PretrainedConfig) -> None:
-    """Check that a model's config names no quantization.
-
-    Raises:
-        UserError: it names one.
-    """
-    method = quant_method(config.to_dict())
-    if method:
-        raise UserError(f"the model is already quantized (by {method}); use the full-precision model.")
 
 
 def quant_method(config: dict[str, Any]) -> str | None:

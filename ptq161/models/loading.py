@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,7 +23,8 @@ from transformers.utils.hub import cached_file
 
 from ptq161.data.hub import offline_unless_reachable
 from ptq161.errors import UserError
-from ptq161.models.architectures import architecture_from_config, check_not_quantized, keep_first_blocks, quant_method
+from ptq161.models.architectures import LANGUAGE_MODELS, architecture_from_config, keep_first_blocks, quant_method
+from ptq161.models.checks import check_not_quantized
 from ptq161.models.gguf import dense_folder
 from ptq161.models.settings import ModelConfig
 
@@ -60,7 +62,8 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
         architecture_from_config(hf_config)  # raises before the weights are loaded
         check_not_quantized(hf_config)
-        return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
+        with _naming_the_tokenizer():
+            return AutoTokenizer.from_pretrained(source, **kwargs), hf_config
 
 
 def hub_commit(config: ModelConfig) -> str:
@@ -84,7 +87,10 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     """
     source, kwargs = _source(config)
     with _loading(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        hf_config = AutoConfig.from_pretrained(source, **kwargs)
+        # A model around a language model is loaded whole: what is evaluated and stored is the model that was given.
+        auto: Any = AutoModelForImageTextToText if hf_config.model_type in LANGUAGE_MODELS else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         model: PreTrainedModel = loaded[0]
@@ -106,11 +112,37 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             raise UserError(
                 f"model.path={config.path}: no config.json is there; give the folder of a Hugging Face model."
             )
-        return str(path), {"local_files_only": True}
+        _check_no_pointers(path)
+        return str(path), {"local_files_only": True, **_NO_CODE}
     if config.asset:
-        return str(dense_folder(config.asset)), {"local_files_only": True}
+        return str(dense_folder(config.asset)), {"local_files_only": True, **_NO_CODE}
     assert config.repo is not None
-    return config.repo, {"revision": config.revision} if config.revision else {}
+    return config.repo, {"revision": config.revision, **_NO_CODE} if config.revision else dict(_NO_CODE)
+
+
+_NO_CODE = {"trust_remote_code": False}  # transformers would ask on the terminal
+
+
+def _check_no_pointers(folder: Path) -> None:
+    """Check that no file of a folder is what git leaves of a large one where git-lfs is not installed."""
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json", ".model") and file.is_file():
+            with file.open("rb") as opened:
+                if opened.read(len(_POINTER)) == _POINTER:
+                    raise UserError(f"{file} is a pointer of git-lfs and not the file itself: run git lfs pull there.")
+
+
+_POINTER = b"version https://git-lfs"
+
+
+@contextmanager
+def _naming_the_tokenizer() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise
+        raise ValueError(f"it has no usable tokenizer ({_first_line(error)})") from error
 
 
 @contextmanager
@@ -124,8 +156,19 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         raise UserError(_cannot_load(config, error)) from error
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # The first line may end where a list follows.
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
+
+
 def _cannot_load(config: ModelConfig, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if "trust_remote_code" in str(error):
+        return (
+            f"model {config.path or config.asset or config.repo} comes with code of its own (auto_map), "
+            "and none of it is run; use a model whose architecture and tokenizer are part of transformers."
+        )
+    reason = _first_line(error)
     if config.path or config.asset:
         return f"model {config.path or config.asset} cannot be loaded: {reason}."
     return (

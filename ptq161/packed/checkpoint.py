@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -26,7 +26,9 @@ from transformers import (
 
 from ptq161.errors import UserError
 from ptq161.files.folders import whole_folder
+from ptq161.models.experts import split_experts
 from ptq161.models.loading import PACKED_FORMAT, is_packed_folder
+from ptq161.numerics import plain_torch
 from ptq161.packed.card import is_ours, write_card
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import packed_linears, stored_tensors
@@ -91,7 +93,7 @@ def save(
         raise UserError("the model has no packed linears to save; quantize it first.")
     tensors = stored_tensors(model)
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    config["architectures"] = config.get("architectures") or [type(model).__name__]
+    config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
     config["quantization_config"] = {
         "quant_method": PACKED_FORMAT,
@@ -167,10 +169,10 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
-    hf_config = AutoConfig.for_model(**raw)
     # Only parameters are left empty: a non-persistent buffer would come back uninitialized.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(hf_config)
+    with plain_torch(), init_empty_weights(include_buffers=False):
+        model = _empty_model(raw)
+        split_experts(model)
     _install_packed(model, quantization["linears"], tensors)
     _assign_rest(model, tensors, folder)
     if (folder / GENERATION_FILE).is_file():
@@ -178,9 +180,20 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     own_save(model)
     model.eval()
     try:
-        return model, AutoTokenizer.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no usable tokenizer: save the model with its tokenizer.") from error
+
+
+def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:
+    """Make a model of the class that was saved, with or without a head, from its config."""
+    config = AutoConfig.for_model(**raw)
+    name = (config.architectures or [""])[0]
+    model_class: Any = getattr(transformers, name, None)
+    if getattr(model_class, "config_class", None) is not type(config):
+        raise UserError(f"the checkpoint is damaged: config.json names no {raw['model_type']} model of transformers.")
+    model: PreTrainedModel = model_class._from_config(config)
+    return model
 
 
 def stored_nominal_bits(folder: str | Path) -> float | None:

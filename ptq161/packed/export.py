@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ptq161.errors import UserError
 from ptq161.files.folders import whole_folder
+from ptq161.models.experts import fuse_experts
 from ptq161.packed.card import is_ours, write_card
 from ptq161.packed.checkpoint import ADVICE, load, write_rest
 from ptq161.packed.model import densify
@@ -47,6 +48,7 @@ def export(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     """
     model, tokenizer = load(folder)
     densify(model)
+    fuse_experts(model)
     save_dense(model, tokenizer, out, overwrite=overwrite)
     return Path(out)
 

@@ -114,19 +114,6 @@ class Restoration:
         return self.steps * self.accumulation * self.batch_size
 
 
-def check_seq_len(restoration: Restoration, longest: int) -> None:
-    """Check that the training sequences are not longer than a model's ``longest`` tokens.
-
-    Raises:
-        UserError: they are.
-    """
-    if restoration.seq_len > longest:
-        raise UserError(
-            f"preprocess.seq_len={restoration.seq_len}: the model takes at most {longest} tokens; "
-            f"set preprocess.seq_len to at most {longest}."
-        )
-
-
 def _check_list(setting: str, values: list[str], choices: tuple[str, ...]) -> None:
     if not values:
         raise UserError(f"{setting} is empty: use one or more of {', '.join(choices)}.")

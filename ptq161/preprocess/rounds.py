@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from ptq161.driver.quantization import quantize
 from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.methods.base import Method, OnMetric, ignore_metric
-from ptq161.models.architectures import check_quantizable, check_tokens, max_seq_len
+from ptq161.models.architectures import max_seq_len
+from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
-from ptq161.preprocess.restoration import Restoration, check_seq_len
+from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import frozen_copy, make_student, merge, target_names
 from ptq161.preprocess.training import objective, train
 from ptq161.seeding import stage_generator
@@ -33,8 +34,8 @@ from ptq161.seeding import stage_generator
 
 def restore(
     model: PreTrainedModel,
-    tokens: Tensor,
-    calibration: Tensor,
+    tokens: object,
+    calibration: object,
     method: Method,
     restoration: Restoration,
     *,
@@ -51,8 +52,9 @@ def restore(
 
     Args:
         model: the pretrained model, which is not changed; the teacher of the ``kl`` objectives in every round.
-        tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.preprocess.text.training_tokens`.
-        calibration: ``[n_samples, seq_len]`` calibration tokens.
+        tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.preprocess.text.training_tokens`, or in any form
+            that :func:`ptq161.models.checks.as_tokens` takes.
+        calibration: ``[n_samples, seq_len]`` calibration tokens, in any such form.
         method: the quantization method.
         restoration: hyperparameters.
         folder: receives checkpoints, from which an interrupted training continues with the same result, bit for bit;
@@ -71,7 +73,11 @@ def restore(
     Raises:
         UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
-    _check_restorable(model, tokens, restoration)
+    check_quantizable(model)
+    target_names(model, restoration)
+    tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
+    check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
+    calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")
     on_metric = on_metric or ignore_metric
     target = torch.device(device) if device is not None else model.device
     if isinstance(folder, Path | str):
@@ -112,18 +118,6 @@ def restore(
         restored = merge(packed, student, restoration)
     nn.Module.train(restored, model.training)
     return restored, masks
-
-
-def _check_restorable(model: PreTrainedModel, tokens: Tensor, restoration: Restoration) -> None:
-    """Check that model, tokens and hyperparameters fit each other.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    check_quantizable(model)
-    target_names(model, restoration)
-    check_seq_len(restoration, max_seq_len(model.config))
-    check_tokens(model, tokens, "training", "[n, seq_len]")
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
-from ptq161.models.architectures import architecture_of, decoder_blocks
+from ptq161.models.architectures import architecture_of, blocks_path, decoder_blocks, input_groups
+from ptq161.models.experts import fuse_experts
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, densify
@@ -26,15 +27,24 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     Raises:
         UserError: the architecture has none of the roles in ``restoration.targets``.
     """
-    row = architecture_of(model)
     ends = {end for role in restoration.targets for end in ROLES[role]}
-    paths = [path for group in row.linears for path in group if path.rpartition(".")[2] in ends]
-    if not paths:
+
+    def is_target(path: str) -> bool:
+        return path.rpartition(".")[2] in ends
+
+    if not any(is_target(path) for group in architecture_of(model).linears for path in group):
         raise UserError(
             f"preprocess.targets={restoration.targets}: a {model.config.model_type} model has no such linear; "
             f"add one of {', '.join(role for role in ROLES if role not in restoration.targets)}."
         )
-    return [f"{row.blocks}.{i}.{path}" for i in range(len(decoder_blocks(model))) for path in paths]
+    home = blocks_path(model)
+    return [
+        f"{home}.{i}.{path}"
+        for i, block in enumerate(decoder_blocks(model))
+        for group in input_groups(model, block)
+        for path in group
+        if is_target(path)
+    ]
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -97,6 +107,7 @@ def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restor
             else:
                 assert isinstance(trained, nn.Linear)
                 linear.weight.copy_(trained.weight)
+    fuse_experts(packed)
     return packed.requires_grad_(True)
 
 

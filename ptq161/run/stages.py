@@ -18,21 +18,21 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ptq161.cache.results import CHECKPOINT, MERGED
 from ptq161.data.calibration import calibration_tokens
 from ptq161.driver.quantization import quantize
-from ptq161.errors import UserError
 from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
 from ptq161.evaluation.sample import greedy_sample
 from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.methods.base import Method
-from ptq161.models.architectures import check_quantizable, config_key, decoder_blocks, max_seq_len
+from ptq161.models.architectures import config_key, decoder_blocks, max_seq_len
+from ptq161.models.checks import check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.checkpoint import WEIGHTS_FILE, load, save, stored_nominal_bits
 from ptq161.packed.export import save_dense
 from ptq161.packed.linear import dense_cache
 from ptq161.packed.model import cast_rest, measure, packed_linears
-from ptq161.preprocess.restoration import Restoration, check_seq_len
+from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.preprocess.text import training_tokens
 from ptq161.run.session import Session, timed
@@ -46,13 +46,13 @@ class Texts:
 
     Attributes:
         tokenizer: of the model.
-        longest: longest sequence that the model takes, in tokens.
+        longest: longest sequence that the model takes, in tokens; None where nothing bounds it.
         evaluation: perplexity texts and zero-shot tasks.
         training: ``[n, seq_len]`` int64, of the preprocessing; empty without one.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    longest: int
+    longest: int | None
     evaluation: OpenEvaluation
     training: Tensor
 
@@ -108,11 +108,7 @@ def load_packed(session: Session, folder: str) -> tuple[Weights, Texts]:
 def calibrate(session: Session, texts: Texts) -> Tensor:
     """Draw the calibration tokens: ``[n_samples, seq_len]`` int64."""
     config = session.config
-    if config.calib.seq_len > texts.longest:
-        raise UserError(
-            f"calib.seq_len={config.calib.seq_len}: the model takes at most {texts.longest} tokens; "
-            f"set calib.seq_len to at most {texts.longest}."
-        )
+    check_seq_len("calib.seq_len", config.calib.seq_len, texts.longest)
     drawn = identity.tokens(model=session.identity["model"], text=session.identity["calibration"], seed=config.seed)
     tokens = session.stages.tensor(
         "tokens", drawn, lambda: calibration_tokens(texts.tokenizer, config.calib, config.seed)
@@ -127,11 +123,11 @@ def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: Pret
     return Texts(tokenizer, longest, evaluation, _training(session, tokenizer, longest))
 
 
-def _training(session: Session, tokenizer: PreTrainedTokenizerBase, longest: int) -> Tensor:
+def _training(session: Session, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Tensor:
     config, seed = session.config.preprocess, session.config.seed
     if config is None:
         return Tensor()
-    check_seq_len(config, longest)
+    check_seq_len("preprocess.seq_len", config.seq_len, longest)
     text = {
         "training": session.identity["preprocess"]["corpora"],
         "sequences": config.sequences,

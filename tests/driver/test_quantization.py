@@ -22,12 +22,13 @@ from ptq161.methods.base import Window
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.methods.rtn import quantize_weight as rtn_weight
-from ptq161.models.architectures import architecture_of, decoder_blocks, quantized_linears
+from ptq161.models.architectures import blocks_path, decoder_blocks, input_groups, quantized_linears
+from ptq161.models.experts import split_experts
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import PackedWeight
+from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
 SEQ_LEN = 48  # twice the sliding window
 TOKENS = torch.randint(3, 256, (5, SEQ_LEN), generator=torch.Generator().manual_seed(4))
 QUICK = PTQ161(epochs=1, batch_size=2)
@@ -78,7 +79,7 @@ def plain_hidden_states(model: PreTrainedModel, tokens: Tensor = TOKENS) -> list
 # capture and replay
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 7])
 def test_replaying_all_blocks_is_a_plain_forward(architecture: str, batch_size: int, tiny_model: TinyModel) -> None:
     model = tiny_model(architecture, n_blocks=3)
@@ -147,15 +148,20 @@ def test_blocks_are_restored_when_the_model_raises(tiny_model: TinyModel, monkey
 # what is changed and what is not
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_exactly_the_tables_linears_are_replaced(architecture: str, tiny_model: TinyModel) -> None:
     model = tiny_model(architecture)
     before = copy.deepcopy(model)
     assert quantize(model, TOKENS, QUICK) is model
     names = {module: name for name, module in model.named_modules()}
     packed = {names[module] for _, module in quantized_linears(model)}
-    row = architecture_of(model)
-    assert packed == {f"{row.blocks}.{i}.{path}" for i in range(2) for group in row.linears for path in group}
+    assert packed == {
+        f"{blocks_path(model)}.{i}.{path}"
+        for i, block in enumerate(decoder_blocks(model))
+        for group in input_groups(model, block)
+        for path in group
+    }
+    split_experts(before)
     for name, module in before.named_modules():
         assert (type(model.get_submodule(name)) is PackedLinear) is (name in packed)
         if isinstance(module, nn.Linear) and name in packed:
@@ -257,7 +263,7 @@ def test_both_chains(tiny_model: TinyModel) -> None:
     for i, (_, quant_inputs, full_outputs, scales) in enumerate(windows):
         torch.testing.assert_close(full_outputs, full[i + 1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(quant_inputs, quant[i], rtol=1e-4, atol=1e-4)
-        assert set(scales) == {f"{i}.{group[0]}" for group in architecture_of(model).linears}
+        assert set(scales) == {f"{i}.{group[0]}" for group in input_groups(model, decoder_blocks(model)[i])}
         for name, scale in scales.items():
             torch.testing.assert_close(scale, inputs[name].abs().amax(0), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(windows[1][1], full[1], rtol=1e-4, atol=1e-4)
@@ -380,7 +386,7 @@ def test_the_generators_follow_the_seed_and_the_window(tiny_model: TinyModel) ->
         (torch.zeros(1, 513, dtype=torch.long), r"calib\.seq_len=513: the model takes at most 512 tokens"),
         (torch.full((2, 8), 256), "outside the model's vocabulary of 256"),
         (torch.full((2, 8), -1), "outside the model's vocabulary of 256"),
-        (torch.rand(2, 8), r"shape \[2, 8\]: use integers \[n_samples, seq_len\]"),
+        (torch.rand(2, 8), r"are of float32: use integers \[n_samples, seq_len\]"),
         (torch.zeros(8, dtype=torch.long), r"shape \[8\]: use integers"),
         (torch.zeros(1, 2, 8, dtype=torch.long), r"shape \[1, 2, 8\]: use integers"),
         (torch.zeros(0, 8, dtype=torch.long), r"shape \[0, 8\]: use integers"),
@@ -423,7 +429,9 @@ def test_unsupported_architectures() -> None:
 def test_models_that_are_already_quantized(tiny_model: TinyModel) -> None:
     model = quantize(tiny_model("llama"), TOKENS, QUICK)
     packed = {name: module for name, module in quantized_linears(model)}
-    with pytest.raises(UserError, match=r"already quantized: its linear 0\.self_attn\.q_proj is a PackedLinear"):
+    with pytest.raises(
+        UserError, match=r"already quantized: its linear model\.layers\.0\.self_attn\.q_proj is a Packed"
+    ):
         quantize(model, TOKENS, QUICK)
     assert {name: module for name, module in quantized_linears(model)} == packed
     other = tiny_model("llama")

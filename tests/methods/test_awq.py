@@ -147,7 +147,10 @@ def test_bad_values() -> None:
         quantize_weight(weight * float("nan"), hessian, mean, 2)
 
 
-def test_a_user_error_names_block_and_linear(tiny_model: Callable[..., PreTrainedModel]) -> None:
+def test_a_user_error_names_block_and_linear(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptq161.driver.windows.exponent_of", lambda _: 0)  # weights come as they are
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(1e30)

@@ -15,8 +15,7 @@ from ptq161.methods.base import Window
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
 from ptq161.models.architectures import decoder_blocks
 from ptq161.packed.weight import PackedWeight
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text")
+from tests.conftest import TINY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Recorder(LayerwiseMethod):
         return {name: rtn.quantize_weight(weight, 8) for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_every_linear_of_the_first_block_gets_the_statistics_of_its_own_input(
     tiny_model: Callable[..., PreTrainedModel], architecture: str
 ) -> None:

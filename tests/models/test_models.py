@@ -19,17 +19,16 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import (
-    ARCHITECTURES,
     architecture_of,
-    check_quantizable,
     decoder_blocks,
     keep_first_blocks,
     max_seq_len,
     quantized_linears,
 )
+from ptq161.models.checks import check_quantizable
 from ptq161.models.loading import is_packed_folder, load_model
 from ptq161.models.settings import ModelConfig
-from tests.conftest import MAX_LENGTH
+from tests.conftest import MAX_LENGTH, TINY
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -58,7 +57,7 @@ def one_sentence(caught: pytest.ExceptionInfo[UserError]) -> bool:
 # the table
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", TINY)
 def test_the_table_names_every_linear_of_a_block(architecture: str, tiny_model: TinyModel) -> None:
     model = tiny_model(architecture)
     found = dict(quantized_linears(model))
@@ -68,7 +67,7 @@ def test_the_table_names_every_linear_of_a_block(architecture: str, tiny_model: 
     assert len(found) == 2 * sum(map(len, architecture_of(model).linears))
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", TINY)
 def test_groups_share_their_input_and_come_in_its_order(architecture: str, tiny_model: TinyModel) -> None:
     model = tiny_model(architecture)
     order: list[str] = []
@@ -111,7 +110,7 @@ def test_keeping_the_first_blocks(architecture: str, tiny_model: TinyModel) -> N
 
 
 def test_max_seq_len(tiny_model: TinyModel) -> None:
-    assert all(max_seq_len(tiny_model(name).config) == MAX_LENGTH for name in ARCHITECTURES)
+    assert all(max_seq_len(tiny_model(name).config) == MAX_LENGTH for name in TINY)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -135,7 +134,7 @@ def test_loading_a_folder(tiny_model_dir: Path, tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", TINY)
 def test_every_architecture_loads_whole(architecture: str, tied: bool, folder: Path, tiny_model: TinyModel) -> None:
     """A tied head is in no file and yet not missing."""
     original = tiny_model(architecture)

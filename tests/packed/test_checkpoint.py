@@ -21,9 +21,9 @@ from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.packed.checkpoint import WEIGHTS_FILE, stored_nominal_bits
 from ptq161.packed.model import cast_rest, densify, measure, packed_linears
+from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
 TOKENS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 QUICK = PTQ161(epochs=0, batch_size=2)
 
@@ -60,7 +60,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
     save_file(tensors, folder / WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loaded_and_exported_models_give_the_same_logits(
     architecture: str,

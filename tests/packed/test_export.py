@@ -18,9 +18,9 @@ from ptq161.errors import UserError
 from ptq161.files.atomic import umask
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.export import save_dense
+from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
 TOKENS = torch.randint(3, 256, (3, 32), generator=torch.Generator().manual_seed(4))
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 OF_THE_WEIGHTS = {"quantization_config"}
@@ -65,7 +65,7 @@ def generation(model: PreTrainedModel) -> dict[str, Any]:
     return {k: v for k, v in model.generation_config.to_diff_dict().items() if not k.startswith(("_", "transformers"))}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_checkpoint_loaded_model_and_export_have_the_configs_of_the_original(
     architecture: str, original: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -15,9 +15,9 @@ from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, diverg
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import frozen_copy
 from ptq161.preprocess.training import _logits, objective
+from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
 TOKENS = torch.randint(3, 256, (3, 40), generator=torch.Generator().manual_seed(4))
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_relative_error_counts_tokens_alike() -> None:
     assert relative_error(torch.zeros(1, 2), torch.zeros(1, 2)).item() == 0
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_logits_are_the_models_own(tiny_model: TinyModel, architecture: str) -> None:
     model = tiny_model(architecture)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_distillation_against_plain_autograd(tiny_model: TinyModel, architecture
 
 
 @pytest.mark.parametrize("name", ["kl", "kl_hidden"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_the_teacher_itself_has_no_loss(tiny_model: TinyModel, architecture: str, name: str) -> None:
     model = tiny_model(architecture)
     loss = objective(copy.deepcopy(model), frozen_copy(model, torch.float32, CPU), Restoration(objective=name))(TOKENS)

@@ -14,10 +14,10 @@ from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
 from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.preprocess.student import make_student, merge, target_names, trained_parameters
+from tests.conftest import TINY
 from tests.preprocess.conftest import sequences, short
 
 TinyModel = Callable[..., PreTrainedModel]
-ARCHITECTURES = ["llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text"]
 TOKENS = sequences(2)
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def shake(student: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TINY)
 def test_merged_weights_are_base_plus_low_rank_update(tiny_model: TinyModel, architecture: str, dtype: str) -> None:
     packed = packed_model(tiny_model, architecture)
     if dtype == "bfloat16":

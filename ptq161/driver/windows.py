@@ -1,0 +1,259 @@
+"""One window of decoder blocks: opened for a method, measured, and closed with the packed linears in place."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptq161.driver.capture import BlockArguments
+from ptq161.methods.base import ActivationScale, Method, OnMetric, Window
+from ptq161.methods.rescaling import Rescaling, exponent_of
+from ptq161.models.architectures import decoder_blocks, input_groups
+from ptq161.models.checks import HOOKS
+from ptq161.models.experts import Experts
+from ptq161.numerics import COMPUTE_DTYPES
+from ptq161.packed.linear import PackedLinear, dense_cache
+from ptq161.packed.weight import PackedWeight
+from ptq161.seeding import stage_generator
+
+log = logging.getLogger(__name__)
+
+
+def open_window(
+    model: PreTrainedModel,
+    start: int,
+    method: Method,
+    arguments: list[BlockArguments],
+    quant_inputs: Tensor,
+    *,
+    salient_masks: Mapping[str, Tensor] | None,
+    seed: int,
+    device: torch.device,
+    on_metric: OnMetric,
+) -> Window:
+    """Copy the blocks of a window to the device, in float32, which holds half-precision checkpoints exactly."""
+    blocks = list(decoder_blocks(model))[start : start + method.block_size]
+    replicas = [_replica(block).to(device, torch.float32) for block in blocks]
+    groups = [
+        [f"{start + i}.{path}" for path in group]
+        for i, block in enumerate(blocks)
+        for group in input_groups(model, block)
+    ]
+    names = [name for group in groups for name in group]
+    calls = [arguments[start + i].to(device) for i in range(len(blocks))]
+    window = Window(
+        first_block=start,
+        blocks=replicas,
+        input_groups=groups,
+        linears={name: _linear(replicas, start, name) for name in names},
+        quant_inputs=quant_inputs,
+        full_outputs=None,
+        activations={},
+        salient_masks=None if salient_masks is None else {name: salient_masks[name].to(device) for name in names},
+        run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
+        generator=lambda stage: stage_generator(seed, stage, start),
+        on_metric=on_metric,
+        device=device,
+    )
+    _rescale(window, method)
+    return window
+
+
+def _replica(block: nn.Module) -> nn.Module:
+    """Copy a block; functions that hang on it, and what they hold, are the same ones."""
+    hooks = [hook for module in block.modules() for kind in HOOKS for hook in getattr(module, kind).values()]
+    return copy.deepcopy(block, {id(hook): hook for hook in hooks})
+
+
+def _linear(blocks: list[nn.Module], start: int, name: str) -> nn.Linear:
+    index, path = name.split(".", 1)
+    module = blocks[int(index) - start].get_submodule(path)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _rescale(window: Window, method: Method) -> None:
+    """Take powers of two out of linears whose weights are of unusual size, and then out of the window's inputs."""
+    weights = {name: exponent_of(linear.weight) for name, linear in window.linears.items()}
+    if not any(weights.values()):
+        return
+    inputs: dict[str, int] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        inputs[name] = exponent_of(x)
+
+    with _looking(window, look):
+        _run_first_batch(window, method)
+    for name, linear in window.linears.items():
+        rescaling = Rescaling(weights[name], inputs.get(name, 0))
+        if rescaling.weight or rescaling.inputs:
+            block, path = name.split(".", 1)
+            window.blocks[int(block) - window.first_block].set_submodule(path, rescaling.take_out_of(linear))
+            window.rescalings[name] = rescaling
+
+
+@contextmanager
+def _looking(window: Window, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``look(name, x)`` with the input ``[tokens, in]`` of each linear, as it arises."""
+
+    def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        look(name, args[0].detach().flatten(0, -2))
+
+    hooks = [linear.register_forward_pre_hook(partial(hook, name)) for name, linear in window.linears.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _run_first_batch(window: Window, method: Method) -> None:
+    with torch.no_grad(), window.autocast(method.compute_dtype):
+        window.run(window.to_device(window.quant_inputs[: method.batch_size]))
+
+
+def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
+    """Run the full-precision chain through the window, and measure the activation scales of each linear's input."""
+    leaders = {group[0] for group in window.input_groups}  # the others of a group have the same input
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    n_tokens = dict.fromkeys(leaders, 0)
+
+    def measure(name: str, x: Tensor) -> None:
+        if name not in leaders:
+            return
+        absolute = x.abs().float()
+        maximum, total, squares = absolute.amax(0), absolute.sum(0), absolute.square().sum(0)
+        if name in seen:
+            maximum = torch.maximum(seen[name][0], maximum)
+            total, squares = seen[name][1] + total, seen[name][2] + squares
+        seen[name] = maximum, total, squares
+        n_tokens[name] += len(x)
+
+    with _looking(window, measure):
+        window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
+    for name in leaders:
+        if name in seen:
+            maximum, total, squares = seen[name]
+            window.activations[name] = ActivationScale(maximum, total / n_tokens[name], squares / n_tokens[name])
+        else:  # an expert that no token has chosen: its inputs count alike
+            ones = torch.ones(window.linears[name].in_features, device=window.device)
+            window.activations[name] = ActivationScale(ones, ones, ones)
+
+
+def report_experts(window: Window, method: Method) -> None:
+    """Emit how many calibration tokens each expert of a mixture has seen, and warn of those that saw none."""
+    blocks = dict(enumerate(window.blocks, window.first_block))
+    mixtures = [i for i, block in blocks.items() if any(isinstance(part, Experts) for part in block.modules())]
+    if not mixtures:
+        return
+    counts = {name: 0 for name in window.linears if ".experts." in name}
+
+    def count(name: str, x: Tensor) -> None:
+        if name in counts:
+            counts[name] += len(x)
+
+    with _looking(window, count):
+        window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
+    for name, n_tokens in counts.items():
+        window.on_metric("input_tokens", n_tokens, linear=name)
+    for i in mixtures:
+        unseen = {
+            name.partition(".experts.")[2].split(".")[0] for name, n in counts.items() if not n and _is_of(name, i)
+        }
+        if unseen:
+            log.warning(
+                "block %d: no calibration token reaches %s; quantized from the weights alone",
+                i,
+                f"expert {', '.join(sorted(unseen, key=int))}",
+            )
+
+
+def _is_of(name: str, block: int) -> bool:
+    return name.split(".", 1)[0] == str(block)
+
+
+def report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:
+    """Emit each linear's size, its relative output error on the first calibration sequence, and rows that are lost."""
+    errors: dict[str, float] = {}
+    lost: dict[str, int] = {}
+    n_tokens = window.quant_inputs.shape[1]
+
+    def compare(name: str, x: Tensor) -> None:
+        x, weight = x[:n_tokens], window.linears[name].weight
+        quantized = packed[name].dequantize()
+        lost[name] = _lost_rows(weight, quantized)
+        difference = quantized - weight
+        error, size = ((x @ w.T.to(x.dtype)).float().square().sum() for w in (difference, weight))
+        errors[name] = float(error / size.clamp(min=torch.finfo(torch.float32).tiny))
+
+    with _looking(window, compare):
+        _run_first_batch(window, method)
+    for name, weight in packed.items():
+        if name in errors:  # no token of the first batch may have chosen an expert
+            window.on_metric("output_error", errors[name], linear=name)
+        window.on_metric("nbytes", weight.nbytes, linear=name)
+        window.on_metric("bits_per_weight", weight.bits_per_weight, linear=name)
+        if name not in lost:
+            lost[name] = _lost_rows(window.linears[name].weight, weight.dequantize())
+        if lost[name]:
+            window.on_metric("zero_rows", lost[name], linear=name)
+            log.warning("%s: %d rows are too small for their scales and became zeros", name, lost[name])
+
+
+def _lost_rows(full: Tensor, quantized: Tensor) -> int:
+    """Count the rows that are zero in the quantized weight alone."""
+    return int(((full != 0).any(1) & ~(quantized != 0).any(1)).sum())
+
+
+def restore_scale(window: Window, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
+    """Put the powers of two that were taken out of the linears into their packed weights."""
+    return {
+        name: weight.scaled(window.rescalings[name].weight) if name in window.rescalings else weight
+        for name, weight in packed.items()
+    }
+
+
+def close_window(model: PreTrainedModel, window: Window, packed: dict[str, PackedWeight], method: Method) -> Tensor:
+    """Put the packed linears into the model and return the quantized chain's outputs.
+
+    Nothing reads those of the last window, so they are not computed.
+    """
+    install(model, packed)
+    if window.first_block + len(window.blocks) == len(decoder_blocks(model)):
+        return window.quant_inputs
+    window.rescalings.clear()
+    for name, weight in packed.items():
+        bias = packed_linear(model, name).bias
+        window.replace(name, PackedLinear(weight, None if bias is None else bias.to(window.device, torch.float32)))
+    with dense_cache(nn.ModuleList(window.blocks), COMPUTE_DTYPES[method.compute_dtype]):
+        return window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
+
+
+def packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
+    """Return the packed linear called ``"{block}.{path}"``."""
+    index, path = name.split(".", 1)
+    module = decoder_blocks(model)[int(index)].get_submodule(path)
+    assert isinstance(module, PackedLinear)
+    return module
+
+
+def moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
+    """Move a packed weight to a device."""
+    return weight.with_tensors({key: tensor.to(device) for key, tensor in weight.state_dict().items()})
+
+
+def install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
+    """Replace linears of the model by packed ones on the same devices."""
+    blocks = decoder_blocks(model)
+    for name, weight in packed.items():
+        index, path = name.split(".", 1)
+        original = blocks[int(index)].get_submodule(path)
+        assert isinstance(original, nn.Linear)
+        blocks[int(index)].set_submodule(path, PackedLinear(moved(weight, original.weight.device), original.bias))
