@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import TINY
 
-WINDOWED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+WINDOWED = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "mistral3")
 
 
 @pytest.mark.parametrize("architecture", TINY)

@@ -112,13 +112,15 @@ def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restor
 
 
 def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Restoration) -> None:
+    # peft would take the names in a mixture for those of fused experts if it saw the model's config.
+    prefix = f"{blocks_path(student)}."
     config = LoraConfig(
         r=restoration.rank,
         lora_alpha=restoration.alpha,  # type: ignore[arg-type]  # any number; the annotation says int
         lora_dropout=restoration.dropout,
-        target_modules=names,
+        target_modules=[name.removeprefix(prefix) for name in names],
     )
-    inject_adapter_in_model(config, student, _ADAPTER)
+    inject_adapter_in_model(config, decoder_blocks(student), _ADAPTER)
     for layer in student.modules():
         if isinstance(layer, LoraLayer):
             # Autocast selects the product's dtype; peft would first copy its input to float32.

@@ -11,14 +11,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import ptq161
 from ptq161.errors import UserError
 from ptq161.files.atomic import umask
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.export import save_dense
-from tests.conftest import TINY
+from tests.conftest import TINY, WRAPPERS
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (3, 32), generator=torch.Generator().manual_seed(4))
@@ -51,13 +57,16 @@ def original(tiny_model: TinyModel, tokenizer: PreTrainedTokenizerFast, tmp_path
 
 
 def opened(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    auto = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(folder, dtype="auto")
     return model
 
 
 def config(model: PreTrainedModel) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    content.pop("_name_or_path", None)
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        part.pop("_name_or_path", None)
     return content
 
 
@@ -82,7 +91,7 @@ def test_checkpoint_loaded_model_and_export_have_the_configs_of_the_original(
     dense = opened(tmp_path / "dense")
     for model in (loaded, dense):
         assert config(model) == before and generation(model) == settings
-        assert model.config.use_cache is True and not model.training
+        assert model.config.get_text_config().use_cache is True and not model.training
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     expected = AutoTokenizer.from_pretrained(tmp_path / "original")
     for found in (loaded_tokenizer, AutoTokenizer.from_pretrained(tmp_path / "dense")):

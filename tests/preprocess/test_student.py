@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import ptq161
 from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
+from ptq161.models.experts import split_experts
 from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.preprocess.student import make_student, merge, target_names, trained_parameters
 from tests.conftest import TINY
@@ -43,8 +44,9 @@ def test_merged_weights_are_base_plus_low_rank_update(tiny_model: TinyModel, arc
     student = make_student(packed, restoration, CPU)
     shake(student)
     factors = {name: p.detach() for name, p in trained_parameters(student).items()}
+    targets = target_names(packed, restoration)
     merged = merge(packed, student, restoration)
-    targets = target_names(merged, restoration)
+    split_experts(merged)
     assert len(factors) == 2 * len(targets)
     for name, weight in base.items():
         expected = weight
