@@ -81,6 +81,9 @@ def check_quantizable(model: object) -> PreTrainedModel:
     """
     model = check_model(model)
     check_not_quantized(model.config)
+    attention = str(model.config._attn_implementation)
+    if "flash" in attention:
+        raise UserError(f"the model's attention, {attention}, has no float32: load it with attn_implementation='sdpa'.")
     for name, module in quantized_linears(model):
         path = f"{blocks_path(model)}.{name}"
         if isinstance(module, nn.Linear) and (parametrize.is_parametrized(module) or hasattr(module, "weight_orig")):
@@ -235,7 +238,7 @@ def check_seq_len(setting: str, seq_len: int, longest: int | None) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each module back into the mode it had.
+    """Put a model into evaluation mode, uncompiled, and each module back into the mode it had.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
@@ -246,10 +249,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         [True, False]
     """
     before = {name: module.training for name, module in model.named_modules()}
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
     nn.Module.train(model, False)
     try:
         yield
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         for name, module in model.named_modules():  # some may have been replaced
             module.training = before.get(name, model.training)
 

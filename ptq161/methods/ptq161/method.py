@@ -13,6 +13,7 @@ The steps of Zhao et al., ACL 2025 (arXiv 2502.13179), numbered as in the code b
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -32,6 +33,11 @@ from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UNIFORM_BITS
 from ptq161.packed.weight import PackedWeight
 
+log = logging.getLogger(__name__)
+
+_LARGE_STEP = 0.1
+"""Share of a row scale that one step may move it by without a word."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PTQ161:
@@ -41,6 +47,9 @@ class PTQ161:
         mask_ratio: share of salient input channels, kept at ``salient_bits``.
         epochs: passes over the calibration set per window; 0 leaves the initial scales.
         scale_lr: learning rate of the row scales.
+        relative_scale_lr: take ``scale_lr`` as a share of each linear's median row scale. The released rate is
+            absolute: how far the scales move depends on the size of the weights, and so does the result where a model
+            is rescaled without a change of its function.
         angle_lr: learning rate of both angular factors.
         batch_size: calibration sequences per step.
         block_size: consecutive decoder blocks optimized together.
@@ -74,6 +83,7 @@ class PTQ161:
     mask_ratio: float = 0.2
     epochs: int = 20
     scale_lr: float = 5e-4
+    relative_scale_lr: bool = False
     angle_lr: float = 1e-3
     batch_size: int = 1
     block_size: int = 1
@@ -113,7 +123,7 @@ class PTQ161:
             UserError: the loss is not finite.
         """
         layers = self._binarize(window)  # 1 to 3
-        groups = self._learned(layers)
+        groups = self._learned(window, layers)
         if self.epochs and groups:  # 4
             self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
         for name, layer in layers.items():
@@ -148,7 +158,7 @@ class PTQ161:
                 masks[name] = salient_mask(scores, self.mask_ratio)
         return masks
 
-    def _learned(self, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
+    def _learned(self, window: Window, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups, and freeze what is not learned."""
         scales = [layer.scale for layer in layers.values()]
         angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
@@ -156,8 +166,27 @@ class PTQ161:
             parameter.requires_grad_(self.learn_scale)
         for parameter in angles:
             parameter.requires_grad_(self.learn_angles)
-        groups = [{"params": scales, "lr": self.scale_lr}] if self.learn_scale else []
+        groups = self._scale_groups(window, layers) if self.learn_scale else []
         return groups + ([{"params": angles, "lr": self.angle_lr}] if self.learn_angles else [])
+
+    def _scale_groups(self, window: Window, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
+        medians = {name: float(layer.scale.detach().median()) for name, layer in layers.items()}
+        if self.relative_scale_lr:
+            return [{"params": [layers[name].scale], "lr": self.scale_lr * medians[name]} for name in layers]
+        shares = {name: self.scale_lr / median for name, median in medians.items() if median > 0}
+        large = {name: share for name, share in shares.items() if share > _LARGE_STEP}
+        for name, share in large.items():
+            window.on_metric("scale_lr_share", share, linear=name)
+        if large and self.epochs:
+            log.warning(
+                "block %d: one step at method.scale_lr=%g moves row scales by up to %.0f %% of their size (%s); "
+                "method.relative_scale_lr=true takes it as a share of them",
+                window.first_block,
+                self.scale_lr,
+                100 * max(large.values()),
+                max(large, key=lambda name: large[name]),
+            )
+        return [{"params": [layer.scale for layer in layers.values()], "lr": self.scale_lr}]
 
     def _optimize(self, window: Window, layers: Mapping[str, BinaryLinear], optimizer: torch.optim.Optimizer) -> None:
         """Learn against the full-precision window on both chains' inputs (Section 3.3)."""

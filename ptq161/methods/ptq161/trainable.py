@@ -31,7 +31,8 @@ class BinaryLinear(nn.Module):
     Attributes:
         scale: parameter ``[out, 1]`` float32.
         row_angle: parameter ``[out, 1]`` float32, starts at one.
-        column_angle: parameter ``[1, in]`` float32, starts at one; salient channels ignore theirs.
+        column_angle: parameter ``[1, in]`` float32, starts at one, and stays zero where the column is all zero; salient
+            channels ignore theirs.
         mask: ``[in]`` bool, salient channels.
         mean: ``[out, 1]`` float32, frozen.
 
@@ -69,6 +70,11 @@ class BinaryLinear(nn.Module):
         self.scale = nn.Parameter(scale)
         self.row_angle = nn.Parameter(torch.ones(out_features, 1, device=scale.device))
         self.column_angle = nn.Parameter(torch.ones(1, in_features, device=scale.device))
+        # Rows and columns that are all zero stay so, which pruning relies on; the released code gives them a scale.
+        self.live_rows = scale > 0
+        self.learned_columns = (self.weight != 0).any(0) & ~mask
+        with torch.no_grad():
+            self.column_angle.mul_(self.learned_columns | mask)
 
         self.salient_index = mask.nonzero().flatten()
         sign = torch.where(self.weight >= self.mean, 1.0, -1.0) * ~mask
@@ -137,11 +143,11 @@ class _BinaryProduct(torch.autograd.Function):
             effective.addcmul_((row_angle * layer.mean).to(z.dtype), layer.binary_channel)
             effective += layer.salient_weight
             grad_u = g @ effective
-            grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * ~layer.mask
+            grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * layer.learned_columns
             grad_x = None
             if ctx.needs_input_grad[0]:  # salient channels passed unscaled
                 grad_u.mul_(column_angle.masked_fill(layer.mask, 1.0).to(z.dtype))
                 grad_x = grad_u.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
-        grad_scale = row_angle * grad_z
+        grad_scale = row_angle * grad_z * layer.live_rows
         grad_row = scale * grad_z + layer.mean * grad_total
         return grad_x, grad_scale, grad_row, grad_column, None
