@@ -59,7 +59,7 @@ def _global_random_state() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """Factory of tiny random models: ``tiny_model("qwen3")``, ``tiny_model("llama", n_blocks=3, seed=1)``."""
     return _tiny_model

@@ -88,7 +88,8 @@ class _CapturedError(Exception):
 
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        # Blocks run in float32; arguments of half precision are taken as they are, those of a float64 model cut to it.
+        return value.to(device, torch.float32 if value.dtype == torch.float64 else None)
     if isinstance(value, tuple | list):
         return type(value)(_to_device(item, device) for item in value)
     if isinstance(value, dict):

@@ -171,7 +171,7 @@ def report_experts(window: Window, method: Method) -> None:
             log.warning(
                 "block %d: no calibration token reaches %s; quantized from the weights alone",
                 i,
-                f"expert {', '.join(sorted(unseen, key=int))}",
+                f"expert{'s' if len(unseen) > 1 else ''} {', '.join(sorted(unseen, key=int))}",
             )
 
 

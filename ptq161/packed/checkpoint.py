@@ -128,8 +128,9 @@ def write_rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         ...     json.loads((Path(place) / GENERATION_FILE).read_text())["eos_token_id"]
         [1, 5]
     """
-    if model.generation_config is not None:
-        (folder / GENERATION_FILE).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+    generation = getattr(model, "generation_config", None)  # a model without a head has none
+    if generation is not None:
+        (folder / GENERATION_FILE).write_text(generation.to_json_string(), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

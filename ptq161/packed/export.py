@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ def save_dense(
         ...     (Path(folder) / "model.safetensors").exists()
         True
     """
-    generation = model.generation_config
+    generation: Any = getattr(model, "generation_config", None)
     try:
         with whole_folder(Path(out), ADVICE, is_ours if overwrite else None) as scratch:
             # transformers refuses to save settings of sampling that contradict each other; ours are copied as they are.

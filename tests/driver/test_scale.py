@@ -102,9 +102,19 @@ def zero_columns(weight: Tensor) -> Tensor:
     return weight * (torch.arange(weight.shape[1]) % 3 > 0)
 
 
+# QuIP rotates the weight; GPTQ makes good in a zero column what it lost in others; a row of PB-LLM's binary weights has
+# two values.
+NOT_KEPT = [("quip", zero_rows), ("quip", zero_columns), ("gptq", zero_columns), ("pb_llm", zero_columns)]
+
+
 @pytest.mark.parametrize(
     ("name", "prune"),
-    [(name, prune) for name in METHODS for prune in (zero_rows, zero_columns, torch.zeros_like)],
+    [
+        (name, prune)
+        for name in METHODS
+        for prune in (zero_rows, zero_columns, torch.zeros_like)
+        if (name, prune) not in NOT_KEPT
+    ],
 )
 def test_pruned_structure_stays(name: str, prune: Callable[[Tensor], Tensor], tiny_model: TinyModel) -> None:
     model = tiny_model("llama")
@@ -147,7 +157,7 @@ def test_rows_that_become_zeros_are_told(tiny_model: TinyModel, caplog: pytest.L
 
 
 def test_a_rate_that_is_large_for_the_weights(tiny_model: TinyModel, caplog: pytest.LogCaptureFixture) -> None:
-    """Within the usual size, the released absolute rate depends on the scale of the weights; a relative one does not."""
+    """Within the usual size, the released rate depends on the scale of the weights; a relative one does not."""
     model = tiny_model("llama")
     absolute = ptq161.PTQ161(epochs=20, scale_lr=1e-3, angle_lr=0.0)
     relative = ptq161.PTQ161(epochs=20, scale_lr=1e-2, angle_lr=0.0, relative_scale_lr=True)
