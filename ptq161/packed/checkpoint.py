@@ -193,7 +193,8 @@ def _load_model(folder: Path) -> PreTrainedModel:
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     own_save(model)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:
