@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from ptq161.errors import UserError
 from ptq161.files.hashing import sha256_of_file
+from ptq161.files.reading import one_line
 
 SUMS = "SHA256SUMS"
 """The file of checksums. It names neither itself nor what a person may edit, such as a model card."""
@@ -15,19 +16,23 @@ SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
-def write_sums(folder: Path, leave_out: Collection[str] = ()) -> None:
-    """Write the checksums of a folder's files, those of its subfolders included.
+def sums_of(folder: Path, leave_out: Collection[str] = ()) -> str:
+    """Return the content of ``SHA256SUMS`` for a folder's files, those of its subfolders included.
 
     Args:
         folder: holds files, all of them written.
         leave_out: names of files at its top that are not listed.
 
     Raises:
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be read.
     """
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256_of_file(folder / name)}  {name}\n" for name in names if name not in (SUMS, *leave_out)]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    names = sorted(files_of(folder) - {SUMS, *leave_out})
+    return "".join(f"{sha256_of_file(folder / name)}  {name}\n" for name in names)
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the names of all files in a folder, relative to it."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def check_sums(folder: Path, required: Collection[str] = ()) -> None:
@@ -42,35 +47,36 @@ def check_sums(folder: Path, required: Collection[str] = ()) -> None:
     Raises:
         UserError: a listed file is missing or has other bytes, or the list itself is damaged.
     """
-    file = folder / SUMS
-    if not file.exists():
-        return
-    sums = _read(file)
-    if missing := sorted(set(required) - sums.keys()):
-        raise UserError(f"{file} is damaged: it has no checksum of {missing[0]}; get the folder again.")
-    for name, expected in sums.items():
-        try:
-            found = sha256_of_file(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be read ({error.strerror}), but {file} names it.") from error
-        if found != expected:
-            raise UserError(
-                f"{folder / name} is damaged: its SHA-256 is {found} and not the {expected} of {SUMS}; "
-                f"get the file again, or delete {SUMS} if the change is meant."
-            )
+    wrong = what_is_wrong(folder, required) if (folder / SUMS).exists() else None
+    if wrong:
+        raise UserError(f"{folder} is damaged: {wrong}; get it again, or delete {SUMS} if the change is meant.")
 
 
-def _read(file: Path) -> dict[str, str]:
-    """Return name -> checksum of every line."""
+def what_is_wrong(folder: Path, required: Collection[str] = ()) -> str | None:
+    """Say what first differs from a folder's checksums; None where nothing does.
+
+    Args:
+        folder: holds the files.
+        required: names that must be listed.
+    """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())}).") from error
+        return f"{SUMS} cannot be read ({one_line(error)})"
     sums = {}
     for number, line in enumerate(lines, start=1):
         match = _LINE.fullmatch(line)
         # A name that leads out of the folder, to whatever the machine has there, is no file of it.
         if match is None or match[2].startswith("/") or ".." in PurePosixPath(match[2]).parts:
-            raise UserError(f"line {number} of {file} is no checksum of a file of this folder; get the folder again.")
+            return f"line {number} of {SUMS} is no checksum of a file of this folder"
         sums[match[2]] = match[1]
-    return sums
+    if missing := sorted(set(required) - sums.keys()):
+        return f"{SUMS} has no checksum of {missing[0]}"
+    for name, expected in sums.items():
+        try:
+            found = sha256_of_file(folder / name)
+        except (OSError, ValueError) as error:  # ValueError: no name of a file on this system
+            return f"{name} cannot be read ({one_line(error)})"
+        if found != expected:
+            return f"{name} has another SHA-256 than {SUMS} says"
+    return None

@@ -28,15 +28,14 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or one_line(error)}); {advice}.") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); {advice}.") from error
     except Exception as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); {advice}.") from error
 
 
 def one_line(error: Exception) -> str:
     """Return what an exception says, on one line, or its type where it says nothing."""
-    text = " ".join(str(error).split())
-    # A KeyError says no more than the key.
-    return (
-        f"{type(error).__name__}: {text}".rstrip(": .") if isinstance(error, KeyError) or not text else text.rstrip(".")
-    )
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else text

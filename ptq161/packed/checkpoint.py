@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ptq161.errors import UserError
-from ptq161.files.checksums import check_sums, write_sums
+from ptq161.files.checksums import SUMS, check_sums, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.files.reading import reading
 from ptq161.models.experts import split_experts
@@ -111,7 +111,7 @@ def save(
             content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
             (scratch / "config.json").write_text(content, encoding="utf-8")
             write_card(scratch, "packed", _CARD)
-            write_sums(scratch, leave_out=(CARD,))
+            (scratch / SUMS).write_text(sums_of(scratch, leave_out=(CARD,)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
     return Path(folder) / WEIGHTS_FILE
