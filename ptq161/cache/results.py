@@ -12,7 +12,6 @@ from typing import Any
 from ptq161.cache.store import ADVICE, Entry
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.files.hashing import sha256_of_file
 from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.tracking.read import RunData, read_run
 from ptq161.tracking.record import RunRecord
@@ -100,19 +99,12 @@ def _intact(entry: Entry) -> RunData | None:
     try:
         run = read_run(entry.folder)
         problem = run.problems[0] if run.problems else None
-        weights, expected = _weights(entry.folder), run.manifest.get("checkpoint_sha256")
-        if weights and sha256_of_file(weights) != expected:
-            problem = f"{weights} has a wrong checksum"
     except (OSError, UserError) as error:
         problem = str(error)
     if problem is None:
         return run
     entry.restart_damaged(problem)
     return None
-
-
-def _weights(folder: Path) -> Path | None:
-    return next((folder / "checkpoint").glob(f"*{_SHARED}"), None)
 
 
 def _link_folder(source: Path, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 An entry is a folder that is named by the SHA-256 of its fingerprint, the JSON of everything it depends on::
 
-    <store>/<kind>/<key>/               finished; fingerprint.json is inside
+    <store>/<kind>/<key>/               finished; fingerprint.json and SHA256SUMS are inside
     <store>/<kind>/<key>.unfinished/    in progress, or left by a killed process and continued by the next one
     <store>/<kind>/<key>.lock           held by the process that computes or reads the entry; never deleted
 
@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from ptq161.data.assets import cache_dir
 from ptq161.files.atomic import write_atomically, writing
+from ptq161.files.checksums import SUMS, files_of, sums_of, what_is_wrong
 from ptq161.files.fingerprints import FINGERPRINT, Fingerprint, claim, key_of
 from ptq161.files.strict_json import decode_json, encode_json
 
@@ -126,20 +127,26 @@ class Entry:
         return self._finished_folder if self.finished else self._unfinished_folder
 
     def open(self) -> None:
-        """Make the folder, or check the fingerprint of the one that exists."""
+        """Make the folder, or check the fingerprint of the one that exists, and the files of a finished one."""
         with writing(self.folder, ADVICE):
             if not self.finished:
                 _clear_remains(self.folder)
             claim(self.folder, self._fingerprint, ADVICE)
             os.utime(self.folder)  # the time of the last use, for pruning
+        if self.finished and (wrong := what_is_wrong(self.folder, files_of(self.folder) - {SUMS})):
+            self.restart_damaged(wrong)
 
     def write(self, name: str, content: str | bytes) -> None:
         """Write a file of the entry atomically."""
         write_atomically(self.folder / name, content, ADVICE)
 
     def finish(self) -> None:
-        """Mark the entry as finished, by one rename: a killed process leaves it finished or unfinished."""
+        """Mark the entry as finished, by one rename: a killed process leaves it finished or unfinished.
+
+        The checksums are written before: a number that changes on the disk must not become a result.
+        """
         with writing(self._finished_folder, ADVICE):
+            self.write(SUMS, sums_of(self._unfinished_folder))
             os.rename(self._unfinished_folder, self._finished_folder)
 
     def restart(self) -> None:

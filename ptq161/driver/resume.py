@@ -4,7 +4,7 @@ A folder holds the windows of one quantization::
 
     fingerprint.json            describes it by content (:func:`ptq161.files.identity.quantization`)
     block_00000.safetensors     the packed tensors of the window that begins with block 0; its metadata hold their
-    block_00001.safetensors     formats and the metrics of the window
+    block_00001.safetensors     formats, the metrics of the window and a checksum of all of this
 
 Activations are not kept: both chains are computed again through the finished blocks, which takes a small part of the
 time that quantizing them took and gives the same bytes.
@@ -13,20 +13,24 @@ time that quantizing them took and gives the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptq161.errors import UserError
 from ptq161.files import identity
 from ptq161.files.atomic import write_atomically
 from ptq161.files.fingerprints import Fingerprint, KeyedFolder
 from ptq161.files.hashing import sha256_of_tensors
+from ptq161.files.reading import reading
 from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key
@@ -73,11 +77,13 @@ def save_window(folder: KeyedFolder, first_block: int, window: FinishedWindow) -
         for name, weight in window.packed.items()
         for field, tensor in weight.state_dict().items()
     }
-    content = {
+    content: dict[str, Any] = {
         "fingerprint": folder.key,
+        "first_block": first_block,
         "linears": {name: weight.settings() for name, weight in window.packed.items()},
         "measured": window.measured,
     }
+    content["sha256"] = _checksum(content, tensors)
     write_atomically(
         _file(folder, first_block), safetensors.torch.save(tensors, {_METADATA: encode_json(content)}), ADVICE
     )
@@ -110,21 +116,28 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
     if not file.exists():
         return None
     try:
-        with safe_open(file, framework="pt") as opened:
+        with reading(file, "its blocks are quantized again"), safe_open(file, framework="pt") as opened:
             content = decode_json(opened.metadata()[_METADATA])
             # Copied into torch's own memory: sums may depend on a tensor's alignment.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s); its blocks are quantized again", file, error)
+            if content.pop("sha256") != _checksum(content, tensors):
+                raise ValueError("its checksum is another")
+    except UserError as error:
+        log.warning("%s", error)
         return None
-    if content["fingerprint"] != folder.key:
-        log.warning("%s belongs to another quantization; its blocks are quantized again", file)
+    if (content["fingerprint"], content["first_block"]) != (folder.key, first_block):
+        log.warning("%s belongs to another quantization or window; its blocks are quantized again", file)
         return None
     packed = {
         name: packed_weight_from(settings, _linear_tensors(name, tensors))
         for name, settings in content["linears"].items()
     }
     return FinishedWindow(packed, [(name, value, where) for name, value, where in content["measured"]])
+
+
+def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash a window's metadata and its tensors."""
+    return hashlib.sha256(f"{encode_json(content)}\0{sha256_of_tensors(tensors)}".encode()).hexdigest()
 
 
 def _file(folder: KeyedFolder, first_block: int) -> Path:

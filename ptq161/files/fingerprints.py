@@ -11,6 +11,7 @@ from typing import Any
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically, writing
+from ptq161.files.reading import reading
 from ptq161.files.strict_json import decode_json
 
 FINGERPRINT = "fingerprint.json"
@@ -64,15 +65,11 @@ def claim(folder: Path, fingerprint: Fingerprint, advice: str) -> KeyedFolder:
                 raise UserError(f"{folder} holds {foreign[0]} but no {FINGERPRINT}: use an empty folder.")
             write_atomically(file, json.dumps(fingerprint, indent=1, sort_keys=True) + "\n", advice)
             return claimed
-        text = file.read_text(encoding="utf-8")
-    try:
-        found = decode_json(text)
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): delete {folder}.") from error
+    with reading(file, f"delete {folder}"):
+        found = decode_json(file.read_text(encoding="utf-8"))
     if different := _differences(fingerprint, found):
-        raise UserError(
-            f"{folder} belongs to another computation ({'; '.join(different)}): use another folder, or delete it."
-        )
+        shown = " ".join("; ".join(different).split())  # what was found may hold anything
+        raise UserError(f"{folder} belongs to another computation ({shown}): use another folder, or delete it.")
     return claimed
 
 

@@ -31,14 +31,18 @@ def decode_json(text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is not one JSON object.
     """
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     if "nonfinite" not in value:
         return value
     nonfinite = value.pop("nonfinite")
-    restored = _merge(value, nonfinite)
-    assert isinstance(restored, dict)
+    if not isinstance(nonfinite, dict):
+        raise ValueError("its nonfinite is no object")
+    restored: dict[str, Any] = _merge(value, nonfinite)
     return restored
 
 
@@ -64,6 +68,8 @@ def _split(value: Any) -> tuple[Any, Any]:
 def _merge(value: Any, nonfinite: Any) -> Any:
     if isinstance(nonfinite, str):
         return float(nonfinite)
+    if not isinstance(nonfinite, dict):
+        raise ValueError("its nonfinite holds more than numbers as text")
     if isinstance(value, dict):
         return {k: _merge(item, nonfinite[k]) if k in nonfinite else item for k, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Checkpoints of packed models: ``config.json``, generation settings, the tokenizer and one safetensors file.
+"""Checkpoints of packed models: ``config.json``, generation settings, the tokenizer, one safetensors file, checksums.
 
 The file is called ``packed.safetensors`` so that transformers, which would build random layers from an unknown
 quantization method, says that it finds no weights instead.
@@ -25,11 +25,13 @@ from transformers import (
 )
 
 from ptq161.errors import UserError
+from ptq161.files.checksums import SUMS, check_sums, sums_of
 from ptq161.files.folders import whole_folder
+from ptq161.files.reading import reading
 from ptq161.models.experts import split_experts
 from ptq161.models.loading import PACKED_FORMAT, is_packed_folder
 from ptq161.numerics import plain_torch
-from ptq161.packed.card import is_ours, write_card
+from ptq161.packed.card import CARD, is_ours, write_card
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import packed_linears, stored_tensors
 from ptq161.packed.weight import packed_weight_from
@@ -109,6 +111,7 @@ def save(
             content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
             (scratch / "config.json").write_text(content, encoding="utf-8")
             write_card(scratch, "packed", _CARD)
+            (scratch / SUMS).write_text(sums_of(scratch, leave_out=(CARD,)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
     return Path(folder) / WEIGHTS_FILE
@@ -138,6 +141,8 @@ def write_rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint written by :func:`save`: the packed model and its tokenizer.
 
+    Every file is checked against the folder's ``SHA256SUMS``; checkpoints of earlier versions have none.
+
     Raises:
         UserError: the folder is not such a checkpoint, or is damaged.
 
@@ -159,8 +164,18 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         True
     """
     folder = Path(folder)
-    if not is_packed_folder(folder):
-        raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")
+    with reading(folder, "get the checkpoint again"):
+        if not is_packed_folder(folder):
+            raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")
+        check_sums(folder, required=("config.json", WEIGHTS_FILE))
+        model = _load_model(folder)
+        try:
+            return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} has no usable tokenizer: save the model with its tokenizer.") from error
+
+
+def _load_model(folder: Path) -> PreTrainedModel:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = raw.pop("quantization_config")
     layout = quantization.get("schema_version")
@@ -180,10 +195,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     own_save(model)
     model.eval()
-    try:
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no usable tokenizer: save the model with its tokenizer.") from error
+    return model
 
 
 def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:

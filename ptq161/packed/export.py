@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.errors import UserError
+from ptq161.files.checksums import SUMS, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.models.experts import fuse_experts
-from ptq161.packed.card import is_ours, write_card
+from ptq161.packed.card import CARD, is_ours, write_card
 from ptq161.packed.checkpoint import ADVICE, load, write_rest
 from ptq161.packed.model import densify
 
@@ -89,6 +90,7 @@ def save_dense(
             model.generation_config = generation
             write_rest(model, tokenizer, scratch)
             write_card(scratch, "dense", "Dense weights, written by `ptq161.export` from a packed checkpoint.")
+            (scratch / SUMS).write_text(sums_of(scratch, leave_out=(CARD,)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the dense model cannot be written to {out}: {error}.") from error
     finally:

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ptq161.cache import store as store_module
 from ptq161.cache.store import Store, delete_entry, store_dir, stored_entries
 from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
+from tests.damage import DAMAGES, Damage
 
 FORK = multiprocessing.get_context("fork")
 FINGERPRINT = {"model": {"content": "abc", "n_blocks": None}, "seed": 0}
@@ -117,6 +120,43 @@ def test_a_damaged_value_is_computed_again(store: Store, caplog: pytest.LogCaptu
     assert store.remember("scores", FINGERPRINT, never) == {"a": 2}
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_happens_to_a_value_it_is_right_or_computed_again(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """A flipped digit is still JSON: only a checksum tells it from the number that was stored."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    value = {"perplexity": 12.345678901234567, "n_tokens": 4096}
+    store.remember("scores", FINGERPRINT, lambda: value)
+    folder = store.root / "scores" / key_of(FINGERPRINT)
+    name = data.draw(st.sampled_from(["value.json", "SHA256SUMS"]))
+    damage: Damage = data.draw(DAMAGES)
+    damage(
+        folder / name, [folder / other for other in ("value.json", "SHA256SUMS", "fingerprint.json") if other != name]
+    )
+    if data.draw(st.booleans()):
+        (folder / name).unlink()
+    assert store.remember("scores", FINGERPRINT, lambda: value) == value
+    assert store.remember("scores", FINGERPRINT, never) == value
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_happens_to_a_fingerprint_is_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    store = Store(tmp_path_factory.mktemp("store"))
+    store.remember("scores", FINGERPRINT, lambda: {"a": 1})
+    file = store.root / "scores" / key_of(FINGERPRINT) / "fingerprint.json"
+    damage: Damage = data.draw(DAMAGES)
+    damage(file, [file.with_name("value.json")])
+    try:
+        assert store.remember("scores", FINGERPRINT, lambda: {"a": 1}) == {"a": 1}
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).endswith(".")
+
+
 def test_a_damaged_fingerprint_is_reported(store: Store) -> None:
     store.remember("scores", FINGERPRINT, lambda: {"a": 1})
     (store.root / "scores" / key_of(FINGERPRINT) / "fingerprint.json").write_text("{")
@@ -148,7 +188,7 @@ def test_parallel_processes_compute_once(store: Store) -> None:
 
     assert len(set(_in_parallel(6, work))) == 1
     assert names(store) == [f"scores/{key_of(FINGERPRINT)}"] + [
-        f"scores/{key_of(FINGERPRINT)}/{name}" for name in ("fingerprint.json", "value.json")
+        f"scores/{key_of(FINGERPRINT)}/{name}" for name in ("SHA256SUMS", "fingerprint.json", "value.json")
     ]
 
 
@@ -191,7 +231,7 @@ def test_killed_while_writing_leaves_old_or_new(store: Store) -> None:
         process.join(60)
         for stored in stored_entries(store.root):
             files = {path.name for path in stored.folder.iterdir()}
-            assert not stored.finished or files == {"a.bin", "b.bin", "fingerprint.json"}
+            assert not stored.finished or files == {"a.bin", "b.bin", "fingerprint.json", "SHA256SUMS"}
             assert all(path.stat().st_size == len(content) for path in stored.folder.glob("[ab].bin"))
             if "fingerprint.json" not in files:  # killed before it was written; the next process begins anew
                 assert not stored.finished
@@ -278,9 +318,10 @@ def test_entries_are_listed_and_deleted(store: Store, tmp_path: Path) -> None:
     assert [blocks.kind, results.kind, scores.kind] == ["blocks", "results", "scores"]
     assert [blocks.finished, results.finished, scores.finished] == [False, True, True]
     fingerprint = len((results.folder / "fingerprint.json").read_bytes())
-    assert results.nbytes == 6000 + fingerprint
+    own = fingerprint + len((results.folder / "SHA256SUMS").read_bytes())
+    assert results.nbytes == 6000 + own
     assert abs(results.used - time.time()) < 60
-    assert delete_entry(results) == 1000 + fingerprint
+    assert delete_entry(results) == 1000 + own
     assert (tmp_path / "run.bin").read_bytes() == bytes(5000)
     assert delete_entry(blocks) == 10 + fingerprint
     assert [entry.kind for entry in stored_entries(store.root)] == ["scores"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,7 +190,9 @@ def test_other_weights_masks_and_threads_are_refused(
         run(tiny_model, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "without metadata"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "foreign", "empty", "without metadata", "a tensor", "a metric", "a setting", "a neighbor"]
+)
 def test_a_damaged_window_is_quantized_again(
     damage: str, tiny_model: TinyModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,6 +203,15 @@ def test_a_damaged_window_is_quantized_again(
         shutil.copy(tmp_path / "other" / file.name, file)
     elif damage == "without metadata":
         save_file(load_file(file), file)
+    elif damage == "a tensor":
+        file.write_bytes(file.read_bytes()[:-1] + b"!")
+    elif damage in ("a metric", "a setting"):
+        pattern = rb"(output_error[^\d]*\d\.)\d" if damage == "a metric" else rb"(salient_bits[^\d]*)4"
+        changed, n = re.subn(pattern, lambda found: found[1] + b"9", file.read_bytes(), count=1)
+        assert n == 1
+        file.write_bytes(changed)
+    elif damage == "a neighbor":
+        shutil.copy(file.with_name("block_00000.safetensors"), file)
     else:
         file.write_bytes(file.read_bytes()[:-100] if damage == "truncated" else b"")
     assert run(tiny_model, tmp_path / "folder")[0] == expected

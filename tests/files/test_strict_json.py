@@ -29,6 +29,22 @@ def test_json_round_trip_is_strict_json(value: dict[str, object]) -> None:
     assert repr(decode_json(text)) == repr(value)  # repr, since NaN equals nothing
 
 
+@given(st.dictionaries(st.sampled_from(["a", "nonfinite"]), TREES))
+def test_json_of_others_is_an_object_or_a_value_error(value: dict[str, object]) -> None:
+    try:
+        assert isinstance(decode_json(json.dumps(value)), dict)
+    except ValueError:
+        assert "nonfinite" in value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", "{", '{"a": ' * 100_000, '{"a": ' + "9" * 5000 + "}", '{"nonfinite": "nan"}']
+)
+def test_what_is_no_object_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        decode_json(text)
+
+
 def test_nonfinite_numbers_become_null_beside_their_text() -> None:
     assert json.loads(encode_json({"a": {"b": math.nan}, "c": [1, -math.inf]})) == {
         "a": {"b": None},

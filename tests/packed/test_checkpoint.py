@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import ptq161
 from ptq161.errors import UserError
+from ptq161.files.checksums import SUMS
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
 from ptq161.packed.checkpoint import WEIGHTS_FILE, stored_nominal_bits
@@ -50,8 +51,8 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedT
 
 @pytest.fixture
 def damaged(stored: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint to be damaged."""
-    return Path(shutil.copytree(stored, tmp_path / "copy"))
+    """A copy of the checkpoint to be damaged, without the checksums, which would find it before anything is read."""
+    return Path(shutil.copytree(stored, tmp_path / "copy", ignore=shutil.ignore_patterns(SUMS)))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
