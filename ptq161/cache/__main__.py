@@ -26,6 +26,7 @@ from rich.table import Table
 from ptq161.cache.store import StoredEntry, delete_entry, store_dir, stored_entries
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
+from ptq161.files.streams import never_fail_to_print
 
 _SECONDS_PER_DAY = 86400
 
@@ -107,4 +108,5 @@ def _size(nbytes: int) -> str:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     sys.exit(main())

@@ -26,6 +26,7 @@ from rich.table import Table
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
+from ptq161.files.streams import never_fail_to_print
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
 from ptq161.tracking.interrupts import exit_on_interrupt
@@ -235,5 +236,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     with exit_on_interrupt():
         sys.exit(main())

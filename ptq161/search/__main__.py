@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
+from ptq161.files.streams import never_fail_to_print
 from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
 from ptq161.run.preflight import checked_config, name_local_model
@@ -154,8 +155,8 @@ def _show(search: Search, n_trials: int) -> int:
     finished, failed = states.count(TrialState.COMPLETE), states.count(TrialState.FAIL)
     if not finished:
         raise UserError(f"none of the {failed} trials in {search.folder} finished; the output.log of each says why.")
-    stdout_console().print(front_table(search))
     written = ", ".join(path.name for path in write_front(search))
+    stdout_console().print(front_table(search))
     running = states.count(TrialState.RUNNING)
     elsewhere = f", {running} still running in other processes" if running else ""
     print(f"{finished} of {n_trials} trials finished, {failed} failed{elsewhere}.")
@@ -184,5 +185,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     with exit_on_interrupt():
         sys.exit(main())

@@ -19,6 +19,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from ptq161.files.streams import never_fail_to_print
 from ptq161.watch.snapshot import STATES, Snapshot, read_snapshot
 
 _STYLES = {
@@ -115,4 +116,5 @@ def _positive(text: str) -> float:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     sys.exit(main())
