@@ -36,6 +36,7 @@ _OWN_FACTS = (
     "end",
     "duration_seconds",
     "job_name",
+    "sweep",
     "group",
     "tags",
     "seeds",

@@ -29,6 +29,7 @@ from ptq161.files.atomic import write_atomically
 from ptq161.files.streams import never_fail_to_print
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
+from ptq161.tracking.find import is_run
 from ptq161.tracking.interrupts import exit_on_interrupt
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
@@ -193,7 +194,7 @@ def _default_out(run_dir: Path) -> Path:
 
 
 def _check_new(out: Path) -> None:
-    if (out / "manifest.json").exists():
+    if is_run(out):
         raise UserError(f"--out {out} holds a record already: choose a new directory.")
 
 

@@ -41,7 +41,8 @@ class RunContext:
         resolved: the composed configuration with every interpolation resolved.
         overrides: of the command line.
         job_name: name of the run in the mirror.
-        group: the sweep it belongs to.
+        group: the sweep it belongs to, as the mirror names it.
+        sweep: the sweep's directory (``dir``) and the number of the job in it (``job``).
     """
 
     run_dir: str
@@ -49,6 +50,7 @@ class RunContext:
     overrides: list[str]
     job_name: str
     group: str | None = None
+    sweep: dict[str, str | int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractC
         seeds={"seed": config.seed},
         job_name=context.job_name,
         group=context.group,
+        sweep=context.sweep,
         tags=[config.model.name] if unread else [config.model.name, config.method_name],
     )
 

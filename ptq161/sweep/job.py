@@ -41,6 +41,7 @@ def run_job(cfg: DictConfig) -> None:
                 overrides=overrides,
                 job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
                 group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
+                sweep={"dir": hydra_config.sweep.dir, "job": hydra_config.job.num} if sweeping else None,
             ),
         )
     except Exception as error:

@@ -60,6 +60,7 @@ class RunRecord:
         job_name: str,
         group: str | None = None,
         tags: Sequence[str] = (),
+        sweep: Mapping[str, str | int] | None = None,
     ) -> Iterator[RunRecord]:
         """Begin a record, and close it with the state in which the context ends.
 
@@ -75,6 +76,7 @@ class RunRecord:
             job_name: name of the run in the mirror.
             group: the sweep that the run belongs to.
             tags: labels of the run in the mirror.
+            sweep: ``dir`` and ``job`` (its number), where the run is a job of a sweep.
 
         Raises:
             UserError: the directory cannot be written.
@@ -91,7 +93,7 @@ class RunRecord:
             with writing(folder / "metrics.jsonl"):
                 metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             stack.callback(_close_quietly, metrics)
-            record = cls(folder, _first_manifest(job_name, group, labels, seeds), metrics, NullMirror())
+            record = cls(folder, _first_manifest(job_name, group, labels, seeds, sweep), metrics, NullMirror())
             write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             record._write_manifest()
             try:
@@ -201,7 +203,13 @@ class RunRecord:
         write_atomically(self.run_dir / "manifest.json", encode_json(self.manifest, indent=2) + "\n")
 
 
-def _first_manifest(job_name: str, group: str | None, tags: Sequence[str], seeds: Mapping[str, int]) -> dict[str, Any]:
+def _first_manifest(
+    job_name: str,
+    group: str | None,
+    tags: Sequence[str],
+    seeds: Mapping[str, int],
+    sweep: Mapping[str, str | int] | None,
+) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "exit_state": "running",
@@ -210,6 +218,7 @@ def _first_manifest(job_name: str, group: str | None, tags: Sequence[str], seeds
         "end": None,
         "duration_seconds": None,
         "job_name": job_name,
+        "sweep": None if sweep is None else dict(sweep),
         "group": group,
         "tags": tags,
         "seeds": dict(seeds),
