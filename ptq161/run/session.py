@@ -22,6 +22,7 @@ from ptq161.models.loading import is_packed_folder
 from ptq161.run.config import RunConfig
 from ptq161.run.contents import identity
 from ptq161.run.preflight import QUANTIZATION
+from ptq161.tracking.ownership import owned
 from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,9 @@ def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session]
         UserError: any error that the user can put right.
     """
     store = Store(store_dir(), force=config.force) if config.cache else None
-    # The lock on the result outlives the record, which is stored after it is closed.
+    # The locks on directory and result outlive the record, which is stored after it is closed.
     with contextlib.ExitStack() as locks:
+        locks.enter_context(owned(Path(context.run_dir)))
         with _open_record(config, context) as record:
             content = identity(config, store)
             record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))

@@ -31,7 +31,8 @@ from optuna.trial import TrialState
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.search.space import Space, as_overrides, as_value
+from ptq161.search.space import Space, as_overrides
+from ptq161.sweep.overrides import as_value
 from ptq161.tracking.find import is_run
 from ptq161.tracking.read import read_run
 

@@ -24,6 +24,7 @@ from ptq161.files.strict_json import encode_json
 from ptq161.tracking.environment import describe_environment
 from ptq161.tracking.interrupts import Interrupted, Interrupts
 from ptq161.tracking.layout import SCHEMA_VERSION
+from ptq161.tracking.ownership import owned
 from ptq161.tracking.run_log import run_log
 from ptq161.tracking.settings import TrackerConfig
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
@@ -79,15 +80,15 @@ class RunRecord:
             sweep: ``dir`` and ``job`` (its number), where the run is a job of a sweep.
 
         Raises:
-            UserError: the directory cannot be written.
+            UserError: the directory cannot be written, or belongs to a run that has not ended.
         """
         folder, interrupts = Path(run_dir).absolute(), Interrupts()
         group, labels = tracker.group or group, list(dict.fromkeys([*tracker.tags, *tags]))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in ("results.json", "samples.jsonl"):
-                (folder / stale).unlink(missing_ok=True)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(owned(folder))
+            with writing(folder):
+                for stale in ("results.json", "samples.jsonl"):
+                    (folder / stale).unlink(missing_ok=True)
             stack.enter_context(interrupts.installed())
             log = stack.enter_context(run_log(folder / "run.log"))
             with writing(folder / "metrics.jsonl"):
