@@ -27,7 +27,7 @@ from ptq161.errors import UserError
 from ptq161.files.streams import never_fail_to_print
 from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
-from ptq161.run.preflight import checked_config, name_local_model
+from ptq161.run.preflight import check_store, checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
@@ -77,6 +77,8 @@ def _prepare(options: argparse.Namespace) -> Search:
         objectives = _objectives(options.objectives, config)
         for corner in corners(space):
             _configure([*overrides, *as_overrides(corner)])
+    if config.cache:
+        check_store()
     configured = {key: OmegaConf.select(base, key) for key in space}
     return open_search(
         Path(options.out).absolute(),

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.run.preflight import checked_config
+from ptq161.run.config import RunConfig
+from ptq161.run.preflight import check_store, checked_config
 from ptq161.sweep.directories import compose_job, job_subdir, settle_run_dir, settle_sweep_dir
 from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
 from ptq161.sweep.overrides import sweep_jobs
@@ -36,7 +37,8 @@ class CheckJobs(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """End the program with one sentence if the configuration is wrong or its directory cannot be used."""
         try:
-            checked_config(_task_config(config), config.hydra.overrides.task)
+            if checked_config(_task_config(config), config.hydra.overrides.task).cache:
+                check_store()
             settle_run_dir(config)
         except UserError as error:
             raise SystemExit(str(error)) from error
@@ -44,25 +46,30 @@ class CheckJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """End the program with one sentence if a job's configuration is wrong or a directory cannot be used."""
         loader = GlobalHydra.instance().config_loader()
+        jobs, subdirs = list[RunConfig](), list[Path]()
         try:
-            subdirs = [
-                _checked_subdir(config, overrides, number, loader)
-                for number, overrides in enumerate(sweep_jobs(config, loader))
-            ]
+            for number, overrides in enumerate(sweep_jobs(config, loader)):
+                composed, checked = _checked_job(config, overrides, number, loader)
+                jobs.append(checked)
+                subdirs.append(job_subdir(config, composed))
             if not subdirs:  # a sweeper that selects the jobs as it goes: two that stand for all
                 subdirs = [job_subdir(config, compose_job(config, [], number, loader)) for number in (0, 1)]
+            # A cluster's nodes may have a store that this machine has not.
+            if any(job.cache for job in jobs) and str(config.hydra.launcher._target_).endswith(STOPPABLE):
+                check_store()
             settle_sweep_dir(config, subdirs)
         except (UserError, CompactHydraException) as error:
             raise SystemExit(str(error)) from error
 
 
-def _checked_subdir(config: DictConfig, overrides: Sequence[str], number: int, loader: ConfigLoader) -> Path:
+def _checked_job(
+    config: DictConfig, overrides: Sequence[str], number: int, loader: ConfigLoader
+) -> tuple[DictConfig, RunConfig]:
     try:
         job = compose_job(config, overrides, number, loader)
-        checked_config(_task_config(job), overrides)
+        return job, checked_config(_task_config(job), overrides)
     except (UserError, CompactHydraException) as error:
         raise UserError(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
-    return job_subdir(config, job)
 
 
 def _task_config(config: DictConfig) -> DictConfig:

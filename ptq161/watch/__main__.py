@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> float:
     seconds = float(text)
-    if not seconds > 0:
+    if not 0 < seconds < threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text}: use a positive number of seconds")
     return seconds
 

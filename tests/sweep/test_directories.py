@@ -12,6 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from ptq161.cache.store import store_dir
 from ptq161.sweep.callbacks import CheckJobs
 from ptq161.sweep.directories import compose_job, job_subdir
 from ptq161.sweep.overrides import sweep_jobs
@@ -24,9 +25,10 @@ SWEPT = ["seed=0,1", "method=rtn,gptq"]
 
 
 @pytest.fixture(autouse=True)
-def hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hydra(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hydra in a folder of its own, and no lock that outlives a test."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTQ161_STORE", str(tmp_path_factory.mktemp("store")))
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         yield
@@ -35,9 +37,9 @@ def hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def composed(*overrides: str, mode: str = "MULTIRUN") -> DictConfig:
-    config = compose("config", [f"hydra.mode={mode}"], return_hydra_config=True)
     hydra_own = [text for text in overrides if text.lstrip("+").startswith("hydra")]
-    config = compose("config", [f"hydra.mode={mode}", *hydra_own], return_hydra_config=True)
+    composed = overrides if mode == "RUN" else hydra_own
+    config = compose("config", [f"hydra.mode={mode}", *composed], return_hydra_config=True)
     config.hydra.overrides.hydra = hydra_own
     config.hydra.overrides.task = [text for text in overrides if text not in hydra_own]
     return config
@@ -198,3 +200,26 @@ def test_a_home_folder_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     config = composed("hydra.run.dir='~/run'", mode="RUN")
     CheckJobs().on_run_start(config)
     assert config.hydra.run.dir == str(tmp_path / "home" / "run")
+
+
+@pytest.mark.parametrize("swept", ["seed=0,1", "cache=true,false"])
+def test_a_store_that_cannot_be_written_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swept: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PTQ161_STORE", "file/store")
+    sentence = f"PTQ161_STORE={tmp_path}/file/store cannot be written (Not a directory): choose a writable folder, "
+    assert refused(swept).startswith(sentence)
+    with pytest.raises(SystemExit) as caught:
+        CheckJobs().on_run_start(composed("hydra.run.dir=run", mode="RUN"))
+    assert str(caught.value).startswith(sentence)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    run_dirs(swept, "hydra/launcher=submitit_slurm", "hydra.sweep.dir=elsewhere")  # whose nodes may have another
+    CheckJobs().on_run_start(composed("cache=false", "hydra.run.dir=run", mode="RUN"))
+
+
+def test_a_relative_store_is_where_the_command_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTQ161_STORE", "store")
+    CheckJobs().on_run_start(composed("hydra.run.dir=run", mode="RUN"))
+    monkeypatch.chdir("/")
+    assert store_dir() == tmp_path / "store"

@@ -235,6 +235,13 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == sentence
 
 
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf", "1e300"])
+def test_an_impossible_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str], every: str) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), f"--every={every}"])
+    assert "use a positive number of seconds" in capsys.readouterr().err
+
+
 def test_following_ends_with_the_last_run(tmp_path: Path) -> None:
     write_run(tmp_path / "0")
     write_run(tmp_path / "1", "running")
