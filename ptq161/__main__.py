@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ptq161.files.streams import never_fail_to_print
 from ptq161.tracking.interrupts import exit_on_interrupt
 
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: that of the verb; 2 where there is no such verb, 1 where its packages are not installed.
     """
+    never_fail_to_print()
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("-h", "--help", "help"):
         print(_usage())

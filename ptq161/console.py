@@ -15,4 +15,5 @@ def stdout_console(*, highlight: bool = True) -> Console:
     Args:
         highlight: color numbers, paths and the like in what is printed.
     """
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=highlight)
+    # No markup: paths and messages may hold brackets, which rich would take for tags.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=highlight, markup=False)

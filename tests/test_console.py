@@ -19,3 +19,8 @@ def test_a_terminal_has_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
     assert stdout_console().width == 40
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    stdout_console().print("Record: a[/b]/[bold]c")
+    assert capsys.readouterr().out == "Record: a[/b]/[bold]c\n"

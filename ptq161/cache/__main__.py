@@ -14,6 +14,7 @@ disk space of a checkpoint that a run directory shares with it.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from rich.table import Table
 from ptq161.cache.store import StoredEntry, delete_entry, store_dir, stored_entries
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
+from ptq161.files.streams import never_fail_to_print
 
 _SECONDS_PER_DAY = 86400
 
@@ -37,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.prune and (options.older_than is not None or options.unfinished):
             raise UserError("--older-than and --unfinished select entries to delete: use them with --prune.")
+        if options.older_than is not None and not 0 <= options.older_than < math.inf:
+            raise UserError(f"--older-than {options.older_than:g}: use 0 or a positive number of days.")
         entries = _select(stored_entries(root), options.kind, options.older_than, options.unfinished)
         if options.prune:
             _prune(entries, root)
@@ -107,4 +111,5 @@ def _size(nbytes: int) -> str:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     sys.exit(main())

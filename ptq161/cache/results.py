@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from ptq161.cache.store import ADVICE, Entry
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
+from ptq161.files.folders import share_file
 from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.tracking.read import RunData, read_run
 from ptq161.tracking.record import RunRecord
@@ -25,7 +24,7 @@ MERGED = "merged"
 """The folder of its restored model."""
 FOLDERS = (CHECKPOINT, MERGED)
 _SHARED = ".safetensors"
-"""Suffix of the files of these folders that are linked and not copied, so that records of one result share them."""
+"""Suffix of the files of these folders that take no room of their own, where the file system can share them."""
 
 _OWN_FACTS = (
     "schema_version",
@@ -35,6 +34,7 @@ _OWN_FACTS = (
     "end",
     "duration_seconds",
     "job_name",
+    "sweep",
     "group",
     "tags",
     "seeds",
@@ -60,7 +60,7 @@ def store_result(entry: Entry, run_dir: Path) -> None:
             if (run_dir / name).exists():
                 shutil.copyfile(run_dir / name, entry.folder / name)
         for name in FOLDERS:
-            _link_folder(run_dir / name, entry.folder / name)
+            _share_folder(run_dir / name, entry.folder / name)
     entry.finish()
 
 
@@ -85,7 +85,7 @@ def reuse_result(entry: Entry, record: RunRecord) -> dict[str, Any] | None:
         return None
     with writing(record.run_dir):
         for name in FOLDERS:
-            _link_folder(entry.folder / name, record.run_dir / name)
+            _share_folder(entry.folder / name, record.run_dir / name)
     record.copy_lines(original.metrics, original.samples)
     manifest = original.manifest
     origin = {key: manifest[key] for key in ("start", "end", "duration_seconds", "command")}
@@ -107,15 +107,14 @@ def _intact(entry: Entry) -> RunData | None:
     return None
 
 
-def _link_folder(source: Path, target: Path) -> None:
-    """Replace ``target`` by a copy of ``source``, if that exists; weights are hard links where that is possible."""
+def _share_folder(source: Path, target: Path) -> None:
+    """Replace ``target`` by a copy of ``source``, if that exists, and say where the two have files in common."""
     shutil.rmtree(target, ignore_errors=True)
     if not source.is_dir():
         return
     target.mkdir()
     for path in source.iterdir():
-        if path.suffix == _SHARED:
-            with contextlib.suppress(OSError):  # another file system, or one without links
-                os.link(path, target / path.name)
-                continue
-        shutil.copyfile(path, target / path.name)
+        if path.suffix != _SHARED:
+            shutil.copyfile(path, target / path.name)
+        elif share_file(path, target / path.name) == "linked":
+            log.info("%s and %s are one file: copy it before you change it in place", path, target / path.name)

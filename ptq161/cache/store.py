@@ -32,14 +32,16 @@ from ptq161.files.strict_json import decode_json, encode_json
 
 log = logging.getLogger(__name__)
 
-ADVICE = "set the environment variable PTQ161_STORE to a writable folder, or cache=false"
+STORE_VARIABLE = "PTQ161_STORE"
+"""The environment variable that names the store's folder."""
+ADVICE = f"set the environment variable {STORE_VARIABLE} to a writable folder, or cache=false"
 _VALUE = "value.json"
 _UNFINISHED = ".unfinished"
 
 
 def store_dir() -> Path:
     """Return the folder of the store: ``$PTQ161_STORE``, else ``store`` in the cache of assets."""
-    return Path(os.environ.get("PTQ161_STORE") or cache_dir() / "store").expanduser().absolute()
+    return Path(os.environ.get(STORE_VARIABLE) or cache_dir() / "store").expanduser().absolute()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.data.corpora import Corpus, load_corpus
+from ptq161.evaluation.checks import check_prompt, check_tokens
 from ptq161.evaluation.perplexity import Perplexity, check_windows, perplexity
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.evaluation.zero_shot import (
     OpenTasks,
     ZeroShotScore,
     open_tasks,
+    request_texts,
     score_tasks,
     sha256_of_documents,
     split_tasks,
@@ -76,7 +78,10 @@ def compute_always(measured: Mapping[str, Any], compute: Callable[[], Mapping[st
 
 
 def open_evaluation(
-    tokenizer: PreTrainedTokenizerBase, config: EvalConfig, model_max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvalConfig,
+    model_max_length: int | None,
+    vocabulary: int | None = None,
 ) -> OpenEvaluation:
     """Load and check every corpus and task of a protocol.
 
@@ -84,16 +89,26 @@ def open_evaluation(
         tokenizer: the model's.
         config: the protocol.
         model_max_length: longest sequence of the model (``config.max_position_embeddings``); None if unbounded.
+        vocabulary: rows of the model's embedding; None does not check the tokens.
 
     Raises:
-        UserError: a corpus or task is unknown or cannot be fetched, or a corpus is shorter than one window.
+        UserError: a corpus or task is unknown or cannot be fetched, or a corpus is shorter than one window;
+            a text has tokens that the model does not know, or the prompt of the sample is too long.
     """
+    check_prompt(tokenizer, config.sample_prompt, config.sample_tokens, model_max_length, vocabulary)
     corpora = []
     for name in dict.fromkeys(config.corpora):
         corpus = load_corpus(tokenizer, name, config.text_file)
         check_windows(len(corpus.tokens), config.seq_len, model_max_length, f"corpus {name}")
+        if vocabulary is not None:
+            check_tokens(tokenizer, corpus.tokens, vocabulary, f"eval.corpora={name}")
         corpora.append(corpus)
-    return OpenEvaluation(config, tuple(corpora), open_tasks(config.tasks, config.limit))
+    tasks = open_tasks(config.tasks, config.limit)
+    # Requests are built anew for each score. For the check alone only where the tokenizer has more tokens at all.
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        for name, text in request_texts(tasks):
+            check_tokens(tokenizer, tokenizer(text)["input_ids"], vocabulary, f"eval.tasks={name}")
+    return OpenEvaluation(config, tuple(corpora), tasks)
 
 
 def evaluate(

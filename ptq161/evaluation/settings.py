@@ -48,5 +48,7 @@ class EvalConfig:
         check_at_least("eval.limit", self.limit, 1)
         check_at_least("eval.batch_size", self.batch_size, 1)
         check_at_least("eval.sample_tokens", self.sample_tokens, 1)
+        if not self.sample_prompt:
+            raise UserError("eval.sample_prompt is empty: give the text that the sample continues.")
         if "text_file" in self.corpora and not self.text_file:
             raise UserError("eval.corpora=[text_file] needs a file: set eval.text_file=FILE.")

@@ -119,6 +119,16 @@ def split_tasks(tasks: OpenTasks) -> Iterator[OpenTasks]:
             yield OpenTasks((name,), tasks.limit, {"tasks": {name: task}, "groups": {}})
 
 
+def request_texts(tasks: OpenTasks) -> Iterator[tuple[str, str]]:
+    """Yield the name of a task and a text that a model will read for it, for all of its requests."""
+    with _quiet():
+        for name, task in tasks.loaded["tasks"].items():
+            task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+            task.build_all_requests(limit=tasks.limit)
+            for request in task.instances:
+                yield name, "".join(part for part in request.args if isinstance(part, str))
+
+
 def sha256_of_documents(tasks: OpenTasks) -> str:
     """Hash the documents that scoring reads, few-shot examples included."""
     digest = hashlib.sha256()

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,10 @@ from rich.table import Table
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
+from ptq161.files.streams import never_fail_to_print
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
+from ptq161.tracking.find import is_run
 from ptq161.tracking.interrupts import exit_on_interrupt
 from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         recorded = _read_finished(options.run_dir)
-        if options.tolerance < 0:
+        if not 0 <= options.tolerance < math.inf:
             raise UserError(f"--tolerance {options.tolerance}: use 0 or a small positive number.")
         out = Path(options.out).absolute() if options.out else _default_out(recorded.run_dir)
         _check_new(out)
@@ -192,7 +195,7 @@ def _default_out(run_dir: Path) -> Path:
 
 
 def _check_new(out: Path) -> None:
-    if (out / "manifest.json").exists():
+    if is_run(out):
         raise UserError(f"--out {out} holds a record already: choose a new directory.")
 
 
@@ -235,5 +238,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     with exit_on_interrupt():
         sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from ptq161.errors import UserError
+from ptq161.files.streams import never_fail_to_print
 from ptq161.report.collect import collect
 from ptq161.report.details import chosen_runs, read_details
 from ptq161.report.keys import differing_keys, swept_numbers
@@ -177,4 +178,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     sys.exit(main())

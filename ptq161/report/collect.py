@@ -10,14 +10,13 @@ Usage::
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ptq161.errors import UserError
 from ptq161.report.seeds import GROUPS, identity_without_seed
+from ptq161.tracking.find import find
 from ptq161.tracking.read import RunData, read_run
 
 FULL_PRECISION = "none"
@@ -105,33 +104,16 @@ def collect(folders: Sequence[Path | str]) -> Collection:
     problems: list[str] = []
     seen: set[Path] = set()
     for folder in map(Path, folders):
-        run_dirs = list(_run_dirs(folder, problems))
-        if not run_dirs:
+        found = find(folder)
+        problems += found.problems
+        problems += [f"{path} is skipped: its job ended before it began a record." for path in found.begun]
+        if not found.runs:
             problems.append(f"{folder} holds no run.")
-        for run_dir in run_dirs:
+        for run_dir in found.runs:
             if run_dir.resolve() not in seen and (run := _read(run_dir, problems)):
                 runs.append(run)
             seen.add(run_dir.resolve())
     return Collection(runs, problems)
-
-
-def _run_dirs(folder: Path, problems: list[str]) -> Iterator[Path]:
-    def report(error: OSError) -> None:
-        problems.append(f"{error.filename or folder} cannot be read ({error.strerror}).")
-
-    for name, folders, files in os.walk(folder, onerror=report):
-        if "manifest.json" in files:
-            folders.clear()
-            yield Path(name)
-        elif ".hydra" in folders:
-            folders.clear()
-            problems.append(f"{name} is skipped: its job ended before it began a record.")
-        folders.sort(key=_natural_order)
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """Order 2 before 10: every other part of a split by digits is a number."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _read(run_dir: Path, problems: list[str]) -> Run | None:

@@ -5,11 +5,15 @@ The stages are functions of :mod:`ptq161.run.stages`, which also use the cache a
 
 from __future__ import annotations
 
+import logging
+
 from ptq161.methods.base import Method
 from ptq161.run.config import RunConfig
 from ptq161.run.session import Results, RunContext, Session, is_packed_model, run_once
 from ptq161.run.stages import calibrate, load_model, load_packed, open_texts, preprocess, quantize_model, score
 from ptq161.run.summary import print_results
+
+log = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, context: RunContext) -> Results:
@@ -22,7 +26,11 @@ def run(config: RunConfig, context: RunContext) -> Results:
         UserError: any error that the user can put right.
     """
     results = run_once(config, context, _experiment)
-    print_results(results, context.run_dir)
+    # The record is complete. Whatever the caller's stdout cannot take is lost to the screen alone.
+    try:
+        print_results(results, context.run_dir)
+    except Exception as error:
+        log.warning("the results are in %s, but could not be printed: %s", context.run_dir, error)
     return results
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from ptq161.cache.store import STORE_VARIABLE, store_dir
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.run.config import RunConfig, load_run_config
@@ -46,8 +48,25 @@ def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
         cfg.model.name = Path(str(path)).absolute().name
 
 
-def check_writable(setting: str, folder: str) -> None:
+def check_store() -> None:
+    """Check that the store can be written, and let a relative ``PTQ161_STORE`` mean one folder for all jobs.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    folder = str(store_dir())
+    if os.environ.get(STORE_VARIABLE):  # of a job that changes its working directory, too
+        os.environ[STORE_VARIABLE] = folder
+    check_writable(STORE_VARIABLE, folder, "choose a writable folder, or cache=false")
+
+
+def check_writable(setting: str, folder: str, advice: str = "choose a writable directory") -> None:
     """Make a directory, and check that files can be written in it.
+
+    Args:
+        setting: names the directory.
+        folder: its path.
+        advice: ends the sentence of the error.
 
     Raises:
         UserError: it cannot be made or written.
@@ -57,9 +76,7 @@ def check_writable(setting: str, folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(
-            f"{setting}={folder} cannot be written ({error.strerror}): choose a writable directory."
-        ) from error
+        raise UserError(f"{setting}={folder} cannot be written ({error.strerror or error}): {advice}.") from error
 
 
 def _check_file(setting: str, file: str | None) -> None:

@@ -22,6 +22,7 @@ from ptq161.models.loading import is_packed_folder
 from ptq161.run.config import RunConfig
 from ptq161.run.contents import identity
 from ptq161.run.preflight import QUANTIZATION
+from ptq161.tracking.ownership import owned
 from ptq161.tracking.record import RunRecord
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class RunContext:
         resolved: the composed configuration with every interpolation resolved.
         overrides: of the command line.
         job_name: name of the run in the mirror.
-        group: the sweep it belongs to.
+        group: the sweep it belongs to, as the mirror names it.
+        sweep: the sweep's directory (``dir``) and the number of the job in it (``job``).
     """
 
     run_dir: str
@@ -49,6 +51,7 @@ class RunContext:
     overrides: list[str]
     job_name: str
     group: str | None = None
+    sweep: dict[str, str | int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +114,9 @@ def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session]
         UserError: any error that the user can put right.
     """
     store = Store(store_dir(), force=config.force) if config.cache else None
-    # The lock on the result outlives the record, which is stored after it is closed.
+    # The locks on directory and result outlive the record, which is stored after it is closed.
     with contextlib.ExitStack() as locks:
+        locks.enter_context(owned(Path(context.run_dir)))
         with _open_record(config, context) as record:
             content = identity(config, store)
             record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))
@@ -134,6 +138,7 @@ def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractC
         seeds={"seed": config.seed},
         job_name=context.job_name,
         group=context.group,
+        sweep=context.sweep,
         tags=[config.model.name] if unread else [config.model.name, config.method_name],
     )
 

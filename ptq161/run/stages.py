@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ptq161.cache.results import CHECKPOINT, MERGED
 from ptq161.data.calibration import calibration_tokens
 from ptq161.driver.quantization import quantize
+from ptq161.evaluation.checks import check_tokens, vocabulary_of
 from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
 from ptq161.evaluation.sample import greedy_sample
 from ptq161.files import identity
@@ -47,12 +48,14 @@ class Texts:
     Attributes:
         tokenizer: of the model.
         longest: longest sequence that the model takes, in tokens; None where nothing bounds it.
+        vocabulary: rows of the model's embedding.
         evaluation: perplexity texts and zero-shot tasks.
         training: ``[n, seq_len]`` int64, of the preprocessing; empty without one.
     """
 
     tokenizer: PreTrainedTokenizerBase
     longest: int | None
+    vocabulary: int
     evaluation: OpenEvaluation
     training: Tensor
 
@@ -113,14 +116,20 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
     tokens = session.stages.tensor(
         "tokens", drawn, lambda: calibration_tokens(texts.tokenizer, config.calib, config.seed)
     )
+    check_tokens(texts.tokenizer, tokens, texts.vocabulary, f"calib={config.calib.name}")
     session.record.describe(calibration_sha256=sha256_of_tensors({"tokens": tokens}))
     return tokens
 
 
 def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig) -> Texts:
     longest = max_seq_len(hf_config)
-    evaluation = open_evaluation(tokenizer, session.config.eval, longest)
-    return Texts(tokenizer, longest, evaluation, _training(session, tokenizer, longest))
+    config, vocabulary = session.config.eval, vocabulary_of(hf_config)
+    if not config.corpora and not config.tasks:
+        log.warning("eval.corpora and eval.tasks are empty: the run scores nothing but records sizes and a text sample")
+    evaluation = open_evaluation(tokenizer, config, longest, vocabulary)
+    training = _training(session, tokenizer, longest)
+    check_tokens(tokenizer, training, vocabulary, "the text of preprocess")
+    return Texts(tokenizer, longest, vocabulary, evaluation, training)
 
 
 def _training(session: Session, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Tensor:

@@ -24,9 +24,10 @@ from optuna.trial import TrialState
 
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
+from ptq161.files.streams import never_fail_to_print
 from ptq161.run.conf import CONF
 from ptq161.run.config import RunConfig
-from ptq161.run.preflight import checked_config, name_local_model
+from ptq161.run.preflight import check_store, checked_config, name_local_model
 from ptq161.search.front import front_table, short, write_front
 from ptq161.search.space import Space, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Claim, Direction, Outcome, Search, claim_trial, open_search, run_trial
@@ -76,6 +77,8 @@ def _prepare(options: argparse.Namespace) -> Search:
         objectives = _objectives(options.objectives, config)
         for corner in corners(space):
             _configure([*overrides, *as_overrides(corner)])
+    if config.cache:
+        check_store()
     configured = {key: OmegaConf.select(base, key) for key in space}
     return open_search(
         Path(options.out).absolute(),
@@ -154,8 +157,8 @@ def _show(search: Search, n_trials: int) -> int:
     finished, failed = states.count(TrialState.COMPLETE), states.count(TrialState.FAIL)
     if not finished:
         raise UserError(f"none of the {failed} trials in {search.folder} finished; the output.log of each says why.")
-    stdout_console().print(front_table(search))
     written = ", ".join(path.name for path in write_front(search))
+    stdout_console().print(front_table(search))
     running = states.count(TrialState.RUNNING)
     elsewhere = f", {running} still running in other processes" if running else ""
     print(f"{finished} of {n_trials} trials finished, {failed} failed{elsewhere}.")
@@ -184,5 +187,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     with exit_on_interrupt():
         sys.exit(main())

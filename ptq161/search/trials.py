@@ -31,7 +31,9 @@ from optuna.trial import TrialState
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.search.space import Space, as_overrides, as_value
+from ptq161.search.space import Space, as_overrides
+from ptq161.sweep.overrides import as_value
+from ptq161.tracking.find import is_run
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]
@@ -259,16 +261,14 @@ def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
 
 
 def _is_finished(run_dir: Path) -> bool:
-    if not (run_dir / "manifest.json").exists():
-        return False
-    return bool(read_run(run_dir, with_lines=False).manifest.get("exit_state") == "finished")
+    return is_run(run_dir) and read_run(run_dir, with_lines=False).manifest.get("exit_state") == "finished"
 
 
 def _reason(run_dir: Path, status: int | None) -> str:
     """Return why a run failed: from its record, else the last line of its output, else its exit status."""
     if status is not None and status < 0:
         return f"killed by {signal.Signals(-status).name} {_ATTEMPTS} times"
-    if (run_dir / "manifest.json").exists():
+    if is_run(run_dir):
         exception = read_run(run_dir, with_lines=False).manifest.get("exception")
         if exception:
             return str(exception["message"])

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
@@ -22,39 +23,53 @@ from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.run.preflight import check_writable, checked_config
+from ptq161.run.config import RunConfig
+from ptq161.run.preflight import check_store, checked_config
+from ptq161.sweep.directories import compose_job, job_subdir, settle_run_dir, settle_sweep_dir
 from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
 from ptq161.sweep.overrides import sweep_jobs
 from ptq161.sweep.summary import print_summary
 
 
 class CheckJobs(Callback):
-    """Checks the configuration of a run, or of every job of a sweep, before the first one starts."""
+    """Checks a run, or every job of a sweep, and settles its directory before anything starts."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """End the program with one sentence if the configuration is wrong or its directory cannot be written."""
+        """End the program with one sentence if the configuration is wrong or its directory cannot be used."""
         try:
-            checked_config(_task_config(config), config.hydra.overrides.task)
-            check_writable("hydra.run.dir", config.hydra.run.dir)
+            if checked_config(_task_config(config), config.hydra.overrides.task).cache:
+                check_store()
+            settle_run_dir(config)
         except UserError as error:
             raise SystemExit(str(error)) from error
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """End the program with one sentence if a job's configuration is wrong or the directory cannot be written."""
-        for overrides in sweep_jobs(config, GlobalHydra.instance().config_loader()):
-            try:
-                checked_config(_compose(config, overrides), overrides)
-            except (UserError, CompactHydraException) as error:
-                raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+        """End the program with one sentence if a job's configuration is wrong or a directory cannot be used."""
+        loader = GlobalHydra.instance().config_loader()
+        jobs, subdirs = list[RunConfig](), list[Path]()
         try:
-            check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
-        except UserError as error:
+            for number, overrides in enumerate(sweep_jobs(config, loader)):
+                composed, checked = _checked_job(config, overrides, number, loader)
+                jobs.append(checked)
+                subdirs.append(job_subdir(config, composed))
+            if not subdirs:  # a sweeper that selects the jobs as it goes: two that stand for all
+                subdirs = [job_subdir(config, compose_job(config, [], number, loader)) for number in (0, 1)]
+            # A cluster's nodes may have a store that this machine has not.
+            if any(job.cache for job in jobs) and str(config.hydra.launcher._target_).endswith(STOPPABLE):
+                check_store()
+            settle_sweep_dir(config, subdirs)
+        except (UserError, CompactHydraException) as error:
             raise SystemExit(str(error)) from error
 
 
-def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    loader = GlobalHydra.instance().config_loader()
-    return _task_config(loader.load_sweep_config(config, list(overrides)))
+def _checked_job(
+    config: DictConfig, overrides: Sequence[str], number: int, loader: ConfigLoader
+) -> tuple[DictConfig, RunConfig]:
+    try:
+        job = compose_job(config, overrides, number, loader)
+        return job, checked_config(_task_config(job), overrides)
+    except (UserError, CompactHydraException) as error:
+        raise UserError(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
 
 
 def _task_config(config: DictConfig) -> DictConfig:

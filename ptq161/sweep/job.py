@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,18 @@ def run_job(cfg: DictConfig) -> None:
                 overrides=overrides,
                 job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
                 group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
+                sweep={"dir": hydra_config.sweep.dir, "job": hydra_config.job.num} if sweeping else None,
             ),
         )
     except Exception as error:
         if sweeping:  # Hydra would show only the first failure, after the last job
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             failure = Failure(hydra_config.job.num, overrides, sentence, hydra_config.runtime.output_dir)
+            try:
+                record_failure(hydra_config.sweep.dir, failure)
+            except UserError as unwritable:  # it must not hide why the job failed
+                print(unwritable, file=sys.stderr)
             print_failure(failure)
-            record_failure(hydra_config.sweep.dir, failure)
             raise failure.error() from error
         if isinstance(error, UserError):
             raise FailedRunError(str(error)) from error

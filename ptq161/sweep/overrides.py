@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 # Internal, but the only code that splits overrides into jobs as Hydra itself does.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
+
+_PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
 
 
 def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequence[str]]:
@@ -38,6 +42,18 @@ def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
     """
     shared = {_plain(override) for override in sweep.hydra.overrides.task}
     return [override for override in overrides if _plain(override) not in shared]
+
+
+def as_value(value: Any) -> str:
+    """Return a plain value in the grammar of Hydra's overrides."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    if not isinstance(value, str) or _PLAIN.fullmatch(text):
+        return text
+    # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def _plain(override: str) -> str:

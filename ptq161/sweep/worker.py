@@ -23,6 +23,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from ptq161.files.streams import never_fail_to_print
+
 CONSOLE = "console.log"
 
 
@@ -86,6 +88,7 @@ def work(job: Job, task: TaskReference, gpus: str | None, results: Connection) -
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     _write_output_to(Path(job.run_dir, CONSOLE), append=job.attempt > 1)
+    never_fail_to_print()
     try:
         results.send(_run(job, task))
     except KeyboardInterrupt as interrupt:

@@ -24,6 +24,7 @@ from ptq161.files.strict_json import encode_json
 from ptq161.tracking.environment import describe_environment
 from ptq161.tracking.interrupts import Interrupted, Interrupts
 from ptq161.tracking.layout import SCHEMA_VERSION
+from ptq161.tracking.ownership import owned
 from ptq161.tracking.run_log import run_log
 from ptq161.tracking.settings import TrackerConfig
 from ptq161.tracking.wandb_mirror import Mirror, NullMirror, open_mirror
@@ -60,6 +61,7 @@ class RunRecord:
         job_name: str,
         group: str | None = None,
         tags: Sequence[str] = (),
+        sweep: Mapping[str, str | int] | None = None,
     ) -> Iterator[RunRecord]:
         """Begin a record, and close it with the state in which the context ends.
 
@@ -75,23 +77,24 @@ class RunRecord:
             job_name: name of the run in the mirror.
             group: the sweep that the run belongs to.
             tags: labels of the run in the mirror.
+            sweep: ``dir`` and ``job`` (its number), where the run is a job of a sweep.
 
         Raises:
-            UserError: the directory cannot be written.
+            UserError: the directory cannot be written, or belongs to a run that has not ended.
         """
         folder, interrupts = Path(run_dir).absolute(), Interrupts()
         group, labels = tracker.group or group, list(dict.fromkeys([*tracker.tags, *tags]))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in ("results.json", "samples.jsonl"):
-                (folder / stale).unlink(missing_ok=True)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(owned(folder))
+            with writing(folder):
+                for stale in ("results.json", "samples.jsonl"):
+                    (folder / stale).unlink(missing_ok=True)
             stack.enter_context(interrupts.installed())
             log = stack.enter_context(run_log(folder / "run.log"))
             with writing(folder / "metrics.jsonl"):
                 metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
             stack.callback(_close_quietly, metrics)
-            record = cls(folder, _first_manifest(job_name, group, labels, seeds), metrics, NullMirror())
+            record = cls(folder, _first_manifest(job_name, group, labels, seeds, sweep), metrics, NullMirror())
             write_atomically(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
             record._write_manifest()
             try:
@@ -201,7 +204,13 @@ class RunRecord:
         write_atomically(self.run_dir / "manifest.json", encode_json(self.manifest, indent=2) + "\n")
 
 
-def _first_manifest(job_name: str, group: str | None, tags: Sequence[str], seeds: Mapping[str, int]) -> dict[str, Any]:
+def _first_manifest(
+    job_name: str,
+    group: str | None,
+    tags: Sequence[str],
+    seeds: Mapping[str, int],
+    sweep: Mapping[str, str | int] | None,
+) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "exit_state": "running",
@@ -210,6 +219,7 @@ def _first_manifest(job_name: str, group: str | None, tags: Sequence[str], seeds
         "end": None,
         "duration_seconds": None,
         "job_name": job_name,
+        "sweep": None if sweep is None else dict(sweep),
         "group": group,
         "tags": tags,
         "seeds": dict(seeds),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from ptq161.files.streams import never_fail_to_print
 from ptq161.watch.snapshot import STATES, Snapshot, read_snapshot
 
 _STYLES = {
@@ -109,10 +111,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> float:
     seconds = float(text)
-    if not seconds > 0:
+    if not 0 < seconds < threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text}: use a positive number of seconds")
     return seconds
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     sys.exit(main())

@@ -18,7 +18,7 @@ from ptq161.errors import UserError
 from ptq161.files.strict_json import decode_json
 from ptq161.sweep.failures import read_failures
 from ptq161.sweep.overrides import own_overrides, sweep_jobs
-from ptq161.tracking.find import MANIFEST, find_runs
+from ptq161.tracking.find import MANIFEST, SWEEP, find, natural_order
 from ptq161.tracking.read import RunData, read_run
 
 STATES = ("running", "starting", "failed", "lost", "interrupted", "waiting", "finished")
@@ -75,41 +75,33 @@ class Snapshot:
 
 def read_snapshot(folder: Path) -> Snapshot:
     """Read the state of all runs in a folder, and of the jobs of its sweeps that have not started."""
-    problems: list[str] = []
-    run_dirs = list(find_runs(folder))
-    rows = _jobs_without_record(folder, run_dirs)
-    for run_dir in run_dirs:
+    found = find(folder)
+    problems = list(found.problems)
+    waiting: dict[_Job | None, Row] = {key: row for sweep in found.sweeps for key, row in _planned(sweep, folder)}
+    rows = []
+    for path in found.begun:
+        planned = waiting.pop(_job(path, found.sweeps, _hydra_number(path)), Row("", "", "waiting"))
+        state = "starting" if planned.state == "waiting" else planned.state
+        rows.append(dataclasses.replace(planned, job=_relative(path, folder), state=state))
+    for run_dir in found.runs:
         try:
-            row = _row(run_dir, folder)
+            row, number = _row(run_dir, folder)
         except UserError as error:
             problems.append(f"{run_dir} is skipped: {error}")
             continue
-        planned = rows.get(row.job)
-        rows[row.job] = dataclasses.replace(row, label=planned.label) if planned else row
-    return Snapshot([rows[job] for job in sorted(rows, key=_natural_order)], problems)
+        job = waiting.pop(_job(run_dir, found.sweeps, number), None)
+        rows.append(row if job is None else dataclasses.replace(row, label=job.label))
+    return Snapshot(sorted([*rows, *waiting.values()], key=lambda row: natural_order(row.job)), problems)
 
 
-def _jobs_without_record(folder: Path, run_dirs: Sequence[Path]) -> dict[str, Row]:
-    """Return a row for each job that a sweep plans, or whose directory Hydra has made, by its directory."""
-    rows: dict[str, Row] = {}
-    for name, folders, files in os.walk(folder):
-        path = Path(name)
-        if "multirun.yaml" in files:
-            rows.update((row.job, row) for row in _planned(path, folder))
-        if path in run_dirs:
-            folders.clear()
-        elif ".hydra" in folders:
-            folders.clear()
-            planned = rows.get(_relative(path, folder), Row(_relative(path, folder), "", "waiting"))
-            if planned.state == "waiting":
-                rows[planned.job] = dataclasses.replace(planned, state="starting")
-    return rows
+_Job = tuple[Path, int]
+"""A job: the directory of its sweep, and its number there."""
 
 
-def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
-    """Yield a row for each job of a sweep's configuration: waiting, or failed before its record began."""
+def _planned(sweep: Path, folder: Path) -> Iterator[tuple[_Job, Row]]:
+    """Yield each job of a sweep's configuration with a row: waiting, or failed before its record began."""
     try:
-        config = OmegaConf.load(sweep / "multirun.yaml")
+        config = OmegaConf.load(sweep / SWEEP)
         assert isinstance(config, DictConfig)
         jobs = list(sweep_jobs(config, loader=None))
         labels = [" ".join(own_overrides(overrides, config)) for overrides in jobs]
@@ -118,26 +110,64 @@ def _planned(sweep: Path, folder: Path) -> Iterator[Row]:
         return
     failed = {failure.job: failure.sentence for failure in read_failures(sweep)}
     for number, label in enumerate(labels):
-        job = _relative(sweep / str(number), folder)
-        if number in failed:
-            yield Row(job, label, "failed", outcome=failed[number])
-        else:
-            yield Row(job, label, "waiting")
+        # Its directory may have another name, which is not known before it begins.
+        row = Row(_relative(sweep / str(number), folder), label, "waiting")
+        yield (
+            (sweep, number),
+            dataclasses.replace(row, state="failed", outcome=failed[number]) if number in failed else row,
+        )
 
 
-def _row(run_dir: Path, folder: Path) -> Row:
+def _job(run_dir: Path, sweeps: Sequence[Path], number: int | None) -> _Job | None:
+    """Return the job whose directory this is; None where no sweep that was found holds it.
+
+    Args:
+        run_dir: the directory.
+        sweeps: directories of sweeps.
+        number: of the job, if known; else the directory's name is taken for it.
+    """
+    sweep = next((parent for parent in (run_dir, *run_dir.parents) if parent in sweeps), None)
+    if sweep is None:
+        return None
+    if number is None and not run_dir.name.isdecimal():
+        return None
+    return sweep, int(run_dir.name) if number is None else number
+
+
+def _hydra_number(path: Path) -> int | None:
+    """Return the number of a job that has no record yet from what Hydra wrote for it."""
+    try:
+        return _number_or_none(OmegaConf.select(OmegaConf.load(path / ".hydra" / "hydra.yaml"), "hydra.job.num"))
+    # Half-written, or not Hydra's.
+    except Exception:
+        return None
+
+
+def _number_or_none(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _row(run_dir: Path, folder: Path) -> tuple[Row, int | None]:
+    """Return the row of a run, and the number of the job where it belongs to a sweep."""
     try:
         changed = (run_dir / MANIFEST).stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"its manifest.json cannot be read ({error.strerror})") from error
     run, state = _read(run_dir, changed)
     manifest = run.manifest
+    sweep = manifest.get("sweep")
+    number = _number_or_none(sweep.get("job")) if isinstance(sweep, Mapping) else None
     row = Row(_relative(run_dir, folder), str(manifest.get("job_name") or ""), state)
-    if state != "running":
+    return _with_state(row, run), number
+
+
+def _with_state(row: Row, run: RunData) -> Row:
+    manifest = run.manifest
+    if row.state != "running":
         return dataclasses.replace(row, seconds=_number(manifest.get("duration_seconds")), outcome=_outcome(run))
     if _is_gone(manifest):
         return dataclasses.replace(row, state="lost", outcome="its process is gone; run its command again")
-    metrics = _last_metrics(run_dir / "metrics.jsonl")
+    metrics = _last_metrics(run.run_dir / "metrics.jsonl")
     losses = [_number(metric.get("value")) for metric in metrics if metric.get("name") in _LOSSES]
     return dataclasses.replace(
         row,
@@ -218,11 +248,6 @@ def _outcome(run: RunData) -> str:
 
 def _relative(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path != folder else path.absolute().name
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key by which 2 comes before 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.replace("-", "/").split("/")]
 
 
 def _number(value: Any) -> float | None:

@@ -82,6 +82,10 @@ def test_an_entry_is_not_old_once_it_is_used_again(store: Store) -> None:
 def test_mistakes_are_one_sentence(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in [
         (["--kind=x"], "--kind=x: the store has no such entries; use one of blocks, results, scores."),
+        *(
+            (["--prune", f"--older-than={days}"], f"--older-than {days}: use 0 or a positive number of days.")
+            for days in ("-5", "-0.5", "nan", "inf", "-inf")
+        ),
         (["--unfinished"], "--older-than and --unfinished select entries to delete: use them with --prune."),
     ]:
         assert main(arguments) == 1

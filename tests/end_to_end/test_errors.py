@@ -34,6 +34,7 @@ def assert_sentence(ended: Ended, *parts: str) -> None:
         ("mask_ratio=1", ("mask_ratio=1", "[0, 1)")),
         ("mask_ratio=-0.1", ("mask_ratio=-0.1", "[0, 1)")),
         ("+method.nonsense=1", ("method.nonsense", "mask_ratio, epochs")),
+        ("eval.sample_prompt=''", ("eval.sample_prompt is empty",)),
         ("model.path=nowhere", ("model.path=nowhere", "config.json")),
         ("eval.text_file=nowhere.txt", ("eval.text_file=nowhere.txt", "no such file")),
         ("hydra.run.dir=occupied/run", ("hydra.run.dir=occupied/run", "cannot be written")),
@@ -79,6 +80,9 @@ def test_a_packed_checkpoint_takes_no_method(program: Program, tiny_run: Recorde
         ("eval.seq_len=600", ("eval.seq_len=600", "512")),
         ("calib.text_file=short.txt", ("calib.seq_len=64", "20")),
         ("eval.text_file=short.txt", ("eval.seq_len=64", "20")),
+        ("eval.sample_prompt='<s>'", ("eval.sample_prompt='<s>'", "no token of text")),
+        ("eval.sample_tokens=600", ("eval.sample_tokens=600", "at most 512 tokens", "at most 489")),
+        ("model.path=small_vocab", ("has the token", "only 100 rows")),
         ("model.path=gptq", ("already quantized", "gptq")),
         ("model.path=gpt2", ("'gpt2'", "llama")),
         ("model.path=damaged", ("NaN", "model.layers.1.mlp.up_proj.weight")),
@@ -91,6 +95,8 @@ def test_what_model_and_text_show_ends_the_run_before_it_computes(
     folder = program.folder / overrides.partition("=")[2]
     if folder.name == "gptq":
         _edit_config(tiny_model_dir, folder, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 64})
+    if folder.name == "small_vocab":
+        _edit_config(tiny_model_dir, folder, vocab_size=100)
     if folder.name == "gpt2":
         _edit_config(tiny_model_dir, folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
     if folder.name == "damaged":

@@ -177,6 +177,21 @@ def test_several_sweeps_below_a_folder(tmp_path: Path) -> None:
     assert (rows[-1].state, rows[-1].label) == ("finished", "seed=10")
 
 
+def test_jobs_in_directories_of_other_names(tmp_path: Path) -> None:
+    write_sweep(tmp_path, "seed=range(4)")
+    for number in (0, 1):
+        write_run(tmp_path / f"seed={number}" / "run", sweep={"dir": "moved", "job": number})
+    (tmp_path / "seed=2" / ".hydra").mkdir(parents=True)
+    (tmp_path / "seed=2" / ".hydra" / "hydra.yaml").write_text("hydra: {job: {num: 2}, run: {dir: '${now:%Y}'}}\n")
+    found = {row.label: (row.job, row.state) for row in read_snapshot(tmp_path).rows}
+    assert found == {
+        "seed=0": ("seed=0/run", "finished"),
+        "seed=1": ("seed=1/run", "finished"),
+        "seed=2": ("seed=2", "starting"),
+        "seed=3": ("3", "waiting"),
+    }
+
+
 @pytest.mark.parametrize("content", ["", "a: [", "- 1", "hydra: {sweeper: 3}", "x: 1\n", "\0"])
 def test_a_damaged_sweep_file_hides_no_run(tmp_path: Path, content: str) -> None:
     write_run(tmp_path / "0")
@@ -218,6 +233,13 @@ def test_an_empty_folder_and_none(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([str(tmp_path / "none")]) == 1
     sentence = f"{tmp_path / 'none'} is not a folder: give the directory of a sweep or of a run.\n"
     assert capsys.readouterr().err == sentence
+
+
+@pytest.mark.parametrize("every", ["0", "-1", "nan", "inf", "1e300"])
+def test_an_impossible_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str], every: str) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), f"--every={every}"])
+    assert "use a positive number of seconds" in capsys.readouterr().err
 
 
 def test_following_ends_with_the_last_run(tmp_path: Path) -> None:
