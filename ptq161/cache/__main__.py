@@ -14,6 +14,7 @@ disk space of a checkpoint that a run directory shares with it.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not options.prune and (options.older_than is not None or options.unfinished):
             raise UserError("--older-than and --unfinished select entries to delete: use them with --prune.")
+        if options.older_than is not None and not 0 <= options.older_than < math.inf:
+            raise UserError(f"--older-than {options.older_than:g}: use a number of days, 0 or more.")
         entries = _select(stored_entries(root), options.kind, options.older_than, options.unfinished)
         if options.prune:
             _prune(entries, root)

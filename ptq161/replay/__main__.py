@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         recorded = _read_finished(options.run_dir)
-        if options.tolerance < 0:
+        if not 0 <= options.tolerance < math.inf:  # nothing is larger than NaN
             raise UserError(f"--tolerance {options.tolerance}: use 0 or a small positive number.")
         out = Path(options.out).absolute() if options.out else _default_out(recorded.run_dir)
         _check_new(out)

@@ -82,6 +82,8 @@ def test_an_entry_is_not_old_once_it_is_used_again(store: Store) -> None:
 def test_mistakes_are_one_sentence(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in [
         (["--kind=x"], "--kind=x: the store has no such entries; use one of blocks, results, scores."),
+        (["--prune", "--older-than", "-5"], "--older-than -5: use a number of days, 0 or more."),
+        (["--prune", "--older-than", "nan"], "--older-than nan: use a number of days, 0 or more."),
         (["--unfinished"], "--older-than and --unfinished select entries to delete: use them with --prune."),
     ]:
         assert main(arguments) == 1

@@ -213,7 +213,8 @@ def test_what_cannot_be_replayed_is_refused_in_one_sentence(
     manifest.write_text(manifest.read_text().replace('"schema_version": 1', '"schema_version": 0'))
     assert "schema_version 0" in refusal(capsys, str(tmp_path / "old"))
     record("done")
-    assert "--tolerance -1.0" in refusal(capsys, str(tmp_path / "done"), "--tolerance", "-1")
+    for tolerance in ("-1.0", "nan", "inf"):
+        assert f"--tolerance {tolerance}" in refusal(capsys, str(tmp_path / "done"), f"--tolerance={tolerance}")
     assert "holds a record already" in refusal(capsys, str(tmp_path / "done"), "--out", str(tmp_path / "old"))
     # The configuration of this record lacks most keys: it stands for one that another version wrote.
     assert "cannot be replayed: " in refusal(capsys, str(tmp_path / "done"))
