@@ -139,6 +139,18 @@ def start(work: Callable[[], int], folder: Path, **environment: str) -> Process:
     return process
 
 
+def call(function: Callable[[], None], folder: Path) -> None:
+    """Call a function in a process of its own, and end the program if that fails."""
+
+    def work() -> int:
+        function()
+        return 0
+
+    process = start(work, folder)
+    if process.wait(120) != 0:
+        raise SystemExit(process.errors.read_text())
+
+
 def _redirect(process: Process) -> None:
     for handle, path, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -172,14 +184,7 @@ def make_inputs(folder: Path) -> list[str]:
     Args:
         folder: exists; gets ``tiny/`` and ``tiny.txt``.
     """
-
-    def work() -> int:
-        _make_inputs(folder)
-        return 0
-
-    process = start(work, folder)
-    if process.wait(120) != 0:
-        raise SystemExit(process.errors.read_text())
+    call(lambda: _make_inputs(folder), folder)
     return tiny_arguments(folder)
 
 
