@@ -7,19 +7,21 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import importlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 _QUIET = {
-    "OMP_NUM_THREADS": "1",  # a fork of a process with threads would lack them
+    # The fork of a process with threads has none of them, and the locks that they held stay locked.
+    "OMP_NUM_THREADS": "1",
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "agg",
@@ -46,10 +48,15 @@ def prepare() -> None:
     for module in _PRELOADED:
         importlib.import_module(module)
     import torch
+    from hydra import compose, initialize_config_dir
     from hydra.core.plugins import Plugins
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from ptq161.run.conf import CONF
+
     Plugins.instance()  # searches the installed packages
+    with initialize_config_dir(str(CONF), version_base="1.3"):  # what its parser has seen, it parses faster
+        compose("config", overrides=["calib.n_samples=4"])
     torch.set_num_threads(1)
     assert LlamaForCausalLM and PreTrainedTokenizerFast  # transformers imports both when they are named
 
@@ -84,9 +91,10 @@ class Process:
         return self.status
 
     def kill(self) -> None:
-        """Kill the process where it stands, and wait for the system to bury it."""
-        os.kill(self.pid, signal.SIGKILL)
-        self.wait(60)
+        """Kill the process where it stands, if it runs, and wait for the system to bury it."""
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(60)
 
 
 def program(*arguments: str) -> Callable[[], int]:
@@ -101,13 +109,16 @@ def program(*arguments: str) -> Callable[[], int]:
 
 
 def start(work: Callable[[], int], folder: Path, **environment: str) -> Process:
-    """Start a work in a process of its own, as ``python`` would: its status, its last words, its exit functions.
+    """Start a work in a process of its own, which ends as that of ``python`` would: status, last words, exit functions.
+
+    Whatever computes belongs into such a process, that of the inputs included: this one has to stay without threads.
 
     Args:
         work: returns the exit status.
         folder: the working directory; stdout and stderr are ``folder.out`` and ``folder.err`` beside it.
         environment: variables of the process.
     """
+    assert threading.active_count() == 1, threading.enumerate()
     process = Process(0, folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.err"))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -126,6 +137,18 @@ def start(work: Callable[[], int], folder: Path, **environment: str) -> Process:
         finally:
             os._exit(status)
     return process
+
+
+def call(function: Callable[[], None], folder: Path) -> None:
+    """Call a function in a process of its own, and end the program if that fails."""
+
+    def work() -> int:
+        function()
+        return 0
+
+    process = start(work, folder)
+    if process.wait(120) != 0:
+        raise SystemExit(process.errors.read_text())
 
 
 def _redirect(process: Process) -> None:
@@ -161,6 +184,11 @@ def make_inputs(folder: Path) -> list[str]:
     Args:
         folder: exists; gets ``tiny/`` and ``tiny.txt``.
     """
+    call(lambda: _make_inputs(folder), folder)
+    return tiny_arguments(folder)
+
+
+def _make_inputs(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -180,7 +208,6 @@ def make_inputs(folder: Path) -> list[str]:
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=bytes_of, model_max_length=512, **names).save_pretrained(folder / "tiny")
     (folder / "tiny.txt").write_text("".join(f"Line {i}: {i**2} squares and {i**3} cubes. " for i in range(200)))
-    return tiny_arguments(folder)
 
 
 def tiny_arguments(folder: Path) -> list[str]:
@@ -200,10 +227,3 @@ def tiny_arguments(folder: Path) -> list[str]:
         "device=cpu",
         "tracker=none",
     ]
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Keep the libraries' progress bars off the terminal."""
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
-        yield

@@ -8,6 +8,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+_DIGITS = 300
+"""Most digits of an integer, so that every number is also a float."""
+
 
 def encode_json(value: Mapping[str, Any], indent: int | None = None) -> str:
     """Return strict JSON of an object.
@@ -32,7 +35,7 @@ def decode_json(text: str) -> dict[str, Any]:
         ValueError: the text is not one JSON object.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=_integer, parse_constant=_no_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
@@ -44,6 +47,16 @@ def decode_json(text: str) -> dict[str, Any]:
         raise ValueError("its nonfinite is no object")
     restored: dict[str, Any] = _merge(value, nonfinite)
     return restored
+
+
+def _integer(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise ValueError(f"it has a number of {len(text)} digits")
+    return int(text)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON has not")
 
 
 def _split(value: Any) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from rich.table import Table
 from ptq161.console import stdout_console
 from ptq161.errors import UserError
 from ptq161.files.atomic import write_atomically
+from ptq161.files.reading import reading
 from ptq161.files.streams import never_fail_to_print
 from ptq161.files.strict_json import encode_json
 from ptq161.replay.compare import Comparison, compare
@@ -108,11 +109,12 @@ def _replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
     from ptq161.run.preflight import check_writable, checked_config
     from ptq161.run.session import RunContext
 
-    resolved = _replayed_config(recorded)
     recorded_cwd = recorded.manifest.get("working_directory")
     with contextlib.chdir(recorded_cwd if recorded_cwd and Path(recorded_cwd).is_dir() else "."):
         try:
-            config = checked_config(OmegaConf.create(resolved), [])
+            with reading(recorded.run_dir / "config.yaml", "replay a run whose record is whole"):
+                resolved = _replayed_config(recorded)
+                config = checked_config(OmegaConf.create(resolved), [])
         except UserError as error:
             raise UserError(f"{recorded.run_dir} cannot be replayed: {error}") from error
         check_writable("--out", str(out))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq161.errors import UserError
+from ptq161.files.reading import one_line
 from ptq161.report.seeds import GROUPS, identity_without_seed
 from ptq161.tracking.find import find
 from ptq161.tracking.read import RunData, read_run
@@ -125,7 +126,7 @@ def _read(run_dir: Path, problems: list[str]) -> Run | None:
         problems.append(f"{run_dir} is skipped: {error}")
     # The files of a foreign folder hold anything: what they break is reported, and the other runs are shown.
     except Exception as error:
-        problems.append(f"{run_dir} is skipped: its record is malformed ({type(error).__name__}: {error}).")
+        problems.append(f"{run_dir} is skipped: its record is malformed ({type(error).__name__}: {one_line(error)}).")
     return None
 
 
@@ -154,9 +155,14 @@ def _run(data: RunData, problems: list[str]) -> Run:
         commit=_commit(data.manifest.get("git")),
         seed=config["seed"] if isinstance(config.get("seed"), int) else None,
         identity=identity_without_seed(config, data.manifest),
-        started=data.manifest.get("start"),
-        reused_from=(data.manifest.get("reused_from") or {}).get("run_dir"),
+        started=_text(data.manifest.get("start")),
+        reused_from=_text((data.manifest.get("reused_from") or {}).get("run_dir")),
     )
+
+
+def _text(value: Any) -> str | None:
+    """Return a text of a manifest; None where it is of another kind, which would break the report of all runs."""
+    return value if isinstance(value, str) else None
 
 
 def _unfinished(manifest: Mapping[str, Any]) -> str:

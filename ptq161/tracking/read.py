@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from ptq161.tracking.layout import SCHEMA_VERSION
 
 # The C parser is 50 times as fast; PyYAML is built without it on some platforms.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_Types = Mapping[str, type | tuple[type, ...]]
+_METRIC: _Types = {"time": (int, float), "name": str, "value": (int, float)}
+_SAMPLE: _Types = {"time": (int, float), "name": str, "text": str}
+"""The keys that each line has, and their types."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +64,7 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
         manifest=_read_manifest(folder / "manifest.json"),
         config=_read_config(folder / "config.yaml", problems),
         metrics=read_metrics(folder, problems) if with_lines else [],
-        samples=_read_lines(folder / "samples.jsonl", ("time", "name", "text"), problems) if with_lines else [],
+        samples=_read_lines(folder / "samples.jsonl", _SAMPLE, problems) if with_lines else [],
         results=_read_results(folder / "results.json", problems),
         problems=problems,
     )
@@ -71,7 +77,7 @@ def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any
         run_dir: the directory.
         problems: receives one sentence for each line that cannot be read.
     """
-    return _read_lines(Path(run_dir) / "metrics.jsonl", ("time", "name", "value"), problems)
+    return _read_lines(Path(run_dir) / "metrics.jsonl", _METRIC, problems)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def _read_lines(path: Path, keys: tuple[str, ...], problems: list[str]) -> list[dict[str, Any]]:
+def _read_lines(path: Path, types: _Types, problems: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
@@ -128,8 +134,15 @@ def _read_lines(path: Path, keys: tuple[str, ...], problems: list[str]) -> list[
         except ValueError:
             problems.append(f"line {number} of {path} is truncated or no JSON object; it is skipped.")
             continue
-        if missing := [key for key in keys if key not in entry]:
+        if missing := [key for key in types if key not in entry]:
             problems.append(f"line {number} of {path} lacks {missing[0]!r}; it is skipped.")
+            continue
+        if wrong := [key for key, expected in types.items() if not _is_a(entry[key], expected)]:
+            problems.append(f"line {number} of {path} has no usable {wrong[0]!r}; it is skipped.")
             continue
         entries.append(entry)
     return entries
+
+
+def _is_a(value: Any, expected: type | tuple[type, ...]) -> bool:
+    return isinstance(value, expected) and not isinstance(value, bool)  # to Python, true is an integer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import math
 import sys
 import threading
 import time
@@ -90,7 +91,7 @@ def _render(shot: Snapshot, height: int | None = None) -> Group:
         table.add_column(column, justify="right" if column in ("run", "loss", "time") else "left", overflow="fold")
     for row in shown:
         loss = "" if row.loss is None else f"{row.loss:.4g}"
-        spent = "" if row.seconds is None else _duration(row.seconds)
+        spent = "" if row.seconds is None or not math.isfinite(row.seconds) else _duration(row.seconds)
         table.add_row(row.job, row.label, row.state, row.progress, loss, spent, row.outcome, style=_STYLES[row.state])
     return Group(table, *shot.problems)
 

@@ -57,7 +57,7 @@ def test_unfinished_runs_are_reported_and_skipped(tmp_path: Path, write_run: Wri
         ("manifest.json", "{", "is not a run directory"),
         ("manifest.json", '{"schema_version": 99}', "schema_version 99"),
         ("manifest.json", '{"schema_version": 0}', "schema_version 0; this version of ptq161 reads"),
-        ("manifest.json", '{"schema_version": 1, "nonfinite": 3}', "malformed"),
+        ("manifest.json", '{"schema_version": 1, "nonfinite": 3}', "cannot be read"),
         ("results.json", '{"schema_version": 1}', "malformed"),
         ("results.json", '{"schema_version": 1, "metrics": [1]}', "malformed"),
         ("results.json", '{"schema_version": 1, "metrics": {}, "protocol": {"ppl": 3}}', "malformed"),
