@@ -7,6 +7,7 @@ calls ``on_multirun_end`` only if no job has failed, so whatever is printed at t
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.run.preflight import check_writable, checked_config
+from ptq161.run.preflight import check_writable, checked_config, make_paths_absolute
 from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
 from ptq161.sweep.overrides import sweep_jobs
 from ptq161.sweep.summary import print_summary
@@ -59,7 +60,9 @@ def _compose(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def _task_config(config: DictConfig) -> DictConfig:
     """Return the configuration without Hydra's own node, parts of which cannot be resolved outside of a job."""
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    task = copy.deepcopy(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    make_paths_absolute(task)
+    return task
 
 
 class SweepFailures(Callback):

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
-from ptq161.run.preflight import checked_config, name_local_model
+from ptq161.run.preflight import checked_config, make_paths_absolute, name_local_model
 from ptq161.sweep.failures import FailedRunError, Failure, print_failure, record_failure
 
 _MAX_NAME = 128
@@ -27,6 +27,7 @@ def run_job(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
+        make_paths_absolute(cfg, hydra_config.runtime.cwd)
         name_local_model(cfg, overrides)
         config = checked_config(cfg, overrides)
         from ptq161.run.pipeline import run  # takes seconds, which a wrong configuration need not wait for
