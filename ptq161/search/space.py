@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ptq161.errors import UserError
+from ptq161.run.command_line import as_value
 
 Space = dict[str, BaseDistribution]
 _FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"
-_PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
 
 
 def load_space(file: Path) -> Space:
@@ -74,18 +73,6 @@ def contains(space: Space, values: Mapping[str, Any]) -> bool:
 def as_overrides(values: Mapping[str, Any]) -> list[str]:
     """Return a point of a space as overrides of Hydra."""
     return [f"{key}={as_value(value)}" for key, value in values.items()]
-
-
-def as_value(value: Any) -> str:
-    """Return a plain value in the grammar of Hydra's overrides."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    if not isinstance(value, str) or _PLAIN.fullmatch(text):
-        return text
-    # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
 
 
 def _distribution(entry: Any) -> BaseDistribution:

@@ -31,7 +31,8 @@ from optuna.trial import TrialState
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
-from ptq161.search.space import Space, as_overrides, as_value
+from ptq161.run.command_line import as_value
+from ptq161.search.space import Space, as_overrides
 from ptq161.tracking.read import read_run
 
 Direction = Literal["minimize", "maximize"]
@@ -246,7 +247,9 @@ def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
         output = (run_dir / _OUTPUT).open("ab")
     with output:
         # Out of the terminal's process group: Ctrl-C reaches this process alone, which terminates the run below, once.
-        process = subprocess.Popen(arguments, stdout=output, stderr=output, pass_fds=[lock], process_group=0)
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[lock], process_group=0
+        )
         try:
             return process.wait()
         except BaseException:

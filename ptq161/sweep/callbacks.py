@@ -17,15 +17,16 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
+from ptq161.run.command_line import sentence_of
 from ptq161.run.preflight import check_writable, checked_config, make_paths_absolute
-from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
-from ptq161.sweep.overrides import sweep_jobs
+from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, FailedJob, print_failures
+from ptq161.sweep.overrides import has_basic_sweeper, make_ranges_exact, sweep_jobs
 from ptq161.sweep.summary import print_summary
 
 
@@ -42,11 +43,20 @@ class CheckJobs(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """End the program with one sentence if a job's configuration is wrong or the directory cannot be written."""
-        for overrides in sweep_jobs(config, GlobalHydra.instance().config_loader()):
+        try:
+            make_ranges_exact(config)
+        except (UserError, HydraException) as error:
+            raise SystemExit(sentence_of(error)) from error
+        jobs = sweep_jobs(config, GlobalHydra.instance().config_loader())
+        if not jobs and has_basic_sweeper(config):
+            raise SystemExit(
+                "this sweep has no jobs: a glob(...) matches nothing; give at least one value for each key."
+            )
+        for overrides in jobs:
             try:
                 checked_config(_compose(config, overrides), overrides)
             except (UserError, CompactHydraException) as error:
-                raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+                raise SystemExit(f"Job {' '.join(overrides)} of this sweep cannot run: {sentence_of(error)}") from error
         try:
             check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
         except UserError as error:
@@ -88,6 +98,7 @@ class SweepFailures(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """End the sweep if the job ran in its process; a launcher with processes of its own handles ``on_error``."""
+        job_return.__class__ = FailedJob  # Hydra has no other way to choose the class
         failed = job_return.status == JobStatus.FAILED
         if failed and config.on_error == "stop" and self._sweep_process == os.getpid():
             raise SystemExit(STOPPED)

@@ -24,10 +24,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from ptq161.errors import UserError
+from ptq161.run.command_line import as_value
 from ptq161.search import trials
 from ptq161.search.__main__ import _DEFAULT_SPACE, _direction, _parser, _prepare, main
 from ptq161.search.front import front_figure, front_table, pareto_front, trials_frame, write_front
-from ptq161.search.space import _ends, as_overrides, as_value, contains, corners, load_space
+from ptq161.search.space import _ends, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Search, _command, claim_trial, open_search, run_trial
 
 PARSER = OverridesParser.create()
