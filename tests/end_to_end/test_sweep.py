@@ -14,8 +14,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_an_ablation_is_two_records_and_two_wandb_runs(program: Program) -> None:
-    ended = program("-m", *program.tiny, "mask_ratio=0.1,0.2")
+    ended = program("-m", *program.tiny, "mask_ratio=0.1,0.2", WANDB_RUN_ID="fixed")
     assert ended.status == 0, ended.stderr
+    assert "WANDB_RUN_ID=fixed is set for several jobs: job 1 is mirrored as fixed-1." in ended.stdout
     (sweep,) = program.folder.glob("multirun/*/*")
     assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
     assert not set("=,") & set(str(sweep.relative_to(program.folder)))
@@ -28,7 +29,7 @@ def test_an_ablation_is_two_records_and_two_wandb_runs(program: Program) -> None
         assert run.results["metrics"]["nominal_bits_per_weight"] == pytest.approx(1 + 3 * ratio)
         assert run.manifest["group"] == mirror.run.run_group == group
         assert mirror.exit_code == 0
-    assert mirrors[0].run.run_id != mirrors[1].run.run_id
+    assert [mirror.run.run_id for mirror in mirrors] == ["fixed-0", "fixed-1"]
     # What depends on the seed alone is shared; what depends on the ratio is not.
     assert runs[0].manifest["calibration_sha256"] == runs[1].manifest["calibration_sha256"]
     assert runs[0].manifest["checkpoint_sha256"] != runs[1].manifest["checkpoint_sha256"]

@@ -287,7 +287,7 @@ def test_a_run_that_outlived_its_search_is_counted_and_not_repeated(opened: Open
     search = opened()
     claim = claim_trial(search, 1)
     assert claim is not None
-    trials._run(_command(search, claim), search.run_dir(0), claim.lock)
+    trials._run(_command(search, claim), search.run_dir(0), claim.lock, {})
     os.close(claim.lock)  # killed before it could tell the study
     assert [outcome.values is None for outcome in run_all(opened(), 1)] == [False]
     assert (search.run_dir(0) / "begun").read_text() == "."
