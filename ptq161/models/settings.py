@@ -6,6 +6,7 @@ import dataclasses
 
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
+from ptq161.files.paths import absolute_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,7 @@ class ModelConfig:
 
     Attributes:
         name: what tables and figures call it.
-        path: a local Hugging Face folder, or a checkpoint that this project wrote.
+        path: a local Hugging Face folder, or a checkpoint that this project wrote; ``~`` is the home folder.
         asset: name of an embedded asset (:mod:`ptq161.data.assets`).
         repo: name on the Hugging Face hub.
         revision: commit or tag on the hub.
@@ -29,7 +30,9 @@ class ModelConfig:
     n_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject a config without a source."""
+        """Reject a config without a source; the path becomes absolute."""
+        if self.path:
+            object.__setattr__(self, "path", str(absolute_path("model.path", self.path)))
         if not (self.path or self.asset or self.repo):
             raise UserError(f"model={self.name} has no source: set model.path, model.asset or model.repo.")
         check_at_least("model.n_blocks", self.n_blocks, 1)

@@ -106,7 +106,7 @@ def _replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
             fails.
     """
     from ptq161.run.pipeline import run  # takes seconds, which a wrong directory need not wait for
-    from ptq161.run.preflight import check_writable, checked_config
+    from ptq161.run.preflight import check_writable, checked_config, make_paths_absolute
     from ptq161.run.session import RunContext
 
     recorded_cwd = recorded.manifest.get("working_directory")
@@ -114,7 +114,9 @@ def _replay(recorded: RunData, out: Path, tolerance: float = 0.0) -> Comparison:
         try:
             with reading(recorded.run_dir / "config.yaml", "replay a run whose record is whole"):
                 resolved = _replayed_config(recorded)
-                config = checked_config(OmegaConf.create(resolved), [])
+                recorded_config = OmegaConf.create(resolved)
+                make_paths_absolute(recorded_config)
+                config = checked_config(recorded_config, [])
         except UserError as error:
             raise UserError(f"{recorded.run_dir} cannot be replayed: {error}") from error
         check_writable("--out", str(out))

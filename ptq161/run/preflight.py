@@ -10,12 +10,34 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.cache.store import STORE_VARIABLE, store_dir
+from ptq161.data.text import check_text
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
+from ptq161.files.paths import absolute_path
 from ptq161.run.config import RunConfig, load_run_config
 
 QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
 """Keys that configure the quantization; they are refused for a model that is already quantized."""
+
+_PATHS = ("model.path", "calib.text_file", "eval.text_file", "preprocess.text_file")
+
+
+def make_paths_absolute(cfg: DictConfig, base: str | Path = ".") -> None:
+    """Make the paths of a composed config absolute, in place; nothing after this depends on the working directory.
+
+    Args:
+        cfg: the composed config.
+        base: the folder in which the command was typed, which is not the working directory of a job whose
+            ``hydra.job.chdir`` is true.
+
+    Raises:
+        UserError: there is no home folder for a ``~``.
+    """
+    for key in _PATHS:
+        # Values of other types are refused later, and one that cannot be resolved as well.
+        path = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        if isinstance(path, str) and path:
+            OmegaConf.update(cfg, key, str(absolute_path(key, path, base)))
 
 
 def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
@@ -30,9 +52,9 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
     """
     config = load_run_config(cfg)
     if config.calib.name == "text_file" and config.method is not None:
-        _check_file("calib.text_file", config.calib.text_file)
+        check_text("calib.text_file", config.calib.text_file)
     if "text_file" in config.eval.corpora:
-        _check_file("eval.text_file", config.eval.text_file)
+        check_text("eval.text_file", config.eval.text_file)
     if config.preprocess is not None and "text_file" in config.preprocess.corpora:
         _check_training_file(config.preprocess.text_file, config.eval)
     if config.model.path is not None:
@@ -45,7 +67,7 @@ def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
     named = any(override.lstrip("+").startswith("model.name=") for override in overrides)
     path = OmegaConf.select(cfg, "model.path")
     if path and not named:
-        cfg.model.name = Path(str(path)).absolute().name
+        cfg.model.name = Path(os.path.abspath(path)).name  # without .., which is no name
 
 
 def check_store() -> None:
@@ -79,15 +101,9 @@ def check_writable(setting: str, folder: str, advice: str = "choose a writable d
         raise UserError(f"{setting}={folder} cannot be written ({error.strerror or error}): {advice}.") from error
 
 
-def _check_file(setting: str, file: str | None) -> None:
-    if file is None or not Path(file).expanduser().is_file():
-        raise UserError(f"{setting}={file}: there is no such file; give a UTF-8 text file.")
-
-
 def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
-    _check_file("preprocess.text_file", file)
-    scored = evaluation.text_file if "text_file" in evaluation.corpora else None
-    if file and scored and Path(file).expanduser().samefile(Path(scored).expanduser()):
+    trained = check_text("preprocess.text_file", file)
+    if "text_file" in evaluation.corpora and trained.samefile(check_text("eval.text_file", evaluation.text_file)):
         raise UserError(f"preprocess.text_file={file} is the file of eval.text_file as well: train on another text.")
 
 

@@ -1,4 +1,4 @@
-"""The table that a run prints at its end: full precision, restored (if it was), and quantized."""
+"""The table that a run prints at its end: a column for each model that it scored."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ def _results_table(results: Mapping[str, Any]) -> Table:
     Args:
         results: the content of ``results.json``.
     """
-    metrics, full, protocol = results["metrics"], results["full_precision"], results["protocol"]
-    merged = results.get("merged")
-    table = Table(title="Full precision against quantized")
-    columns = ["metric", "full precision", "merged", "quantized", "± se", "scored on"]
-    if not merged:
-        columns.remove("merged")
-    for column in columns:
+    metrics, protocol = results["metrics"], results["protocol"]
+    models = _models(results)
+    *others, last = models
+    table = Table(title=" against ".join(filter(None, [" and ".join(others), last])).capitalize())
+    for column in ("metric", *models, "± se", "scored on"):
         table.add_column(column, justify="left" if column in ("metric", "scored on") else "right", no_wrap=True)
     scores, sizes = [n for n in metrics if n not in SIZES], [n for n in SIZES if n in metrics]
     for name in scores + sizes:
         settings = protocol.get(name, {})
         error = settings.get("standard_error")
-        cells = [name, _format(name, full.get(name))]
-        if merged:
-            cells.append(_format(name, merged.get(name)))
-        cells.append("" if metrics == full else _format(name, metrics[name]))
-        cells.append("" if error is None else f"{error:.3g}")
-        cells.append(_scored_on(settings))
-        table.add_row(*cells)
+        cells = [_format(name, values.get(name)) for values in models.values()]
+        table.add_row(name, *cells, "" if error is None else f"{error:.3g}", _scored_on(settings))
     return table
+
+
+def _models(results: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the models that a run scored: name -> values. A run has one alone, or compares two or three."""
+    metrics, full, merged = results["metrics"], results["full_precision"], results.get("merged")
+    if metrics == full:  # method=none
+        return {"full precision": full}
+    scored = {"full precision": full, "merged": merged, "quantized": metrics}
+    return {name: values for name, values in scored.items() if values}
 
 
 def _format(name: str, value: float | None) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from ptq161.errors import UserError
-from ptq161.sweep.overrides import as_value
+from ptq161.run.command_line import as_value
 
 Space = dict[str, BaseDistribution]
 _FORMS = "{low: A, high: B}, {low: A, high: B, log: true} or {choices: [A, B]}"

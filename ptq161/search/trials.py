@@ -15,7 +15,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +31,11 @@ from optuna.trial import TrialState
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
+from ptq161.run.command_line import as_value
 from ptq161.search.space import Space, as_overrides
-from ptq161.sweep.overrides import as_value
 from ptq161.tracking.find import is_run
 from ptq161.tracking.read import read_run
+from ptq161.tracking.wandb_settings import own_run_id
 
 Direction = Literal["minimize", "maximize"]
 _RUN = (sys.executable, "-m", "ptq161", "run")
@@ -194,7 +195,7 @@ def run_trial(search: Search, claim: Claim) -> Outcome:
         for _ in range(_ATTEMPTS):
             if _is_finished(run_dir):
                 break
-            status = _run(_command(search, claim), run_dir, claim.lock)
+            status = _run(_command(search, claim), run_dir, claim.lock, own_run_id(claim.number))
             if status >= 0:
                 break
         outcome = outcome_of(search, claim.number, status)
@@ -241,14 +242,29 @@ def outcome_of(search: Search, number: int, status: int | None = None) -> Outcom
     return Outcome((first, second), "", seconds)
 
 
-def _run(arguments: list[str], run_dir: Path, lock: int) -> int:
-    """Run a command, its output in a file; if this process is interrupted, end it with time to close its record."""
+def _run(arguments: list[str], run_dir: Path, lock: int, variables: Mapping[str, str]) -> int:
+    """Run a command, its output in a file; if this process is interrupted, end it with time to close its record.
+
+    Args:
+        arguments: the command.
+        run_dir: is made where it does not exist.
+        lock: a file handle that the command holds as well.
+        variables: are added to the environment.
+    """
     with writing(run_dir / _OUTPUT):
         run_dir.mkdir(exist_ok=True)
         output = (run_dir / _OUTPUT).open("ab")
     with output:
         # Out of the terminal's process group: Ctrl-C reaches this process alone, which terminates the run below, once.
-        process = subprocess.Popen(arguments, stdout=output, stderr=output, pass_fds=[lock], process_group=0)
+        process = subprocess.Popen(
+            arguments,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[lock],
+            process_group=0,
+        )
         try:
             return process.wait()
         except BaseException:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 import hydra
+from hydra.core.utils import env_override
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from ptq161.errors import UserError
+from ptq161.files.paths import absolute_path
+from ptq161.run.command_line import check_arguments, sentence_of
 from ptq161.run.conf import CONF
+
+_FOLDERS = ("PTQ161_STORE", "PTQ161_CACHE")
+"""Environment variables that name a folder."""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -26,9 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None takes the process's own.
 
     Returns:
-        the exit status 0. Hydra itself ends the process with status 1 if a job fails.
+        the exit status: 1, with one sentence on stderr, where the run or a job of the sweep failed for a reason that
+        the user can put right. ``HYDRA_FULL_ERROR=1`` shows the traceback of it instead.
     """
-    if arguments is not None:
-        sys.argv[1:] = arguments  # what Hydra reads
-    job()
+    traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        # What Hydra reads.
+        sys.argv[1:] = check_arguments(sys.argv[1:] if arguments is None else arguments)
+        for name in _FOLDERS:  # for jobs in other working directories too
+            if folder := os.environ.get(name):
+                os.environ[name] = str(absolute_path(name, folder))
+        # So Hydra raises, where it would print several lines of its own.
+        with env_override({"HYDRA_FULL_ERROR": "1"}):
+            job()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if traceback:
+            raise
+        print(sentence_of(error), file=sys.stderr)
+        return 1
+    except SystemExit as end:  # of a callback
+        if traceback and end.__cause__ is not None:
+            raise end.__cause__ from None
+        raise
     return 0

@@ -7,6 +7,7 @@ calls ``on_multirun_end`` only if no job has failed, so whatever is printed at t
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,17 +18,18 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
+from ptq161.run.command_line import sentence_of
 from ptq161.run.config import RunConfig
-from ptq161.run.preflight import check_store, checked_config
+from ptq161.run.preflight import check_store, checked_config, make_paths_absolute
 from ptq161.sweep.directories import compose_job, job_subdir, settle_run_dir, settle_sweep_dir
-from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, print_failures
-from ptq161.sweep.overrides import sweep_jobs
+from ptq161.sweep.failures import FAILURES, STOPPABLE, STOPPED, FailedJob, print_failures
+from ptq161.sweep.overrides import has_basic_sweeper, make_ranges_exact, sweep_jobs
 from ptq161.sweep.summary import print_summary
 
 
@@ -48,18 +50,21 @@ class CheckJobs(Callback):
         loader = GlobalHydra.instance().config_loader()
         jobs, subdirs = list[RunConfig](), list[Path]()
         try:
+            make_ranges_exact(config)
             for number, overrides in enumerate(sweep_jobs(config, loader)):
                 composed, checked = _checked_job(config, overrides, number, loader)
                 jobs.append(checked)
                 subdirs.append(job_subdir(config, composed))
+            if not jobs and has_basic_sweeper(config):
+                raise UserError("this sweep has no jobs: a glob(...) matches nothing; give a value for each key.")
             if not subdirs:  # a sweeper that selects the jobs as it goes: two that stand for all
                 subdirs = [job_subdir(config, compose_job(config, [], number, loader)) for number in (0, 1)]
             # A cluster's nodes may have a store that this machine has not.
             if any(job.cache for job in jobs) and str(config.hydra.launcher._target_).endswith(STOPPABLE):
                 check_store()
             settle_sweep_dir(config, subdirs)
-        except (UserError, CompactHydraException) as error:
-            raise SystemExit(str(error)) from error
+        except (UserError, HydraException) as error:
+            raise SystemExit(sentence_of(error)) from error
 
 
 def _checked_job(
@@ -69,12 +74,14 @@ def _checked_job(
         job = compose_job(config, overrides, number, loader)
         return job, checked_config(_task_config(job), overrides)
     except (UserError, CompactHydraException) as error:
-        raise UserError(f"Job {' '.join(overrides)} of this sweep cannot run: {error}") from error
+        raise UserError(f"Job {' '.join(overrides)} of this sweep cannot run: {sentence_of(error)}") from error
 
 
 def _task_config(config: DictConfig) -> DictConfig:
     """Return the configuration without Hydra's own node, parts of which cannot be resolved outside of a job."""
-    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    task = copy.deepcopy(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    make_paths_absolute(task)
+    return task
 
 
 class SweepFailures(Callback):
@@ -100,6 +107,7 @@ class SweepFailures(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """End the sweep if the job ran in its process; a launcher with processes of its own handles ``on_error``."""
+        job_return.__class__ = FailedJob  # Hydra has no other way to choose the class
         failed = job_return.status == JobStatus.FAILED
         if failed and config.on_error == "stop" and self._sweep_process == os.getpid():
             raise SystemExit(STOPPED)

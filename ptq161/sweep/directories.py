@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq161.errors import UserError
+from ptq161.run.command_line import as_value
 from ptq161.run.preflight import check_writable
-from ptq161.sweep.overrides import as_value
 from ptq161.tracking.find import hidden_in
 from ptq161.tracking.ownership import check_free, own_until_exit
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig
 from rich.console import Console
@@ -39,6 +41,25 @@ class FailedRunError(CompactHydraException):
     def __init__(self, message: str, sentence: str | None = None) -> None:
         super().__init__(message)
         self.sentence = sentence or message
+
+
+class FailedJob(JobReturn):
+    """Raises why the job failed, and nothing else: Hydra's own class also writes the whole command on stderr."""
+
+    @property
+    def return_value(self) -> Any:
+        """The job's value.
+
+        Raises:
+            Exception: that of a failed job.
+        """
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return super().return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
 
 
 @dataclasses.dataclass(frozen=True)

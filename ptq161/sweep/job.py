@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from ptq161.errors import UserError
-from ptq161.run.preflight import checked_config, name_local_model
+from ptq161.run.preflight import checked_config, make_paths_absolute, name_local_model
 from ptq161.sweep.failures import FailedRunError, Failure, print_failure, record_failure
-
-_MAX_NAME = 128
-"""Longest name, in characters, that every tracker accepts."""
+from ptq161.tracking.settings import LONGEST_NAME
+from ptq161.tracking.wandb_settings import own_run_id
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -28,22 +28,22 @@ def run_job(cfg: DictConfig) -> None:
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     overrides = list(hydra_config.overrides.task)
     try:
+        make_paths_absolute(cfg, hydra_config.runtime.cwd)
         name_local_model(cfg, overrides)
         config = checked_config(cfg, overrides)
         from ptq161.run.pipeline import run  # takes seconds, which a wrong configuration need not wait for
         from ptq161.run.session import RunContext
 
-        run(
-            config,
-            RunContext(
-                run_dir=hydra_config.runtime.output_dir,
-                resolved=_resolved(cfg),
-                overrides=overrides,
-                job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
-                group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
-                sweep={"dir": hydra_config.sweep.dir, "job": hydra_config.job.num} if sweeping else None,
-            ),
+        context = RunContext(
+            run_dir=hydra_config.runtime.output_dir,
+            resolved=_resolved(cfg),
+            overrides=overrides,
+            job_name=_job_name(overrides, hydra_config.job.num if sweeping else None),
+            group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
+            sweep={"dir": hydra_config.sweep.dir, "job": hydra_config.job.num} if sweeping else None,
         )
+        with env_override(own_run_id(hydra_config.job.num) if sweeping and config.tracker.name == "wandb" else {}):
+            run(config, context)
     except Exception as error:
         if sweeping:  # Hydra would show only the first failure, after the last job
             sentence = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -67,9 +67,9 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
 
 def _job_name(overrides: list[str], number: int | None) -> str:
     name = ("" if number is None else f"{number}: ") + (" ".join(overrides) or "default")
-    return name[:_MAX_NAME]
+    return name[:LONGEST_NAME]
 
 
 def _sweep_name(folder: str) -> str:
     """Name a sweep after the last two parts of its directory, as the whole path may be too long."""
-    return "/".join(Path(folder).parts[-2:])[-_MAX_NAME:]
+    return "/".join(Path(folder).parts[-2:])[-LONGEST_NAME:]

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, open_dict
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.run.config import build
-from ptq161.sweep.failures import STOPPED, FailedRunError, Failure, print_failure, record_failure
+from ptq161.sweep.failures import STOPPED, FailedJob, FailedRunError, Failure, print_failure, record_failure
 from ptq161.sweep.overrides import own_overrides
 from ptq161.sweep.worker import CONSOLE, Job, TaskReference, work
 from ptq161.tracking.interrupts import Interrupts
@@ -296,6 +296,6 @@ def _without_result(worker: _Worker) -> JobReturn:
     sentence = f"{_how_it_ended(worker)}{attempts}; its output is in {os.path.join(job.run_dir, CONSOLE)}."
     failure = Failure(job.number, job.overrides, sentence, job.run_dir)
     record_failure(job.config.hydra.sweep.dir, failure)
-    result = JobReturn(overrides=job.overrides, cfg=job.config, task_name=job.config.hydra.job.name)
+    result = FailedJob(overrides=job.overrides, cfg=job.config, task_name=job.config.hydra.job.name)
     result.status, result.return_value = JobStatus.FAILED, failure.error()
     return result

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 # Internal, but the only code that splits overrides into jobs as Hydra itself does.
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
-_PLAIN = re.compile(r"[\w./:+-]+", re.ASCII)
+from ptq161.run.command_line import exact_range
 
 
-def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequence[str]]:
-    """Yield the overrides of each job of Hydra's basic sweeper; nothing for others, which select values as they go.
+def has_basic_sweeper(config: DictConfig) -> bool:
+    """Return whether a sweep's jobs are all combinations of listed values; other sweepers choose them as they go."""
+    return "BasicSweeper" in config.hydra.sweeper.get("_target_", "")
+
+
+def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> list[Sequence[str]]:
+    """Return the overrides of each job of Hydra's basic sweeper; none for others, which select values as they go.
 
     Args:
         config: the sweep's composed configuration, with Hydra's node.
@@ -25,12 +28,30 @@ def sweep_jobs(config: DictConfig, loader: ConfigLoader | None) -> Iterator[Sequ
     Raises:
         HydraException: the overrides cannot be read.
     """
-    if "BasicSweeper" not in config.hydra.sweeper.get("_target_", ""):
-        return
+    if not has_basic_sweeper(config):
+        return []
     parameters = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*parameters, *config.hydra.overrides.task])
-    for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None):
-        yield from batch
+    return [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+
+
+def make_ranges_exact(config: DictConfig) -> None:
+    """Replace the swept ranges of floats by their values (:func:`~ptq161.run.command_line.exact_range`), in place.
+
+    What the sweeper, the names of the jobs, their records and identities see is then 0.3, and not 0.30000000000000004.
+
+    Args:
+        config: the sweep's composed configuration, with Hydra's node.
+
+    Raises:
+        UserError: a range has no values.
+    """
+    if not has_basic_sweeper(config):  # others draw from a range
+        return
+    with read_write(config.hydra):
+        config.hydra.overrides.task = [exact_range(override) for override in config.hydra.overrides.task]
+        for key, value in (config.hydra.sweeper.get("params") or {}).items():
+            config.hydra.sweeper.params[key] = exact_range(f"{key}={value}").partition("=")[2]
 
 
 def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
@@ -42,18 +63,6 @@ def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
     """
     shared = {_plain(override) for override in sweep.hydra.overrides.task}
     return [override for override in overrides if _plain(override) not in shared]
-
-
-def as_value(value: Any) -> str:
-    """Return a plain value in the grammar of Hydra's overrides."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    if not isinstance(value, str) or _PLAIN.fullmatch(text):
-        return text
-    # Inside quotes, backslashes before a quote or at the end are escapes in Hydra's grammar.
-    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text)
-    return f"'{escaped}'"
 
 
 def _plain(override: str) -> str:

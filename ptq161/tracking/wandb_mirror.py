@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
-from ptq161.tracking.settings import TrackerConfig
+from ptq161.tracking.settings import LONGEST_NAME, TrackerConfig
+from ptq161.tracking.wandb_settings import shortened, valid_tags, wandb_mode
 
 # W&B's own limits are 90 s and none at all. What is not sent in time stays on disk for `wandb sync`.
 _INIT_TIMEOUT_SECONDS = 30
@@ -22,7 +23,6 @@ _FINISH_TIMEOUT_SECONDS = 120
 _GRACE_SECONDS = 15
 _MIRRORED_FILES = ("manifest.json", "results.json", "run.log")
 
-_Mode = Literal["online", "offline", "disabled"]
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ def _plain_names(names: Iterable[str]) -> dict[str, str]:
 def _init(
     tracker: TrackerConfig, run_dir: Path, config: Mapping[str, Any], job_name: str, group: str | None, tags: list[str]
 ) -> Any:
-    """Start a W&B run; None where ``WANDB_MODE=disabled``."""
+    """Start a W&B run; None where W&B is switched off."""
     # W&B reads it when it is first used in a process; set WANDB_SILENT=false to see its messages.
     os.environ.setdefault("WANDB_SILENT", "true")
     # Imported here: it takes over a second, which a run without a tracker need not spend. `wandb.setup` is avoided: it
@@ -211,7 +211,7 @@ def _init(
     import wandb
 
     with _untouched_hooks():
-        mode = _automatic_mode() if tracker.mode == "auto" else cast(_Mode, tracker.mode)
+        mode = wandb_mode(tracker)
         if mode == "disabled":
             return None
         if mode == "offline":
@@ -220,9 +220,9 @@ def _init(
         run = wandb.init(
             project=tracker.project,
             entity=tracker.entity,
-            name=job_name,
-            group=group,
-            tags=tags,
+            name=shortened(job_name, LONGEST_NAME),
+            group=None if group is None else shortened(group, LONGEST_NAME),
+            tags=valid_tags(tags),
             dir=str(run_dir),
             config=dict(config),
             mode=mode,
@@ -240,19 +240,6 @@ def _init(
     if mode == "online":
         log.info("W&B shows this run at %s", run.url)
     return run
-
-
-def _automatic_mode() -> _Mode:
-    """Return ``WANDB_MODE`` if it is set, else online where a login exists, without a prompt or a request."""
-    import wandb
-
-    configured = os.environ.get("WANDB_MODE")
-    if configured in ("online", "offline", "disabled"):
-        return cast(_Mode, configured)
-    if wandb.login(prompt=False, verify=False):
-        return "online"
-    log.info("No W&B login was found: the run is mirrored offline, below wandb/; `wandb sync` uploads it.")
-    return "offline"
 
 
 def _give_up(action: str, error: Exception) -> None:

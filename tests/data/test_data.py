@@ -198,20 +198,11 @@ def test_the_bos_rule_says_what_the_tokenizer_did(tmp_path: Path) -> None:
 
 
 def test_unreadable_text_files_are_refused(tmp_path: Path) -> None:
-    broken, empty = tmp_path / "broken", tmp_path / "empty"
-    broken.write_bytes(b"abc\xff")
-    empty.write_text("")
-    cases = {
-        str(tmp_path / "missing"): "cannot be read (No such file or directory)",
-        str(tmp_path): "cannot be read (Is a directory)",
-        str(broken): "is not UTF-8 text (byte 3)",
-        str(empty): "has no tokens",
-        None: "eval.text_file is not set",
-    }
-    for path, message in cases.items():
-        with pytest.raises(UserError, match=re.escape(message)):
-            load_corpus(make_tokenizer(), "text_file", path)
-    with pytest.raises(UserError, match=r"calib\.text_file=.*No such file"):
+    with pytest.raises(UserError, match=r"^eval\.text_file is not set"):
+        load_corpus(make_tokenizer(), "text_file", None)
+    with pytest.raises(UserError, match=r"^eval\.text_file=.*: there is no such file"):
+        load_corpus(make_tokenizer(), "text_file", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"^calib\.text_file=.*: there is no such file"):
         calibration_tokens(make_tokenizer(), text_config(tmp_path / "missing"), 0)
 
 

@@ -29,10 +29,9 @@ class Ended:
 
     @property
     def sentences(self) -> list[str]:
-        """The lines of stderr without progress bars and Hydra's own frame."""
+        """The lines of stderr without progress bars."""
         lines = [line.rpartition("\r")[2].strip() for line in self.stderr.splitlines()]
-        frame = ("Error executing job with overrides", "Set the environment variable HYDRA_FULL_ERROR")
-        return [line for line in lines if line and not line.startswith(frame) and "it/s]" not in line]
+        return [line for line in lines if line and "it/s]" not in line]
 
 
 class Program:

@@ -35,8 +35,8 @@ def assert_sentence(ended: Ended, *parts: str) -> None:
         ("mask_ratio=-0.1", ("mask_ratio=-0.1", "[0, 1)")),
         ("+method.nonsense=1", ("method.nonsense", "mask_ratio, epochs")),
         ("eval.sample_prompt=''", ("eval.sample_prompt is empty",)),
-        ("model.path=nowhere", ("model.path=nowhere", "config.json")),
-        ("eval.text_file=nowhere.txt", ("eval.text_file=nowhere.txt", "no such file")),
+        ("model.path=nowhere", ("model.path=", "/nowhere: ", "config.json")),
+        ("eval.text_file=nowhere.txt", ("eval.text_file=", "/nowhere.txt: there is no such file")),
         ("hydra.run.dir=occupied/run", ("hydra.run.dir=occupied/run", "cannot be written")),
         ("-m hydra.sweep.dir=occupied/run seed=0,1", ("hydra.sweep.dir=occupied/run", "cannot be written")),
     ],
@@ -52,19 +52,29 @@ def test_what_is_known_beforehand_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize(
-    ("override", "first"),
+    ("overrides", "parts"),
     [
-        ("method=nonsense", "Could not find 'method/nonsense'"),
-        ("nonsense=1", "Could not override 'nonsense'"),
-        ("method.nonsense=1", "Could not override 'method.nonsense'"),
+        (["method=nonsense"], ("method=nonsense: there is no such option; use one of awq, ", ", rtn.")),
+        (["nonsense=1"], ("unknown key nonsense: known are block_size, ",)),
+        (["method.nonsense=1"], ("unknown key method.nonsense: known are ", "epochs")),
+        (["model.path=~/x"], ("quote the value, \"model.path='~/x'\".",)),
+        (["-m", "model.path=~/x", "seed=0,1"], ("quote the value, \"model.path='~/x'\".",)),
+        (["seed=0,1"], ("seed=0,1: values with commas are a sweep, which needs -m;",)),
+        (["-m", "mask_ratio=range(0.4,0.1,0.1)"], ("mask_ratio=range(0.4,0.1,0.1): the range has no values;",)),
+        (["-m", "method=glob(zz*)"], ("this sweep has no jobs",)),
+        (["-m", "seed=0,1", "nonsense=1"], ("unknown key nonsense: known are",)),
+        (["hydra.run.dir='~nobody-here/x'"], ("hydra.run.dir=~nobody-here/x: no home folder is known",)),
     ],
 )
-def test_hydra_itself_rejects_unknown_names(program: Program, override: str, first: str) -> None:
-    ended = program(override)
-    assert ended.status == 1
-    assert "Traceback" not in ended.stderr
-    assert first in ended.sentences[0]
+def test_what_hydra_rejects_is_one_sentence_too(program: Program, overrides: list[str], parts: tuple[str, ...]) -> None:
+    assert_sentence(program(*overrides), *parts)
     assert list(program.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("overrides", [["method.nonsense=1"], ["mask_ratio=2"], ["seed=~"], ["-m", "mask_ratio=0.1,2"]])
+def test_the_traceback_can_still_be_had(program: Program, overrides: list[str]) -> None:
+    ended = program(*overrides, *program.tiny, HYDRA_FULL_ERROR="1")
+    assert ended.status == 1 and ended.stderr.startswith("Traceback")
 
 
 def test_a_packed_checkpoint_takes_no_method(program: Program, tiny_run: Recorded) -> None:

@@ -24,12 +24,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from ptq161.errors import UserError
+from ptq161.run.command_line import as_value
 from ptq161.search import trials
 from ptq161.search.__main__ import _DEFAULT_SPACE, _direction, _parser, _prepare, main
 from ptq161.search.front import front_figure, front_table, pareto_front, trials_frame, write_front
 from ptq161.search.space import _ends, as_overrides, contains, corners, load_space
 from ptq161.search.trials import Search, _command, claim_trial, open_search, run_trial
-from ptq161.sweep.overrides import as_value
 
 PARSER = OverridesParser.create()
 SPACE = {"x": FloatDistribution(0.0, 1.0), "n": IntDistribution(1, 8)}
@@ -287,7 +287,7 @@ def test_a_run_that_outlived_its_search_is_counted_and_not_repeated(opened: Open
     search = opened()
     claim = claim_trial(search, 1)
     assert claim is not None
-    trials._run(_command(search, claim), search.run_dir(0), claim.lock)
+    trials._run(_command(search, claim), search.run_dir(0), claim.lock, {})
     os.close(claim.lock)  # killed before it could tell the study
     assert [outcome.values is None for outcome in run_all(opened(), 1)] == [False]
     assert (search.run_dir(0) / "begun").read_text() == "."

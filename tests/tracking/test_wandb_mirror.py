@@ -246,23 +246,3 @@ def test_a_file_in_the_place_of_wandbs_folder_costs_one_line(
         record.finish(RESULTS)
     assert len(warnings_in(caplog)) == 1
     assert read_run(tmp_path / "run").manifest["exit_state"] == "finished"
-
-
-def test_switched_off_by_its_own_means(
-    tmp_path: Path, open_record: OpenRecord, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with open_record(tracker=TRACKER) as record:
-        record.finish(RESULTS)
-    assert not (tmp_path / "run" / "wandb").exists()
-
-
-def test_a_login_means_online(monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        assert mirror._automatic_mode() == "offline"
-        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        assert mirror._automatic_mode() == "online"
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        assert mirror._automatic_mode() == "offline"
-    finally:
-        wandb.teardown()
