@@ -15,7 +15,7 @@ def test_an_ablation_is_two_records_and_two_wandb_runs(program: Program) -> None
     ended = program("-m", *program.tiny, "mask_ratio=0.1,0.2")
     assert ended.status == 0, ended.stderr
     (sweep,) = program.folder.glob("multirun/*/*")
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml", ".sweep.lock"}
     assert not set("=,") & set(str(sweep.relative_to(program.folder)))
     runs = [read_run(sweep / name) for name in ("0", "1")]
     mirrors = [read_wandb_file(run.run_dir) for run in runs]
