@@ -119,6 +119,7 @@ def test_stop_ends_a_sweep_at_its_first_failure(program: Program, launcher: str)
         "0",
         "failures.jsonl",
         "multirun.yaml",
+        ".sweep.lock",
     }
 
 

@@ -45,7 +45,7 @@ def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program
     assert 0 <= late < KILLS // 2
 
     sweep = program.folder / "sweep"
-    assert {path.name for path in sweep.iterdir()} == {*map(str, range(JOBS)), "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {*map(str, range(JOBS)), "multirun.yaml", ".sweep.lock"}
     runs = [read_run(sweep / str(number)) for number in range(JOBS)]
     assert [run.config["mask_ratio"] for run in runs] == ratios
     for run in runs:

@@ -24,6 +24,7 @@ def test_the_default_directory_is_below_the_working_directory_and_holds_the_whol
     ended, run_dir = tiny_run
     assert {path.name for path in run_dir.iterdir()} == {
         ".hydra",
+        ".lock",
         "checkpoint",
         "config.yaml",
         "manifest.json",

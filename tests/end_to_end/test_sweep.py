@@ -18,7 +18,7 @@ def test_an_ablation_is_two_records_and_two_wandb_runs(program: Program) -> None
     assert ended.status == 0, ended.stderr
     assert "WANDB_RUN_ID=fixed is set for several jobs: job 1 is mirrored as fixed-1." in ended.stdout
     (sweep,) = program.folder.glob("multirun/*/*")
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml", ".sweep.lock"}
     assert not set("=,") & set(str(sweep.relative_to(program.folder)))
     runs = [read_run(sweep / name) for name in ("0", "1")]
     mirrors = [read_wandb_file(run.run_dir) for run in runs]
