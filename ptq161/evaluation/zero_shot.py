@@ -248,11 +248,20 @@ def _load_from_hub(names: list[str]) -> list[Any]:
 
 
 def _load_one(manager: TaskManager, name: str, reachable: bool) -> Any:
+    embedded = ", ".join(EMBEDDED_TASKS)
     try:
-        return manager.load([name])
+        with _without_scripts() as refused:
+            loaded = manager.load([name])
+        if not refused:
+            return loaded
+        raise PermissionError(refused[0])
     # lm-eval's tasks are code, which may raise anything when their data is missing.
     except Exception as error:
-        embedded = ", ".join(EMBEDDED_TASKS)
+        if refused:
+            raise UserError(
+                f"eval.tasks: {name} computes {refused[0]} by a script of the Hugging Face hub, which is not run: "
+                f"choose another task, such as the embedded {embedded}."
+            ) from error
         if not reachable:
             raise UserError(
                 f"eval.tasks: {name} needs data from the Hugging Face hub, which cannot be reached, and no copy is "
@@ -262,6 +271,30 @@ def _load_one(manager: TaskManager, name: str, reachable: bool) -> Any:
         raise UserError(
             f"eval.tasks: lm-eval cannot open {name} ({reason}): choose another task, such as the embedded {embedded}."
         ) from error
+
+
+@contextlib.contextmanager
+def _without_scripts() -> Iterator[list[str]]:
+    """Refuse the metrics that the library ``evaluate`` would fetch from the hub as scripts and run, unasked.
+
+    Data sets are no danger: ``datasets`` runs no scripts anymore.
+
+    Yields:
+        the names of what was refused, so far.
+    """
+    import evaluate  # takes a second, which tasks without data of the hub need not wait for
+
+    refused: list[str] = []
+
+    def refuse(path: str, *arguments: Any, **settings: Any) -> None:
+        refused.append(path)
+        raise PermissionError(path)
+
+    load, evaluate.load = evaluate.load, refuse
+    try:
+        yield refused
+    finally:
+        evaluate.load = load
 
 
 def _unknown_task(name: str, known: list[str]) -> str:

@@ -379,3 +379,25 @@ def test_hub_out_of_reach(small_index, monkeypatch):
 def test_broken_task(small_index):
     with pytest.raises(UserError, match="broken"):
         open_tasks(["broken"])
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_a_metric_that_is_a_script_of_the_hub_is_not_run(small_index, tmp_path, monkeypatch, own_code):
+    ran = []
+    monkeypatch.setattr("evaluate.load", lambda *a, **k: ran.append(a))
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 0}\n')
+    (tmp_path / "code.py").write_text(
+        "import evaluate\nmetric = evaluate.load('bleu')\ndef text(doc):\n    return 'a'\n"
+    )
+    metric = "" if own_code else "metric_list:\n  - metric: bleu\n    hf_evaluate: true\n"
+    text = "!function code.text" if own_code else "'{{text}}'"
+    (tmp_path / "scripted.yaml").write_text(
+        f"task: scripted\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/data.jsonl\n"
+        f"test_split: test\noutput_type: generate_until\ndoc_to_text: {text}\ndoc_to_target: label\n{metric}"
+    )
+    with pytest.raises(UserError, match=r"^eval\.tasks: scripted computes bleu by a script of the Hugging Face hub, "):
+        open_tasks(["scripted"])
+    assert ran == []
+    import evaluate
+
+    assert evaluate.load("bleu") is None and ran == [("bleu",)]  # as it was
