@@ -65,7 +65,7 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (codecs.BOM_UTF8, "is empty"),
         (b" \n\r\n", "is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
-        (gzip.compress(TEXT.encode(, mtime=0)), "is a gzip file"),
+        (gzip.compress(TEXT.encode(), mtime=0), "is a gzip file"),
         (bz2.compress(TEXT.encode()), "is a bzip2 file"),
         (lzma.compress(TEXT.encode()), "is a xz file"),
         (zipped(), "is a zip file"),
