@@ -229,8 +229,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ptq161.replay", description="Run a recorded run again and compare every number with the record."
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="directory of a finished run")
-    parser.add_argument("--out", metavar="DIR", help="directory of the new record (RUN_DIR/replay/DATE_TIME)")
+    parser.add_argument("run_dir", type=os.path.expanduser, metavar="RUN_DIR", help="directory of a finished run")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, metavar="DIR", help="directory of the new record (RUN_DIR/replay/DATE_TIME)"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,

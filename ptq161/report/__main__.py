@@ -10,6 +10,7 @@ Usage::
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,13 +168,21 @@ def _write(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ptq161.report", description="Tables, figures and a page of runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, or sweep directories of them")
     parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="where index.html, the tables and the figures go"
+        "runs", nargs="+", type=os.path.expanduser, metavar="RUNS", help="run directories, or sweep directories of them"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=os.path.expanduser,
+        metavar="FOLDER",
+        help="where index.html, the tables and the figures go",
     )
     parser.add_argument("--x", metavar="KEY", help="the figure's axis, such as mask_ratio or calib.n_samples")
     parser.add_argument("--metric", nargs="+", action="extend", metavar="NAME", help="scores to show")
-    parser.add_argument("--published", metavar="CSV", help="published figures: adds paper, ours, difference")
+    parser.add_argument(
+        "--published", type=os.path.expanduser, metavar="CSV", help="published figures: adds paper, ours, difference"
+    )
     return parser
 
 

@@ -13,6 +13,7 @@ on machines that share the folder, it is one search in several processes. Each t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,10 +173,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of run.py, the same for all trials")
     parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder of the search; trial N is recorded in DIR/N"
+        "--out",
+        required=True,
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder of the search; trial N is recorded in DIR/N",
     )
     parser.add_argument("--trials", type=int, default=20, metavar="N", help="trials in all, earlier ones included (20)")
-    parser.add_argument("--space", default=str(_DEFAULT_SPACE), metavar="FILE", help="keys that vary (%(default)s)")
+    parser.add_argument(
+        "--space",
+        type=os.path.expanduser,
+        default=str(_DEFAULT_SPACE),
+        metavar="FILE",
+        help="keys that vary (%(default)s)",
+    )
     parser.add_argument(
         "--objectives",
         nargs=2,

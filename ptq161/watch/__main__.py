@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import math
+import os
 import sys
 import threading
 import time
@@ -104,7 +105,9 @@ def _duration(seconds: float) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ptq161.watch", description="Follow a sweep, or a run.")
-    parser.add_argument("folder", metavar="DIR", help="directory of a sweep or a run, or any folder above them")
+    parser.add_argument(
+        "folder", type=os.path.expanduser, metavar="DIR", help="directory of a sweep or a run, or any folder above them"
+    )
     parser.add_argument("--once", action="store_true", help="print one table and exit (as without a terminal)")
     parser.add_argument("--every", type=_positive, default=2.0, metavar="SECONDS", help="time between two updates (2)")
     return parser
