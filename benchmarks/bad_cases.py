@@ -19,7 +19,7 @@ class Case:
         text: a command line that begins with ``ptq161``, or Python.
         sentence: matches the sentence that it gets; the words that tell what is wrong, since the rest may be said
             better one day.
-        lines: of stderr at most; Hydra's own sentences have more than one.
+        lines: of stderr at most.
     """
 
     text: str
@@ -98,17 +98,17 @@ cases(
 # --- texts and models of a run ----------------------------------------------------------------------------------------
 
 cases(
-    ("calib.text_file=nowhere.txt", r"calib\.text_file=nowhere\.txt.*no such file"),
-    ("calib.text_file=../in", r"calib\.text_file=\.\./in.*no such file"),
+    ("calib.text_file=nowhere.txt", r"calib\.text_file=.*nowhere\.txt.*no such file"),
+    ("calib.text_file=../in", r"calib\.text_file=.*/in"),
     ("calib.text_file=../in/short.txt", r"calib\.seq_len=64.*20"),
     ("calib.text_file=../in/empty.txt", "empty.txt|tokens"),
     ("calib.text_file=../in/no_text.txt", r"no_text\.txt"),
     ("calib.text_file=null", r"calib\.text_file"),
-    ("eval.text_file=nowhere.txt", r"eval\.text_file=nowhere\.txt.*no such file"),
+    ("eval.text_file=nowhere.txt", r"eval\.text_file=.*nowhere\.txt.*no such file"),
     ("eval.text_file=../in/short.txt", r"eval\.seq_len=64.*20"),
     ("eval.text_file=../in/no_text.txt", r"no_text\.txt"),
     ("eval.text_file=null", r"eval\.text_file"),
-    ("model.path=nowhere", r"model\.path=nowhere.*config\.json"),
+    ("model.path=nowhere", r"model\.path=.*nowhere.*config\.json"),
     ("model.path=../in/tiny.txt", r"config\.json"),
     ("model.path=../in/models/gpt2", "gpt2"),
     ("model.path=../in/models/gptq", "already quantized"),
@@ -140,12 +140,14 @@ cases(
     ("method=nonsense", "nonsense"),
     ("method.nonsense=1", "nonsense"),
     ("seed", "seed"),
+    ("=1", "=1"),
     ("mask_ratio=", "mask_ratio"),
+    ("model.path=~/tiny", "model.path='~/tiny'"),
+    ("model.path=a=b", "model.path='a=b'"),
     ("'mask_ratio=(1'", "mask_ratio"),
     prefix="ptq161 run ",
-    lines=20,
 )
-cases(("hydra/launcher=nonsense seed=0,1", "nonsense"), prefix="ptq161 sweep TINY ", lines=20)
+cases(("hydra/launcher=nonsense seed=0,1", "nonsense"), prefix="ptq161 sweep TINY ")
 cases(
     ("mask_ratio=0.1,1", r"mask_ratio=1"),
     ("seed=0,-1", "seed=-1"),
@@ -158,17 +160,12 @@ cases(
 
 cases(
     ("report nowhere --out out", "nowhere"),
-    ("report . --out out", "no finished run"),
-    ("report ../in/tiny --out out", "no finished run"),
     ("report ../in/run --out ../in/tiny.txt", "cannot be written"),
     ("report ../in/run --out out --metric nonsense", "nonsense"),
     ("report ../in/run --out out --x nonsense", "nonsense"),
     ("report ../in/run --out out --published nowhere.csv", r"nowhere\.csv"),
     ("report ../in/run --out out --published ../in/short.txt", r"short\.txt"),
     ("report ../in/run --out out --published ../in/no_text.txt", r"no_text\.txt"),
-    ("report ../in/runs/results_cut --out out", "no finished run"),
-    ("report ../in/runs/version --out out", "no finished run"),
-    ("report", "required"),
     ("replay nowhere", "nowhere"),
     ("replay ../in/tiny", "not a run directory"),
     ("replay ../in/runs/running", "did not finish"),
@@ -201,6 +198,16 @@ cases(
     ("search --out out --objectives bits_per_weight nonsense", "nonsense"),
     ("search --out out seed=-1", "seed"),
     ("search --out ../in/tiny.txt", r"tiny\.txt"),
+    prefix="ptq161 ",
+)
+
+# What is wrong with each record, or the verbs that there are, stand on lines of their own.
+cases(
+    ("report . --out out", "no finished run"),
+    ("report ../in/tiny --out out", "no finished run"),
+    ("report ../in/runs/results_cut --out out", "no finished run"),
+    ("report ../in/runs/version --out out", "no finished run"),
+    ("report", "required"),
     ("nonsense", "nonsense"),
     ("", "Usage"),
     prefix="ptq161 ",
