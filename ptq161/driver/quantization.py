@@ -37,7 +37,7 @@ from ptq161.methods.base import Method, OnMetric, ignore_metric
 from ptq161.models.architectures import decoder_blocks, max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len, evaluation_mode
 from ptq161.models.experts import fuse_experts, split_experts
-from ptq161.numerics import plain_torch
+from ptq161.numerics import plain_torch, resolve_device
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.model import packed_linears
@@ -86,8 +86,9 @@ def quantize(
             to another quantization, or cannot be written.
     """
     check_quantizable(model)
+    _check_method(method)
     tokens = _checked_tokens(model, tokens)
-    target = torch.device(device) if device is not None else model.device
+    target = resolve_device(device) if isinstance(device, str) else device or model.device
     on_metric = on_metric or ignore_metric
     split_experts(model)
     try:
@@ -217,6 +218,12 @@ def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
         on_metric(name, value, **where)
 
     return emit
+
+
+def _check_method(method: object) -> None:
+    if isinstance(method, type) or not callable(getattr(method, "quantize_window", None)):
+        given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise UserError(f"{given} is no method: pass an instance, such as ptq161.RTN(bits=4).")
 
 
 def _check_takes_masks(method: Method) -> None:

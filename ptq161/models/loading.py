@@ -23,7 +23,13 @@ from transformers.utils.hub import cached_file
 
 from ptq161.data.hub import offline_unless_reachable
 from ptq161.errors import UserError
-from ptq161.models.architectures import LANGUAGE_MODELS, architecture_from_config, keep_first_blocks, quant_method
+from ptq161.models.architectures import (
+    LANGUAGE_MODELS,
+    architecture_from_config,
+    decoder_blocks,
+    keep_first_blocks,
+    quant_method,
+)
 from ptq161.models.checks import check_not_quantized
 from ptq161.models.gguf import dense_folder
 from ptq161.models.settings import ModelConfig
@@ -101,6 +107,8 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
             raise ValueError(f"tensor {wrong[0]} is missing from the weights or has another shape than in the config")
     model.eval()
     if config.n_blocks is not None:
+        if config.n_blocks > len(decoder_blocks(model)):
+            raise UserError(f"model.n_blocks={config.n_blocks}: the model has {len(decoder_blocks(model))} blocks.")
         keep_first_blocks(model, config.n_blocks)
     return model
 

@@ -384,6 +384,26 @@ def test_models_that_are_none(change: Callable[[PreTrainedModel], Any], sentence
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("rtn", r"'rtn' is no method: pass an instance, such as ptq161\.RTN\(bits=4\)"),
+        (ptq161.RTN, r"the class RTN is no method: pass an instance"),
+        (None, r"None is no method"),
+        ({"bits": 4}, r"is no method"),
+    ],
+)
+def test_methods_that_are_none(method: Any, sentence: str, tiny_model: TinyModel) -> None:
+    with pytest.raises(UserError, match=sentence):
+        ptq161.quantize(tiny_model("llama"), TOKENS, method)
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "cuda:99", "meta"])
+def test_devices_that_are_none(device: str, tiny_model: TinyModel) -> None:
+    with pytest.raises(UserError, match=f"device={device}: "):
+        ptq161.quantize(tiny_model("llama"), TOKENS, METHODS["rtn"], device=device)
+
+
 def test_a_sequence_longer_than_the_models(tiny_model: TinyModel) -> None:
     tokens: Tensor = TOKENS.repeat(1, 33)
     with pytest.raises(UserError, match=r"calib\.seq_len=528: the model takes at most 512 tokens"):

@@ -83,6 +83,11 @@ def test_a_folder_without_a_tokenizer(folder: Path) -> None:
     assert "it has no usable tokenizer (" in refused(folder)
 
 
+def test_more_blocks_than_there_are(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.n_blocks=9: the model has 2 blocks\."):
+        load_model(ModelConfig(name="tiny", path=str(folder), n_blocks=9))
+
+
 @pytest.mark.parametrize("architecture", WRAPPERS)
 def test_a_model_around_a_language_model_is_loaded_whole(
     architecture: str, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
