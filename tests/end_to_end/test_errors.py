@@ -37,8 +37,8 @@ def assert_sentence(ended: Ended, *parts: str) -> None:
         ("eval.sample_prompt=''", ("eval.sample_prompt is empty",)),
         ("model.path=nowhere", ("model.path=", "/nowhere: ", "config.json")),
         ("eval.text_file=nowhere.txt", ("eval.text_file=", "/nowhere.txt: there is no such file")),
-        ("hydra.run.dir=occupied/run", ("hydra.run.dir=occupied/run", "cannot be written")),
-        ("-m hydra.sweep.dir=occupied/run seed=0,1", ("hydra.sweep.dir=occupied/run", "cannot be written")),
+        ("hydra.run.dir=occupied/run", ("hydra.run.dir=", "/occupied/run cannot be written")),
+        ("-m hydra.sweep.dir=occupied/run seed=0,1", ("hydra.sweep.dir=", "/occupied/run cannot be written")),
     ],
 )
 def test_what_is_known_beforehand_leaves_nothing_behind(
