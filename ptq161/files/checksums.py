@@ -26,8 +26,20 @@ def sums_of(folder: Path, leave_out: Collection[str] = ()) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    names = sorted(files_of(folder) - {SUMS, *leave_out})
-    return "".join(f"{sha256_of_file(folder / name)}  {name}\n" for name in names)
+    return sums_of_files(folder, files_of(folder) - {SUMS, *leave_out})
+
+
+def sums_of_files(folder: Path, names: Collection[str]) -> str:
+    """Return the content of ``SHA256SUMS`` for some of a folder's files.
+
+    Args:
+        folder: holds the files.
+        names: relative to it.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return "".join(f"{sha256_of_file(folder / name)}  {name}\n" for name in sorted(names))
 
 
 def files_of(folder: Path) -> set[str]:
@@ -52,12 +64,13 @@ def check_sums(folder: Path, required: Collection[str] = ()) -> None:
         raise UserError(f"{folder} is damaged: {wrong}; get it again, or delete {SUMS} if the change is meant.")
 
 
-def what_is_wrong(folder: Path, required: Collection[str] = ()) -> str | None:
+def what_is_wrong(folder: Path, required: Collection[str] = (), among: Collection[str] | None = None) -> str | None:
     """Say what first differs from a folder's checksums; None where nothing does.
 
     Args:
         folder: holds the files.
         required: names that must be listed.
+        among: names of the files that are checked; None checks all that are listed.
     """
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
@@ -73,6 +86,8 @@ def what_is_wrong(folder: Path, required: Collection[str] = ()) -> str | None:
     if missing := sorted(set(required) - sums.keys()):
         return f"{SUMS} has no checksum of {missing[0]}"
     for name, expected in sums.items():
+        if among is not None and name not in among:
+            continue
         try:
             found = sha256_of_file(folder / name)
         except (OSError, ValueError) as error:  # ValueError: no name of a file on this system

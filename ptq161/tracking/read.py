@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from ptq161.errors import UserError
+from ptq161.files.checksums import SUMS, what_is_wrong
 from ptq161.files.strict_json import decode_json
-from ptq161.tracking.layout import SCHEMA_VERSION
+from ptq161.tracking.layout import RECORD_FILES, SCHEMA_VERSION
 
 # The C parser is 50 times as fast; PyYAML is built without it on some platforms.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -59,7 +60,7 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
     """
     folder = Path(run_dir)
     problems: list[str] = []
-    return RunData(
+    run = RunData(
         run_dir=folder,
         manifest=_read_manifest(folder / "manifest.json"),
         config=_read_config(folder / "config.yaml", problems),
@@ -68,6 +69,10 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
         results=_read_results(folder / "results.json", problems),
         problems=problems,
     )
+    # A run that has not ended has no checksums, and neither have records of earlier versions.
+    if not problems and (folder / SUMS).exists() and (wrong := what_is_wrong(folder, among=RECORD_FILES)):
+        problems.append(f"{folder} was changed after the run: {wrong}.")
+    return run
 
 
 def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any]]:

@@ -20,10 +20,11 @@ from typing import Any, TextIO
 import yaml
 
 from ptq161.files.atomic import write_atomically, writing
+from ptq161.files.checksums import SUMS, sums_of_files
 from ptq161.files.strict_json import encode_json
 from ptq161.tracking.environment import describe_environment
 from ptq161.tracking.interrupts import Interrupted, Interrupts
-from ptq161.tracking.layout import SCHEMA_VERSION
+from ptq161.tracking.layout import RECORD_FILES, SCHEMA_VERSION
 from ptq161.tracking.ownership import owned
 from ptq161.tracking.run_log import run_log
 from ptq161.tracking.settings import TrackerConfig
@@ -87,7 +88,7 @@ class RunRecord:
         with contextlib.ExitStack() as stack:
             stack.enter_context(owned(folder))
             with writing(folder):
-                for stale in ("results.json", "samples.jsonl"):
+                for stale in (SUMS, "results.json", "samples.jsonl"):
                     (folder / stale).unlink(missing_ok=True)
             stack.enter_context(interrupts.installed())
             log = stack.enter_context(run_log(folder / "run.log"))
@@ -197,6 +198,9 @@ class RunRecord:
         try:
             with interrupts.deferred():
                 self._write_manifest()
+                self._metrics.flush()
+                written = [name for name in RECORD_FILES if (self.run_dir / name).exists()]
+                write_atomically(self.run_dir / SUMS, sums_of_files(self.run_dir, written))
         finally:
             self._mirror.close(state, _exit_code(state, error), exception)
 

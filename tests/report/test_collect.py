@@ -83,7 +83,7 @@ def test_scores_that_are_no_numbers_are_left_out(write_run: WriteRun) -> None:
     (run_dir / "results.json").write_text(json.dumps(document))
     found = collect([run_dir])
     assert "ppl/boolq@512" not in found.runs[0].metrics
-    assert "ppl/boolq@512" in found.problems[0] and "'much' is no number" in found.problems[0]
+    assert any("ppl/boolq@512" in problem and "'much' is no number" in problem for problem in found.problems)
 
 
 def test_a_folder_without_runs_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from ptq161.errors import UserError
 from ptq161.tracking.read import read_run
+from ptq161.tracking.record import RunRecord
+from ptq161.tracking.settings import TrackerConfig
 from tests.tracking.conftest import OpenRecord
 
 
@@ -58,3 +60,18 @@ def test_missing_parts_of_a_young_run_are_no_tracebacks(run_dir: Path) -> None:
         (run_dir / name).unlink()
     run = read_run(run_dir)
     assert (run.results, run.metrics, run.config, len(run.problems)) == (None, [], {}, 1)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "metrics.jsonl", "results.json", "samples.jsonl"])
+def test_a_record_that_was_changed_after_its_run_is_told(name: str, tmp_path: Path) -> None:
+    with RunRecord.open(tmp_path, config={"seed": 0}, tracker=TrackerConfig("none"), seeds={}, job_name="a") as record:
+        record.metric("loss", 0.125, block=0)
+        record.sample("quantized", "125")
+        record.describe(n_blocks=125)
+        record.finish({"metrics": {"ppl/a": 125.0}})
+    assert read_run(tmp_path).problems == []
+    file = tmp_path / name
+    content = file.read_text()
+    file.write_text(content.replace("125", "126") if "125" in content else content.replace("0", "1"))
+    (problem,) = read_run(tmp_path).problems
+    assert problem == f"{tmp_path} was changed after the run: {name} has another SHA-256 than SHA256SUMS says."
