@@ -71,7 +71,7 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
     )
     # A run that has not ended has no checksums, and neither have records of earlier versions.
     if not problems and (folder / SUMS).exists() and (wrong := what_is_wrong(folder, among=RECORD_FILES)):
-        problems.append(f"{folder} was changed after the run: {wrong}.")
+        problems.append(f"{folder} was changed after its run ended ({wrong}); delete {SUMS} if the change is meant.")
     return run
 
 

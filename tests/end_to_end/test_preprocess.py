@@ -117,7 +117,7 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
         (["preprocess.steps=0"], "preprocess.steps=0: use at least 1."),
         (
             ["preprocess.text_file=nowhere"],
-            "preprocess.text_file=nowhere: there is no such file; give a UTF-8 text file.",
+            "preprocess.text_file={folder}/nowhere: there is no such file; give a UTF-8 text file.",
         ),
         (
             ["preprocess.seq_len=1024"],
@@ -130,7 +130,7 @@ def test_refusals_are_one_sentence(program: Program, training: list[str], overri
     ended = program(*program.tiny, *training, "tracker=none", *overrides)
     assert ended.status == 1 and "Traceback" not in ended.stderr
     (printed,) = ended.sentences
-    assert printed.startswith(sentence)
+    assert printed.startswith(sentence.replace("{folder}", str(program.folder)))
 
 
 def test_training_on_what_is_scored_is_refused(program: Program, training: list[str]) -> None:

@@ -74,5 +74,5 @@ def test_a_store_that_cannot_be_used_is_one_sentence(program: Program) -> None:
     ended = program(*program.tiny, "tracker=none", "hydra.run.dir=run", PTQ161_STORE=str(program.folder / "file"))
     assert ended.status == 1 and "Traceback" not in ended.stderr
     (sentence,) = ended.sentences
-    assert "cannot be written (Not a directory)" in sentence and "cache=false" in sentence
+    assert "cannot be written (File exists)" in sentence and "cache=false" in sentence
     assert not (program.folder / "run" / "checkpoint").exists()

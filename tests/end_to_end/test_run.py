@@ -25,6 +25,7 @@ def test_the_default_directory_is_below_the_working_directory_and_holds_the_whol
     assert {path.name for path in run_dir.iterdir()} == {
         ".hydra",
         ".lock",
+        "SHA256SUMS",
         "checkpoint",
         "config.yaml",
         "manifest.json",

@@ -88,7 +88,7 @@ def test_a_file_and_its_absence(tiny_tokenizer: PreTrainedTokenizerFast, tmp_pat
     file.write_text("abc " * 20)
     tokens = training_tokens(tiny_tokenizer, settings(corpora=["text_file"], text_file=str(file)), seed=0)
     assert tiny_tokenizer.decode(tokens[0]) == "abc a"
-    with pytest.raises(UserError, match=r"^preprocess\.text_file=nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"^preprocess\.text_file=nowhere: there is no such file"):
         training_tokens(tiny_tokenizer, settings(corpora=["text_file"], text_file="nowhere"), seed=0)
 
 

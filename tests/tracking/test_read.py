@@ -74,4 +74,7 @@ def test_a_record_that_was_changed_after_its_run_is_told(name: str, tmp_path: Pa
     content = file.read_text()
     file.write_text(content.replace("125", "126") if "125" in content else content.replace("0", "1"))
     (problem,) = read_run(tmp_path).problems
-    assert problem == f"{tmp_path} was changed after the run: {name} has another SHA-256 than SHA256SUMS says."
+    assert problem == (
+        f"{tmp_path} was changed after its run ended ({name} has another SHA-256 than SHA256SUMS says); "
+        "delete SHA256SUMS if the change is meant."
+    )
