@@ -103,8 +103,9 @@ def save(
         "nominal_bits_per_weight": nominal_bits,
         "linears": {name: layer.packed.settings() for name, layer in layers.items()},
     }
+    folder = Path(folder).expanduser()
     try:
-        with whole_folder(Path(folder), ADVICE, is_ours if overwrite else None) as scratch:
+        with whole_folder(folder, ADVICE, is_ours if overwrite else None) as scratch:
             host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(host, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
             write_rest(model, tokenizer, scratch)
@@ -114,7 +115,7 @@ def save(
             (scratch / SUMS).write_text(sums_of(scratch, leave_out=(CARD,)), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
-    return Path(folder) / WEIGHTS_FILE
+    return folder / WEIGHTS_FILE
 
 
 def write_rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
@@ -163,7 +164,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         >>> torch.equal(*up_proj)
         True
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     with reading(folder, "get the checkpoint again"):
         if not is_packed_folder(folder):
             raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")

@@ -82,7 +82,7 @@ def restore(
     target = resolve_device(device) if isinstance(device, str) else device or model.device
     if isinstance(folder, Path | str):
         found = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
-        folder = claim(Path(folder), found, ADVICE)
+        folder = claim(Path(folder).expanduser(), found, ADVICE)
     teacher = None
     if restoration.objective != "lm":
         teacher = frozen_copy(model, COMPUTE_DTYPES[restoration.compute_dtype], target)

@@ -24,6 +24,7 @@ from ptq161.errors import UserError
 from ptq161.files.atomic import umask
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.export import save_dense
+from ptq161.packed.model import packed_linears
 from tests.conftest import TINY, WRAPPERS
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -247,3 +248,15 @@ def test_a_model_that_was_cut_off_half_way_is_not_saved_as_a_dense_one(tiny_mode
     model.save_pretrained(tmp_path / "half")
     with pytest.raises(OSError, match=r"model\.safetensors"):
         opened(tmp_path / "half")
+
+
+def test_a_tilde_is_the_home_folder(
+    original: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ptq161.quantize(opened(original()), TOKENS, ptq161.RTN())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert ptq161.save(model, tokenizer, "~/packed") == tmp_path / "packed" / "packed.safetensors"
+    assert packed_linears(ptq161.load("~/packed")[0])
+    assert ptq161.export("~/packed", "~/dense") == tmp_path / "dense"
+    assert not (tmp_path / "~").exists()
