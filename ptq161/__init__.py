@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ptq161.methods.ptq161 import PTQ161
     from ptq161.methods.quip import QuIP
     from ptq161.methods.rtn import RTN
+    from ptq161.methods.waterfill import Waterfill
     from ptq161.packed.checkpoint import load, save
     from ptq161.packed.export import export
 
@@ -55,6 +56,7 @@ __all__ = [
     "OmniQuant",
     "QuIP",
     "UserError",
+    "Waterfill",
     "export",
     "load",
     "quantize",
@@ -77,6 +79,7 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.ptq161": ["PTQ161"],
         "ptq161.methods.quip": ["QuIP"],
         "ptq161.methods.rtn": ["RTN"],
+        "ptq161.methods.waterfill": ["Waterfill"],
     },
 )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -63,23 +65,45 @@ def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> t
             raise _CapturedError
         return hidden
 
+    with _replaced_forward(list(blocks), record), torch.no_grad():
+        for batch in tokens.split(batch_size):
+            with suppress(_CapturedError):
+                model(input_ids=batch.to(model.device), use_cache=False)
+    return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
+
+
+def logits_after(model: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Return the logits that a model computes from what its last block returns, with gradients.
+
+    Args:
+        model: with a head.
+        tokens: ``[b, seq_len]``.
+        hidden: ``[b, seq_len, hidden]`` in the model's dtype, the last block's outputs.
+    """
+    blocks = decoder_blocks(model)
+
+    def forward(i: int, given: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden if i == len(blocks) - 1 else given
+
+    with _replaced_forward(list(blocks), forward):
+        logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _replaced_forward(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let block ``i`` compute ``forward(i, hidden, ...)`` meanwhile."""
     originals = [vars(block).get("forward") for block in blocks]
     try:
         for i, block in enumerate(blocks):
-            block.forward = partial(record, i)
-        for batch in tokens.split(batch_size):
-            with torch.no_grad():
-                try:
-                    model(input_ids=batch.to(model.device), use_cache=False)
-                except _CapturedError:
-                    continue
+            block.forward = partial(forward, i)
+        yield
     finally:
         for block, original in zip(blocks, originals, strict=True):
             # Restored only where it was the instance's own: a block that holds its bound method is a reference cycle.
             del block.forward
             if original is not None:
                 block.forward = original
-    return torch.cat(hidden_states), [BlockArguments(by_size) for by_size in calls]
 
 
 class _CapturedError(Exception):

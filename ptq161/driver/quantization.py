@@ -19,7 +19,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ptq161.driver.capture import BlockArguments, capture_inputs
-from ptq161.driver.resume import ADVICE, FinishedWindow, Measured, fingerprint, load_windows, save_window
+from ptq161.driver.planning import plan_statistics
+from ptq161.driver.resume import (
+    ADVICE,
+    FinishedWindow,
+    Measured,
+    fingerprint,
+    load_plan,
+    load_windows,
+    save_plan,
+    save_window,
+)
 from ptq161.driver.windows import (
     close_window,
     install,
@@ -97,7 +107,7 @@ def quantize(
             check_salient_masks(model, salient_masks)
         if isinstance(resume, Path | str):
             found = fingerprint(model, tokens, method, seed=seed, device=target, salient_masks=salient_masks)
-            resume = claim(Path(resume), found, ADVICE)
+            resume = claim(Path(resume).expanduser(), found, ADVICE)
         elif resume is not None:
             with writing(resume.path, ADVICE):
                 resume.path.mkdir(parents=True, exist_ok=True)
@@ -133,22 +143,51 @@ def _quantize_blocks(job: _Quantization, folder: KeyedFolder | None, on_metric: 
             _emit(window.measured, on_metric)
         return
     inputs, arguments = capture_inputs(job.model, job.tokens, job.method.batch_size)
-    full_inputs = quant_inputs = inputs.cpu()
+    inputs = full_inputs = quant_inputs = inputs.cpu()
+    plan = _plan(job, folder, arguments, inputs, progress) if getattr(job.method, "needs_plan", False) else None
     unit = "window" if job.method.block_size > 1 else "block"
     with tqdm(starts, desc="quantize", unit=unit, disable=not progress) as bar:
         for start in starts:
             window, full_inputs, quant_inputs = _advance(
-                job, start, arguments, full_inputs, quant_inputs, finished.get(start), _with_bar(on_metric, bar)
+                job, start, arguments, plan, full_inputs, quant_inputs, finished.get(start), _with_bar(on_metric, bar)
             )
             if folder is not None and start not in finished:
                 save_window(folder, start, window)
             bar.update()
 
 
+def _plan(
+    job: _Quantization,
+    folder: KeyedFolder | None,
+    arguments: list[BlockArguments],
+    inputs: Tensor,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Return what the method decides for the whole model, from the folder where it was decided before."""
+    plan = None if folder is None else load_plan(folder)
+    if plan is None:
+        plan = job.method.plan(
+            plan_statistics(
+                job.model,
+                job.tokens,
+                job.method,
+                arguments,
+                inputs,
+                seed=job.seed,
+                device=job.device,
+                progress=progress,
+            )
+        )
+        if folder is not None:
+            save_plan(folder, plan)
+    return plan
+
+
 def _advance(
     job: _Quantization,
     start: int,
     arguments: list[BlockArguments],
+    plan: Mapping[str, Tensor] | None,
     full_inputs: Tensor,
     quant_inputs: Tensor,
     finished: FinishedWindow | None,
@@ -165,10 +204,12 @@ def _advance(
     window = open_window(
         job.model,
         start,
+        job.method.block_size,
         job.method,
         arguments,
         quant_inputs,
-        salient_masks=job.salient_masks,
+        masks=job.salient_masks,
+        plan=plan,
         seed=job.seed,
         device=job.device,
         on_metric=record,

@@ -5,6 +5,7 @@ A folder holds the windows of one quantization::
     fingerprint.json            describes it by content (:func:`ptq161.files.identity.quantization`)
     block_00000.safetensors     the packed tensors of the window that begins with block 0; its metadata hold their
     block_00001.safetensors     formats, the metrics of the window and a checksum of all of this
+    plan.safetensors            what the method has decided for the whole model, where it does so
 
 Activations are not kept: both chains are computed again through the finished blocks, which takes a small part of the
 time that quantizing them took and gives the same bytes.
@@ -39,6 +40,7 @@ from ptq161.packed.weight import PackedWeight, packed_weight_from
 log = logging.getLogger(__name__)
 
 ADVICE = "give quantize another folder to resume from (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
+_PLAN = "plan.safetensors"
 _METADATA = "window"  # a single key: safetensors writes several in random order
 
 Measured = list[tuple[str, float, dict[str, int | str]]]
@@ -83,10 +85,29 @@ def save_window(folder: KeyedFolder, first_block: int, window: FinishedWindow) -
         "linears": {name: weight.settings() for name, weight in window.packed.items()},
         "measured": window.measured,
     }
-    content["sha256"] = _checksum(content, tensors)
-    write_atomically(
-        _file(folder, first_block), safetensors.torch.save(tensors, {_METADATA: encode_json(content)}), ADVICE
-    )
+    _write(_file(folder, first_block), content, tensors)
+
+
+def save_plan(folder: KeyedFolder, plan: Mapping[str, Tensor]) -> None:
+    """Write what a method has decided for the whole model, whole or not at all.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plan.items()}
+    _write(folder.path / _PLAN, {"fingerprint": folder.key}, tensors)
+
+
+def load_plan(folder: KeyedFolder) -> dict[str, Tensor] | None:
+    """Return the plan that was stored; None where there is none, or its file is damaged."""
+    found = _read(folder.path / _PLAN, "the plan is made again")
+    if found is None:
+        return None
+    content, tensors = found
+    if content["fingerprint"] != folder.key:
+        log.warning("%s belongs to another quantization; the plan is made again", folder.path / _PLAN)
+        return None
+    return tensors
 
 
 def fingerprint(
@@ -113,18 +134,10 @@ def fingerprint(
 def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
     """Return the window that begins with a block; None where it is not finished, or its file is damaged."""
     file = _file(folder, first_block)
-    if not file.exists():
+    found = _read(file, "its blocks are quantized again")
+    if found is None:
         return None
-    try:
-        with reading(file, "its blocks are quantized again"), safe_open(file, framework="pt") as opened:
-            content = decode_json(opened.metadata()[_METADATA])
-            # Copied into torch's own memory: sums may depend on a tensor's alignment.
-            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
-            if content.pop("sha256") != _checksum(content, tensors):
-                raise ValueError("its checksum is another")
-    except UserError as error:
-        log.warning("%s", error)
-        return None
+    content, tensors = found
     if (content["fingerprint"], content["first_block"]) != (folder.key, first_block):
         log.warning("%s belongs to another quantization or window; its blocks are quantized again", file)
         return None
@@ -133,6 +146,27 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
         for name, settings in content["linears"].items()
     }
     return FinishedWindow(packed, [(name, value, where) for name, value, where in content["measured"]])
+
+
+def _write(file: Path, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    checked = {**content, "sha256": _checksum(content, tensors)}
+    write_atomically(file, safetensors.torch.save(dict(tensors), {_METADATA: encode_json(checked)}), ADVICE)
+
+
+def _read(file: Path, otherwise: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    if not file.exists():
+        return None
+    try:
+        with reading(file, otherwise), safe_open(file, framework="pt") as opened:
+            content = decode_json(opened.metadata()[_METADATA])
+            # Copied into torch's own memory: sums may depend on a tensor's alignment.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  # no mapping
+            if content.pop("sha256") != _checksum(content, tensors):
+                raise ValueError("its checksum is another")
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+    return content, tensors
 
 
 def _checksum(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -29,17 +29,19 @@ log = logging.getLogger(__name__)
 def open_window(
     model: PreTrainedModel,
     start: int,
+    n_blocks: int,
     method: Method,
     arguments: list[BlockArguments],
     quant_inputs: Tensor,
     *,
-    salient_masks: Mapping[str, Tensor] | None,
+    masks: Mapping[str, Tensor] | None,
+    plan: Mapping[str, Tensor] | None = None,
     seed: int,
     device: torch.device,
     on_metric: OnMetric,
 ) -> Window:
     """Copy the blocks of a window to the device, in float32, which holds half-precision checkpoints exactly."""
-    blocks = list(decoder_blocks(model))[start : start + method.block_size]
+    blocks = list(decoder_blocks(model))[start : start + n_blocks]
     replicas = [_replica(block).to(device, torch.float32) for block in blocks]
     groups = [
         [f"{start + i}.{path}" for path in group]
@@ -56,7 +58,8 @@ def open_window(
         quant_inputs=quant_inputs,
         full_outputs=None,
         activations={},
-        salient_masks=None if salient_masks is None else {name: salient_masks[name].to(device) for name in names},
+        salient_masks=None if masks is None else {name: masks[name].to(device) for name in names},
+        plan=None if plan is None else {name: plan[name].to(device) for name in names},
         run_block=lambda i, hidden: calls[i].call(replicas[i], hidden),
         generator=lambda stage: stage_generator(seed, stage, start),
         on_metric=on_metric,
@@ -89,7 +92,7 @@ def _rescale(window: Window, method: Method) -> None:
     def look(name: str, x: Tensor) -> None:
         inputs[name] = exponent_of(x)
 
-    with _looking(window, look):
+    with looking(window, look):
         _run_first_batch(window, method)
     for name, linear in window.linears.items():
         rescaling = Rescaling(weights[name], inputs.get(name, 0))
@@ -100,7 +103,7 @@ def _rescale(window: Window, method: Method) -> None:
 
 
 @contextmanager
-def _looking(window: Window, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+def looking(window: Window, look: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call ``look(name, x)`` with the input ``[tokens, in]`` of each linear, as it arises."""
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -136,7 +139,7 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
         seen[name] = maximum, total, squares
         n_tokens[name] += len(x)
 
-    with _looking(window, measure):
+    with looking(window, measure):
         window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
     for name in leaders:
         if name in seen:
@@ -159,7 +162,7 @@ def report_experts(window: Window, method: Method) -> None:
         if name in counts:
             counts[name] += len(x)
 
-    with _looking(window, count):
+    with looking(window, count):
         window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
     for name, n_tokens in counts.items():
         window.on_metric("input_tokens", n_tokens, linear=name)
@@ -193,7 +196,7 @@ def report_linears(window: Window, packed: dict[str, PackedWeight], method: Meth
         error, size = ((x @ w.T.to(x.dtype)).float().square().sum() for w in (difference, weight))
         errors[name] = float(error / size.clamp(min=torch.finfo(torch.float32).tiny))
 
-    with _looking(window, compare):
+    with looking(window, compare):
         _run_first_batch(window, method)
     for name, weight in packed.items():
         if name in errors:  # no token of the first batch may have chosen an expert

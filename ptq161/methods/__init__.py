@@ -1,9 +1,10 @@
-"""Quantization methods, one module or package each, and the three kinds of work that they share.
+"""Quantization methods, one module or package each, and the kinds of work that they share.
 
 A method is a frozen dataclass of hyperparameters that implements :class:`ptq161.methods.base.Method`. Layer-wise ones
-derive from ``layerwise``, those with error compensation from ``compensation``; block-wise ones train in ``blockwise``.
-Beside its class, a module has the mathematics as functions of tensors. Methods import ``packed`` and what lies below
-it, never the driver; the driver and every room above may import them. Importing this package imports no method.
+derive from ``layerwise``, those with error compensation from ``compensation``; block-wise ones train in ``blockwise``,
+and learn codes in ``codes``. Beside its class, a module has the mathematics as functions of tensors. Methods import
+``packed`` and what lies below it, never the driver; the driver and every room above may import them. Importing this
+package imports no method.
 """
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "base",
     "billm",
     "blockwise",
+    "codes",
     "compensation",
     "gptq",
     "layerwise",
@@ -19,4 +21,5 @@ __all__ = [
     "ptq161",
     "quip",
     "rtn",
+    "waterfill",
 ]

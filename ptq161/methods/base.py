@@ -8,7 +8,7 @@ A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq1
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, Protocol
 
@@ -66,6 +66,49 @@ class ActivationScale:
     mean_square: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearStatistics:
+    """What a plan over the whole model may know of one linear in the full-precision model.
+
+    Attributes:
+        weight: ``[out, in]``.
+        mean_square: ``[in]`` float32, mean of x^2 over the calibration tokens.
+        gradient_energy: ``[out]`` float32, mean over the tokens of the squared gradient at each output, of the
+            cross-entropy of tokens that the model draws itself: the diagonal of the Fisher information.
+
+    Example:
+        >>> LinearStatistics(torch.ones(1, 2), mean_square=torch.ones(2), gradient_energy=torch.ones(1)).weight.shape
+        torch.Size([1, 2])
+    """
+
+    weight: Tensor
+    mean_square: Tensor
+    gradient_energy: Tensor
+
+
+class NoPlan:
+    """A method whose windows do not depend on each other.
+
+    Example:
+        >>> NoPlan().needs_plan
+        False
+    """
+
+    @property
+    def needs_plan(self) -> bool:
+        """Nothing is decided beforehand."""
+        return False
+
+    @property
+    def plan_samples(self) -> int:
+        """No statistics are asked for."""
+        return 0
+
+    def plan(self, statistics: Mapping[str, LinearStatistics]) -> dict[str, Tensor]:
+        """Decide nothing."""
+        return {}
+
+
 @dataclasses.dataclass
 class Window:
     """``block_size`` consecutive decoder blocks, in float32 on the device where the work is to be done.
@@ -86,6 +129,7 @@ class Window:
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
         on_metric: receives every metric.
         device: where the blocks are; inputs are moved there batch by batch.
+        plan: what :meth:`Method.plan` has decided for each linear, on ``device``; None without a plan.
         rescalings: linears whose weights and inputs are of unusual size: what was taken out of them.
 
     Example:
@@ -122,6 +166,7 @@ class Window:
     generator: Callable[[str], torch.Generator]
     on_metric: OnMetric
     device: torch.device
+    plan: dict[str, Tensor] | None = None
     rescalings: dict[str, Rescaling] = dataclasses.field(default_factory=dict)
 
     def run(self, hidden: Tensor) -> Tensor:
@@ -190,6 +235,24 @@ class Method(Protocol):
 
     takes_salient_masks: ClassVar[bool]
     """Whether the method has salient input channels, which the caller may give (``Window.salient_masks``)."""
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether :meth:`plan` has to be called before the first window."""
+
+    @property
+    def plan_samples(self) -> int:
+        """Calibration sequences for the statistics that :meth:`plan` rests on."""
+
+    def plan(self, statistics: Mapping[str, LinearStatistics]) -> dict[str, Tensor]:
+        """Decide what depends on the whole model, once, before the first window.
+
+        Args:
+            statistics: of each linear of the model.
+
+        Returns:
+            a tensor for each linear, which every window brings again (``Window.plan``).
+        """
 
     @property
     def block_size(self) -> int:

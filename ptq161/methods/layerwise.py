@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
-from ptq161.methods.base import Window, check_common, not_finite
+from ptq161.methods.base import Method, NoPlan, Window, check_common, not_finite
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight
 
@@ -48,7 +48,7 @@ class InputStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerwiseMethod(ABC):
+class LayerwiseMethod(NoPlan, ABC):
     """A method that quantizes each linear on its own, from its weight and its inputs' statistics.
 
     The statistics are taken on the quantized chain with the block's linears still in float, all linears of a
@@ -159,7 +159,7 @@ class UniformMethod(LayerwiseMethod):
 _HESSIAN_STRIPS = 4
 
 
-def collect_statistics(method: LayerwiseMethod, window: Window) -> dict[str, InputStatistics]:
+def collect_statistics(method: Method, window: Window) -> dict[str, InputStatistics]:
     """Run the window on the quantized chain's inputs and accumulate what the linears see.
 
     Each pass ends where the last group's input has been seen: the rest of the block is not computed.

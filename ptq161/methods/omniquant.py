@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_common, prefix_errors
+from ptq161.methods.base import NoPlan, Window, check_common, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
@@ -33,7 +33,7 @@ _INITIAL_FACTOR = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
-class OmniQuant:
+class OmniQuant(NoPlan):
     """OmniQuant. The defaults are those of the released script for 2 bits per channel (``w2a16.sh``).
 
     Attributes:

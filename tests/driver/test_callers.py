@@ -36,6 +36,7 @@ METHODS: dict[str, Method] = {
     "pb_llm": ptq161.PBLLM(),
     "billm": ptq161.BiLLM(),
     "ptq161": ptq161.PTQ161(epochs=1),
+    "waterfill": ptq161.Waterfill(level="linear", epochs=1, batch_size=2),
 }
 
 

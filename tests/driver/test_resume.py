@@ -27,6 +27,7 @@ from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
+from ptq161.methods.waterfill import Waterfill
 from ptq161.packed.linear import PackedLinear
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -38,6 +39,7 @@ METHODS = {
     "awq": AWQ(bits=4, group_size=32, batch_size=2),
     "quip": QuIP(bits=2, batch_size=2),
     "omniquant": OmniQuant(bits=2, epochs=1, batch_size=2),
+    "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),
     "billm": BiLLM(batch_size=2),
     "ptq161": PTQ161(epochs=1, batch_size=2, compute_dtype="bfloat16"),

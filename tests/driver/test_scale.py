@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
     "pb_llm": ptq161.PBLLM(),
     "billm": ptq161.BiLLM(),
     "ptq161": ptq161.PTQ161(epochs=2, scale_lr=1e-3, angle_lr=1e-2),
+    "waterfill": ptq161.Waterfill(epochs=2, batch_size=2),
 }
 
 

@@ -54,7 +54,7 @@ def test_what_is_known_beforehand_leaves_nothing_behind(
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["method=nonsense"], ("method=nonsense: there is no such option; use one of awq, ", ", rtn.")),
+        (["method=nonsense"], ("method=nonsense: there is no such option; use one of awq, ", ", rtn, ")),
         (["nonsense=1"], ("unknown key nonsense: known are block_size, ",)),
         (["method.nonsense=1"], ("unknown key method.nonsense: known are ", "epochs")),
         (["model.path=~/x"], ("quote the value, \"model.path='~/x'\".",)),

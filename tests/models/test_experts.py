@@ -25,6 +25,7 @@ METHODS: list[Method] = [
     ptq161.AWQ(bits=4),
     ptq161.QuIP(bits=4),
     ptq161.OmniQuant(bits=4, epochs=2),
+    ptq161.Waterfill(epochs=1, batch_size=2),
     ptq161.PBLLM(),
     ptq161.BiLLM(),
     ptq161.PTQ161(epochs=2),

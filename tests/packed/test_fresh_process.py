@@ -26,6 +26,7 @@ from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
+from ptq161.methods.waterfill import Waterfill
 from ptq161.packed.model import sha256_of_packed
 from ptq161.packed.weight import PackedWeight
 
@@ -35,6 +36,7 @@ METHODS: list[Method] = [
     AWQ(bits=2),
     QuIP(),
     OmniQuant(epochs=1),
+    Waterfill(epochs=1),
     PBLLM(),
     BiLLM(),
     PTQ161(epochs=1),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_common
+from ptq161.methods.base import NoPlan, Window, check_common
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, check_mask_ratio, salient_mask
@@ -40,7 +40,7 @@ _LARGE_STEP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class PTQ161:
+class PTQ161(NoPlan):
     """PTQ1.61 (Zhao et al., ACL 2025). The defaults are those of the released code.
 
     Attributes:

@@ -1,0 +1,196 @@
+"""Learning codes block by block: latent weights and factors against the full-precision block's output.
+
+1. Each linear starts from codes with error compensation (:func:`~ptq161.methods.codes.grid.compensated_codes`).
+2. Latents and factors learn together, with AdamW and a one-cycle schedule, on batches in random order.
+3. The loss compares the block's output with that of the full-precision block on both chains' inputs, as PTQ1.61 does
+   (Section 3.3), but relatively: all tokens together, which the few massive activations of a model decide, and each
+   token alike. The first alone sees little else, the second alone may lose them.
+4. The state with the least loss on held-out windows is kept, that of the start included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq161.errors import UserError
+from ptq161.methods.base import Window
+from ptq161.methods.blockwise import replaced_linears
+from ptq161.methods.codes.latent import LatentLinear
+from ptq161.packed.weight import PackedWeight
+
+_BETAS = (0.9, 0.95)
+_HOMOLOGOUS = 0.5
+"""Weight of the comparison with the full-precision block on the quantized chain's input."""
+
+Pack = Callable[[str, LatentLinear], PackedWeight]
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How codes are learned.
+
+    Attributes:
+        epochs: passes over the windows that are not held out.
+        batch_size: windows per step.
+        code_lr: learning rate of the latents, in cells of the grid.
+        factor_lr: learning rate of the factors, relative to them.
+        held_out: share of the windows on which the best state is chosen; at least one window, if above zero.
+        compute_dtype: of matrix products.
+
+    Example:
+        >>> rates = {"code_lr": 1e-2, "factor_lr": 1e-3}
+        >>> Learning(epochs=4, batch_size=4, held_out=0.0625, compute_dtype="float32", **rates).epochs
+        4
+    """
+
+    epochs: int
+    batch_size: int
+    code_lr: float
+    factor_lr: float
+    held_out: float
+    compute_dtype: str
+
+
+def relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Return the sum of two relative squared errors: over all tokens together, and the mean over tokens.
+
+    Args:
+        output: ``[..., hidden]``.
+        target: the same shape.
+
+    Example:
+        >>> target = torch.tensor([[3.0, 4.0], [0.0, 1.0]])  # squares of 25 and 1
+        >>> error = relative_errors(target + torch.tensor([[0.0, 0.0], [1.0, 0.0]]), target)  # 1 / 26 + 1 / 2
+        >>> round(float(error), 4)
+        0.5385
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    error, size = (output - target).square().sum(-1), target.square().sum(-1)
+    return error.sum() / size.sum().clamp(min=tiny) + (error / size.clamp(min=tiny)).mean()
+
+
+def block_error(output: Tensor, full: Tensor, homologous: Tensor) -> Tensor:
+    """Return the loss of a block's output ``[b, seq, hidden]`` against the full-precision block on both chains' inputs.
+
+    Example:
+        >>> target = torch.ones(1, 2, 4)
+        >>> float(block_error(2 * target, target, target))
+        3.0
+    """
+    return relative_errors(output, full) + _HOMOLOGOUS * relative_errors(output, homologous)
+
+
+def learn_codes(
+    window: Window, layers: Mapping[str, LatentLinear], settings: Learning, pack: Pack
+) -> dict[str, PackedWeight]:
+    """Learn the codes of a window's linears.
+
+    ``on_metric`` receives ``loss``, the mean over each epoch, and ``held_out_loss`` at its end; epoch -1 is the start.
+
+    Args:
+        window: with the full-precision chain's outputs.
+        layers: for each linear, from its compensated codes.
+        settings: how.
+        pack: packs a linear as learned so far.
+
+    Returns:
+        the packed weights of the best state.
+
+    Raises:
+        UserError: a loss is not finite.
+
+    Example:
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> epochs = []
+        >>> method = ptq161.Waterfill(level="linear", epochs=2, batch_size=1)  # calls it for each window
+        >>> tokens = torch.arange(8).view(2, 4)
+        >>> on_metric = lambda name, value, **where: epochs.append(where.get("epoch")) if name == "loss" else None
+        >>> model = ptq161.quantize(model, tokens, method, on_metric=on_metric)
+        >>> epochs
+        [0, 1]
+    """
+    assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
+    homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
+    generator = window.generator("codes")
+    n = window.quant_inputs.shape[0]
+    size = min(settings.batch_size, n)
+    # Whole batches only: the block's arguments (masks, positions) are those of a whole batch.
+    n_held = size * min(n // size - 1, max(1, round(settings.held_out * n / size))) if settings.held_out > 0 else 0
+    shuffled = torch.randperm(n, generator=generator)
+    held, training = shuffled[:n_held], shuffled[n_held:]
+    optimizer = _optimizer(layers, settings)
+    steps = settings.epochs * (len(training) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=max(1, steps), cycle_momentum=False
+    )
+
+    def loss_of(batch: Tensor) -> Tensor:
+        with window.autocast(settings.compute_dtype):
+            output = window.run(window.to_device(window.quant_inputs[batch]))
+        targets = (window.to_device(chain[batch]) for chain in (window.full_outputs, homologous) if chain is not None)
+        return block_error(output.float(), *targets)
+
+    def packed() -> dict[str, PackedWeight]:
+        return {name: pack(name, layer) for name, layer in layers.items()}
+
+    def held_out_loss(epoch: int) -> float:
+        with torch.no_grad():
+            losses = [float(loss_of(batch)) * len(batch) for batch in held.split(size)]
+        loss = sum(losses) / len(held)
+        window.on_metric("held_out_loss", loss, block=window.first_block, epoch=epoch)
+        return loss
+
+    with replaced_linears(window, layers):
+        best, least = packed(), held_out_loss(-1) if n_held else math.inf
+        step = 0
+        for epoch in range(settings.epochs):
+            losses = []
+            order = training[torch.randperm(len(training), generator=generator)]
+            for batch in order[: len(order) // size * size].split(size):
+                loss = loss_of(batch)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    where = f"in block {window.first_block}, epoch {epoch}"
+                    raise UserError(f"the loss is {losses[-1]} {where}: lower method.code_lr or method.factor_lr.")
+                optimizer.zero_grad()
+                loss.backward()
+                if step == 0:
+                    _damp(optimizer)
+                step += 1
+                optimizer.step()
+                schedule.step()
+            window.on_metric("loss", sum(losses) / len(losses), block=window.first_block, epoch=epoch)
+            if not n_held:
+                continue
+            found = held_out_loss(epoch)
+            if found < least:
+                best, least = packed(), found
+        return best if n_held else packed()
+
+
+def _optimizer(layers: Mapping[str, LatentLinear], settings: Learning) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": [layer.latent], "lr": settings.code_lr} for layer in layers.values()]
+    factors = [p for layer in layers.values() for p in layer.parameters() if p is not layer.latent]
+    groups.append({"params": factors, "lr": settings.factor_lr})
+    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
+
+
+def _damp(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam move a latent less where its gradient is small beside that of its linear's others.
+
+    Adam alone moves every latent by the same amount, in a direction that is noise where the gradient is small: the
+    codes near the edge of their cell, which the compensation chose against rounding, would flip all at once.
+    """
+    for group in optimizer.param_groups[:-1]:
+        (latent,) = group["params"]
+        if latent.grad is not None:  # no token of the batch may have chosen an expert
+            group["eps"] = max(group["eps"], float(latent.grad.square().mean().sqrt()))
