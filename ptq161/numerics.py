@@ -32,6 +32,17 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def working_device(device: torch.device | str | None, home: torch.device) -> torch.device:
+    """Return the device that a caller asks for; None is where the model is.
+
+    Raises:
+        UserError: see :func:`resolve_device`.
+    """
+    if isinstance(device, str):
+        return resolve_device(device)
+    return device or home
+
+
 def resolve_dtype(name: str, device: torch.device) -> tuple[str, str]:
     """Turn ``dtype`` into a torch dtype's name.
 

@@ -7,7 +7,7 @@ quantization itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ptq161.driver.capture import BlockArguments, logits_after
 from ptq161.driver.windows import looking, open_window
 from ptq161.errors import UserError
-from ptq161.methods.base import LinearStatistics, Method, Window, ignore_metric, not_finite
+from ptq161.methods.base import LinearStatistics, PlanningMethod, Window, block_and_path, ignore_metric, not_finite
 from ptq161.methods.rescaling import Rescaling
 from ptq161.models.architectures import decoder_blocks
 from ptq161.seeding import stage_generator
@@ -27,7 +27,7 @@ from ptq161.seeding import stage_generator
 def plan_statistics(
     model: PreTrainedModel,
     tokens: Tensor,
-    method: Method,
+    method: PlanningMethod,
     arguments: list[BlockArguments],
     inputs: Tensor,
     *,
@@ -65,7 +65,6 @@ def plan_statistics(
     tokens, chain = tokens[:n], [inputs[:n]]
     n_blocks = len(decoder_blocks(model))
     squares: dict[str, Tensor] = {}
-    energies: dict[str, Tensor] = {}
     statistics: dict[str, LinearStatistics] = {}
 
     def opened(i: int) -> Window:
@@ -73,34 +72,37 @@ def plan_statistics(
             model, i, 1, method, arguments, chain[i], masks=None, seed=seed, device=device, on_metric=ignore_metric
         )
 
-    def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-        total = values.detach().float().flatten(0, -2).square().sum(0)
-        sums[name] = sums[name] + total if name in sums else total
-
     with tqdm(total=2 * n_blocks, desc="plan", unit="block", disable=not progress) as bar:
         for i in range(n_blocks):
             window = opened(i)
-            with looking(window, partial(add, squares)):
+            for group in window.input_groups:
+                squares[group[0]] = torch.zeros(window.linears[group[0]].in_features, device=device)
+            with looking(window, partial(_add_squares, squares)):
                 chain.append(window.run_all(chain[i], size, method.compute_dtype))
             bar.update()
         gradients = _output_gradients(model, tokens, chain.pop(), size, stage_generator(seed, "plan", 0))
         for i in reversed(range(n_blocks)):
             window = opened(i)
-            with _watching_gradients(window, partial(add, energies)):
+            energies = {
+                name: torch.zeros(linear.out_features, device=device) for name, linear in window.linears.items()
+            }
+            with _watching_gradients(window, partial(_add_squares, energies)):
                 gradients = _input_gradients(window, chain.pop(), gradients, size, method.compute_dtype)
             weights = dict(decoder_blocks(model)[i].named_parameters())
-            for name, linear in window.linears.items():
-                weight = weights[f"{name.split('.', 1)[1]}.weight"]
-                mean_square = squares.get(name, torch.zeros(linear.in_features, device=device)) / tokens.numel()
-                energy = energies.get(name, torch.zeros(linear.out_features, device=device)) / tokens.numel()
+            leaders = {name: group[0] for group in window.input_groups for name in group}
+            for name, energy in energies.items():
                 taken_out = window.rescalings.get(name, Rescaling(0, 0))
                 statistics[name] = LinearStatistics(
-                    weight=weight,  # of the model itself, not a copy
-                    mean_square=mean_square * 4.0**taken_out.inputs,
-                    gradient_energy=energy * 4.0 ** -(taken_out.weight + taken_out.inputs),
+                    weight=weights[f"{block_and_path(name)[1]}.weight"],  # of the model itself, not a copy
+                    mean_square=squares[leaders[name]] / tokens.numel() * 4.0**taken_out.inputs,
+                    gradient_energy=energy / tokens.numel() * 4.0 ** -(taken_out.weight + taken_out.inputs),
                 )
             bar.update()
     return statistics
+
+
+def _add_squares(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+    sums[name] += values.detach().float().flatten(0, -2).square().sum(0)
 
 
 @contextmanager
@@ -110,12 +112,10 @@ def _watching_gradients(window: Window, look: Callable[[str, Tensor], None]) -> 
     def hook(name: str, _: nn.Module, __: object, output: Tensor) -> None:
         output.register_hook(lambda gradient: look(name, gradient))
 
-    hooks = [linear.register_forward_hook(partial(hook, name)) for name, linear in window.linears.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in window.linears.items():
+            hooks.enter_context(linear.register_forward_hook(partial(hook, name)))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _input_gradients(window: Window, inputs: Tensor, gradients: Tensor, size: int, compute_dtype: str) -> Tensor:

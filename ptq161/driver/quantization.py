@@ -43,11 +43,11 @@ from ptq161.driver.windows import (
 from ptq161.errors import UserError
 from ptq161.files.atomic import writing
 from ptq161.files.fingerprints import KeyedFolder, claim
-from ptq161.methods.base import Method, OnMetric, ignore_metric
+from ptq161.methods.base import Method, OnMetric, PlanningMethod, ignore_metric
 from ptq161.models.architectures import decoder_blocks, max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len, evaluation_mode
 from ptq161.models.experts import fuse_experts, split_experts
-from ptq161.numerics import plain_torch, resolve_device
+from ptq161.numerics import plain_torch, working_device
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.model import packed_linears
@@ -98,7 +98,7 @@ def quantize(
     check_quantizable(model)
     _check_method(method)
     tokens = _checked_tokens(model, tokens)
-    target = resolve_device(device) if isinstance(device, str) else device or model.device
+    target = working_device(device, model.device)
     on_metric = on_metric or ignore_metric
     split_experts(model)
     try:
@@ -144,7 +144,7 @@ def _quantize_blocks(job: _Quantization, folder: KeyedFolder | None, on_metric: 
         return
     inputs, arguments = capture_inputs(job.model, job.tokens, job.method.batch_size)
     inputs = full_inputs = quant_inputs = inputs.cpu()
-    plan = _plan(job, folder, arguments, inputs, progress) if getattr(job.method, "needs_plan", False) else None
+    plan = _plan(job, folder, arguments, inputs, progress)
     unit = "window" if job.method.block_size > 1 else "block"
     with tqdm(starts, desc="quantize", unit=unit, disable=not progress) as bar:
         for start in starts:
@@ -162,24 +162,19 @@ def _plan(
     arguments: list[BlockArguments],
     inputs: Tensor,
     progress: bool,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor] | None:
     """Return what the method decides for the whole model, from the folder where it was decided before."""
-    plan = None if folder is None else load_plan(folder)
-    if plan is None:
-        plan = job.method.plan(
-            plan_statistics(
-                job.model,
-                job.tokens,
-                job.method,
-                arguments,
-                inputs,
-                seed=job.seed,
-                device=job.device,
-                progress=progress,
-            )
-        )
-        if folder is not None:
-            save_plan(folder, plan)
+    method = job.method
+    if not isinstance(method, PlanningMethod) or not method.needs_plan:
+        return None
+    if folder is not None and (stored := load_plan(folder)) is not None:
+        return stored
+    statistics = plan_statistics(
+        job.model, job.tokens, method, arguments, inputs, seed=job.seed, device=job.device, progress=progress
+    )
+    plan = method.plan(statistics)
+    if folder is not None:
+        save_plan(folder, plan)
     return plan
 
 

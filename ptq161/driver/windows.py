@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.driver.capture import BlockArguments
-from ptq161.methods.base import ActivationScale, Method, OnMetric, Window
+from ptq161.methods.base import ActivationScale, Method, OnMetric, Window, block_and_path
 from ptq161.methods.rescaling import Rescaling, exponent_of
 from ptq161.models.architectures import decoder_blocks, input_groups
 from ptq161.models.checks import HOOKS
@@ -76,8 +76,8 @@ def _replica(block: nn.Module) -> nn.Module:
 
 
 def _linear(blocks: list[nn.Module], start: int, name: str) -> nn.Linear:
-    index, path = name.split(".", 1)
-    module = blocks[int(index) - start].get_submodule(path)
+    block, path = block_and_path(name)
+    module = blocks[block - start].get_submodule(path)
     assert isinstance(module, nn.Linear)
     return module
 
@@ -89,32 +89,39 @@ def _rescale(window: Window, method: Method) -> None:
         return
     inputs: dict[str, int] = {}
 
-    def look(name: str, x: Tensor) -> None:
-        inputs[name] = exponent_of(x)
+    def look(leader: str, x: Tensor) -> None:
+        inputs[leader] = exponent_of(x)
 
     with looking(window, look):
         _run_first_batch(window, method)
-    for name, linear in window.linears.items():
-        rescaling = Rescaling(weights[name], inputs.get(name, 0))
-        if rescaling.weight or rescaling.inputs:
-            block, path = name.split(".", 1)
-            window.blocks[int(block) - window.first_block].set_submodule(path, rescaling.take_out_of(linear))
-            window.rescalings[name] = rescaling
+    for group in window.input_groups:
+        for name in group:
+            rescaling = Rescaling(weights[name], inputs.get(group[0], 0))
+            if rescaling.weight or rescaling.inputs:
+                rescaling.take_out_of(window.linears[name])
+                window.rescalings[name] = rescaling
+                window.replace(name, window.linears[name])
 
 
 @contextmanager
-def looking(window: Window, look: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call ``look(name, x)`` with the input ``[tokens, in]`` of each linear, as it arises."""
+def looking(
+    window: Window, look: Callable[[str, Tensor], None], linears: Iterable[str] | None = None
+) -> Iterator[None]:
+    """Call ``look(name, x)`` with the input ``[tokens, in]`` of linears, as it arises.
+
+    Args:
+        window: whose blocks are run inside the context.
+        look: receives the name of a linear and its input.
+        linears: None takes the first of each group that shares an input.
+    """
 
     def hook(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         look(name, args[0].detach().flatten(0, -2))
 
-    hooks = [linear.register_forward_pre_hook(partial(hook, name)) for name, linear in window.linears.items()]
-    try:
+    with ExitStack() as hooks:
+        for name in [group[0] for group in window.input_groups] if linears is None else linears:
+            hooks.enter_context(window.linears[name].register_forward_pre_hook(partial(hook, name)))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _run_first_batch(window: Window, method: Method) -> None:
@@ -124,13 +131,10 @@ def _run_first_batch(window: Window, method: Method) -> None:
 
 def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
     """Run the full-precision chain through the window, and measure the activation scales of each linear's input."""
-    leaders = {group[0] for group in window.input_groups}  # the others of a group have the same input
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    n_tokens = dict.fromkeys(leaders, 0)
+    n_tokens = {group[0]: 0 for group in window.input_groups}
 
     def measure(name: str, x: Tensor) -> None:
-        if name not in leaders:
-            return
         absolute = x.abs().float()
         maximum, total, squares = absolute.amax(0), absolute.sum(0), absolute.square().sum(0)
         if name in seen:
@@ -141,7 +145,7 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
 
     with looking(window, measure):
         window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
-    for name in leaders:
+    for name in n_tokens:
         if name in seen:
             maximum, total, squares = seen[name]
             window.activations[name] = ActivationScale(maximum, total / n_tokens[name], squares / n_tokens[name])
@@ -159,16 +163,17 @@ def report_experts(window: Window, method: Method) -> None:
     counts = {name: 0 for name in window.linears if ".experts." in name}
 
     def count(name: str, x: Tensor) -> None:
-        if name in counts:
-            counts[name] += len(x)
+        counts[name] += len(x)
 
-    with looking(window, count):
+    with looking(window, count, counts):
         window.run_all(window.quant_inputs, method.batch_size, method.compute_dtype)
     for name, n_tokens in counts.items():
         window.on_metric("input_tokens", n_tokens, linear=name)
     for i in mixtures:
         unseen = {
-            name.partition(".experts.")[2].split(".")[0] for name, n in counts.items() if not n and _is_of(name, i)
+            name.partition(".experts.")[2].split(".")[0]
+            for name, n in counts.items()
+            if not n and block_and_path(name)[0] == i
         }
         if unseen:
             log.warning(
@@ -176,10 +181,6 @@ def report_experts(window: Window, method: Method) -> None:
                 i,
                 f"expert{'s' if len(unseen) > 1 else ''} {', '.join(sorted(unseen, key=int))}",
             )
-
-
-def _is_of(name: str, block: int) -> bool:
-    return name.split(".", 1)[0] == str(block)
 
 
 def report_linears(window: Window, packed: dict[str, PackedWeight], method: Method) -> None:
@@ -196,7 +197,7 @@ def report_linears(window: Window, packed: dict[str, PackedWeight], method: Meth
         error, size = ((x @ w.T.to(x.dtype)).float().square().sum() for w in (difference, weight))
         errors[name] = float(error / size.clamp(min=torch.finfo(torch.float32).tiny))
 
-    with looking(window, compare):
+    with looking(window, compare, window.linears):
         _run_first_batch(window, method)
     for name, weight in packed.items():
         if name in errors:  # no token of the first batch may have chosen an expert
@@ -241,8 +242,8 @@ def close_window(model: PreTrainedModel, window: Window, packed: dict[str, Packe
 
 def packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
     """Return the packed linear called ``"{block}.{path}"``."""
-    index, path = name.split(".", 1)
-    module = decoder_blocks(model)[int(index)].get_submodule(path)
+    block, path = block_and_path(name)
+    module = decoder_blocks(model)[block].get_submodule(path)
     assert isinstance(module, PackedLinear)
     return module
 
@@ -256,7 +257,7 @@ def install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
     """Replace linears of the model by packed ones on the same devices."""
     blocks = decoder_blocks(model)
     for name, weight in packed.items():
-        index, path = name.split(".", 1)
-        original = blocks[int(index)].get_submodule(path)
+        block, path = block_and_path(name)
+        original = blocks[block].get_submodule(path)
         assert isinstance(original, nn.Linear)
-        blocks[int(index)].set_submodule(path, PackedLinear(moved(weight, original.weight.device), original.bias))
+        blocks[block].set_submodule(path, PackedLinear(moved(weight, original.weight.device), original.bias))

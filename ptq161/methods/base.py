@@ -8,9 +8,10 @@ A method never sees Hydra, W&B, files or the whole model. The driver (:mod:`ptq1
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -86,27 +87,15 @@ class LinearStatistics:
     gradient_energy: Tensor
 
 
-class NoPlan:
-    """A method whose windows do not depend on each other.
+def block_and_path(name: str) -> tuple[int, str]:
+    """Split the name of a linear, ``"{block}.{path}"``.
 
     Example:
-        >>> NoPlan().needs_plan
-        False
+        >>> block_and_path("3.self_attn.q_proj")
+        (3, 'self_attn.q_proj')
     """
-
-    @property
-    def needs_plan(self) -> bool:
-        """Nothing is decided beforehand."""
-        return False
-
-    @property
-    def plan_samples(self) -> int:
-        """No statistics are asked for."""
-        return 0
-
-    def plan(self, statistics: Mapping[str, LinearStatistics]) -> dict[str, Tensor]:
-        """Decide nothing."""
-        return {}
+    block, path = name.split(".", 1)
+    return int(block), path
 
 
 @dataclasses.dataclass
@@ -129,7 +118,7 @@ class Window:
         generator: ``generator(stage)`` is a fresh CPU generator that belongs to the seed, this stage and this window.
         on_metric: receives every metric.
         device: where the blocks are; inputs are moved there batch by batch.
-        plan: what :meth:`Method.plan` has decided for each linear, on ``device``; None without a plan.
+        plan: what :meth:`PlanningMethod.plan` has decided for each linear, on ``device``; None without a plan.
         rescalings: linears whose weights and inputs are of unusual size: what was taken out of them.
 
     Example:
@@ -214,10 +203,10 @@ class Window:
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put ``module`` in the place of the linear called ``name``."""
-        block, path = name.split(".", 1)
+        block, path = block_and_path(name)
         if name in self.rescalings:
             module = self.rescalings[name].around(module)
-        self.blocks[int(block) - self.first_block].set_submodule(path, module)
+        self.blocks[block - self.first_block].set_submodule(path, module)
 
 
 class Method(Protocol):
@@ -235,24 +224,6 @@ class Method(Protocol):
 
     takes_salient_masks: ClassVar[bool]
     """Whether the method has salient input channels, which the caller may give (``Window.salient_masks``)."""
-
-    @property
-    def needs_plan(self) -> bool:
-        """Whether :meth:`plan` has to be called before the first window."""
-
-    @property
-    def plan_samples(self) -> int:
-        """Calibration sequences for the statistics that :meth:`plan` rests on."""
-
-    def plan(self, statistics: Mapping[str, LinearStatistics]) -> dict[str, Tensor]:
-        """Decide what depends on the whole model, once, before the first window.
-
-        Args:
-            statistics: of each linear of the model.
-
-        Returns:
-            a tensor for each linear, which every window brings again (``Window.plan``).
-        """
 
     @property
     def block_size(self) -> int:
@@ -277,6 +248,35 @@ class Method(Protocol):
         """
 
 
+@runtime_checkable
+class PlanningMethod(Method, Protocol):
+    """A method that decides something for the whole model before the first window.
+
+    Example:
+        >>> import ptq161
+        >>> isinstance(ptq161.Waterfill(), PlanningMethod), isinstance(ptq161.RTN(), PlanningMethod)
+        (True, False)
+    """
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether :meth:`plan` is to be called, which may depend on the settings."""
+
+    @property
+    def plan_samples(self) -> int:
+        """Calibration sequences for the statistics that :meth:`plan` rests on."""
+
+    def plan(self, statistics: Mapping[str, LinearStatistics]) -> dict[str, Tensor]:
+        """Decide what depends on the whole model, once.
+
+        Args:
+            statistics: of each linear of the model.
+
+        Returns:
+            a tensor for each linear, which every window brings again (``Window.plan``).
+        """
+
+
 def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
     """Check the hyperparameters that every method has.
 
@@ -294,6 +294,22 @@ def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
         raise UserError(f"method.batch_size={batch_size}: use at least 1.")
     check_choice("method.compute_dtype", compute_dtype, COMPUTE_DTYPES)
     check_choice("method.scale_dtype", scale_dtype, SCALE_DTYPES)
+
+
+def check_rate(setting: str, rate: float) -> None:
+    """Check a learning rate.
+
+    Raises:
+        UserError: it is negative, NaN or infinite.
+
+    Example:
+        >>> check_rate("method.lr", -0.5)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.lr=-0.5: use a finite learning rate of at least 0.
+    """
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise UserError(f"{setting}={rate}: use a finite learning rate of at least 0.")
 
 
 def not_finite(fault: str, compute_dtype: str) -> UserError:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
-from ptq161.methods.base import Method, NoPlan, Window, check_common, not_finite
+from ptq161.methods.base import Method, Window, check_common, not_finite
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight
 
@@ -48,7 +48,7 @@ class InputStatistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerwiseMethod(NoPlan, ABC):
+class LayerwiseMethod(ABC):
     """A method that quantizes each linear on its own, from its weight and its inputs' statistics.
 
     The statistics are taken on the quantized chain with the block's linears still in float, all linears of a

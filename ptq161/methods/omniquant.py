@@ -15,7 +15,6 @@ forward pass uses the scale as it will be stored, so that the packed weight is e
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
-from ptq161.methods.base import NoPlan, Window, check_common, prefix_errors
+from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
@@ -33,7 +32,7 @@ _INITIAL_FACTOR = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
-class OmniQuant(NoPlan):
+class OmniQuant:
     """OmniQuant. The defaults are those of the released script for 2 bits per channel (``w2a16.sh``).
 
     Attributes:
@@ -75,8 +74,7 @@ class OmniQuant(NoPlan):
             raise UserError(f"block_size={self.block_size}: use at least 1.")
         if self.epochs < 0:
             raise UserError(f"method.epochs={self.epochs}: use at least 0.")
-        if not (self.lr >= 0 and math.isfinite(self.lr)):
-            raise UserError(f"method.lr={self.lr}: use a finite learning rate of at least 0.")
+        check_rate("method.lr", self.lr)
 
     def nominal_bits(self) -> float:
         """Bits of a code; scales and zero points are not counted."""

@@ -42,20 +42,21 @@ class Rescaling:
     Example:
         >>> linear, x = nn.Linear(1, 1), torch.ones(1, 1)
         >>> expected = linear(x)
-        >>> torch.equal(Rescaling(weight=3, inputs=-2).take_out_of(linear)(x), expected)
+        >>> rescaling = Rescaling(weight=3, inputs=-2)
+        >>> rescaling.take_out_of(linear)
+        >>> torch.equal(rescaling.around(linear)(x), expected)
         True
     """
 
     weight: int
     inputs: int
 
-    def take_out_of(self, linear: nn.Linear) -> nn.Module:
-        """Rescale weight and bias of a linear, in place, and return the layer that stands for it."""
+    def take_out_of(self, linear: nn.Linear) -> None:
+        """Rescale weight and bias of a linear, in place."""
         with torch.no_grad():
             linear.weight.mul_(2.0**-self.weight)
             if linear.bias is not None:
                 linear.bias.mul_(2.0 ** -(self.weight + self.inputs))
-        return self.around(linear)
 
     def around(self, module: nn.Module) -> nn.Module:
         """Put the factors around a module that stands for the rescaled linear."""

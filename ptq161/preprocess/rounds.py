@@ -23,7 +23,7 @@ from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.methods.base import Method, OnMetric, ignore_metric
 from ptq161.models.architectures import max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
-from ptq161.numerics import COMPUTE_DTYPES, resolve_device
+from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
 from ptq161.preprocess.restoration import Restoration
@@ -79,7 +79,7 @@ def restore(
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
     calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")
     on_metric = on_metric or ignore_metric
-    target = resolve_device(device) if isinstance(device, str) else device or model.device
+    target = working_device(device, model.device)
     if isinstance(folder, Path | str):
         found = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
         folder = claim(Path(folder).expanduser(), found, ADVICE)

@@ -88,7 +88,7 @@ class LatentLinear(nn.Module):
         rows = torch.cat([grid.row * (1 + self.row_gain), grid.scale * (1 + self.scale_gain)], dim=1)
         column = grid.column * (1 + self.column_gain)
         columns = torch.cat([column * (grid.step * self.scaled), self.ranged.unsqueeze(0)])
-        weight: Tensor = _LatentWeight.apply(  # type: ignore[no-untyped-call]
+        weight: Tensor = _LatentWeight.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self.latent, rows, columns, self.levels, self.offsets, self.compute_dtype
         )
         if self.mean is not None:

@@ -118,7 +118,8 @@ def learn_codes(
         >>> epochs
         [0, 1]
     """
-    assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
+    full = window.full_outputs
+    assert full is not None, "the driver brings the full-precision chain (needs_full_chain)"
     homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
     generator = window.generator("codes")
     n = window.quant_inputs.shape[0]
@@ -136,8 +137,7 @@ def learn_codes(
     def loss_of(batch: Tensor) -> Tensor:
         with window.autocast(settings.compute_dtype):
             output = window.run(window.to_device(window.quant_inputs[batch]))
-        targets = (window.to_device(chain[batch]) for chain in (window.full_outputs, homologous) if chain is not None)
-        return block_error(output.float(), *targets)
+        return block_error(output.float(), window.to_device(full[batch]), window.to_device(homologous[batch]))
 
     def packed() -> dict[str, PackedWeight]:
         return {name: pack(name, layer) for name, layer in layers.items()}

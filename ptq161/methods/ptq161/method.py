@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import NoPlan, Window, check_common
+from ptq161.methods.base import Window, check_common, check_rate
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, check_mask_ratio, salient_mask
@@ -40,7 +39,7 @@ _LARGE_STEP = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class PTQ161(NoPlan):
+class PTQ161:
     """PTQ1.61 (Zhao et al., ACL 2025). The defaults are those of the released code.
 
     Attributes:
@@ -105,8 +104,7 @@ class PTQ161(NoPlan):
         if self.epochs < 0:
             raise UserError(f"method.epochs={self.epochs}: use at least 0.")
         for name, rate in (("scale_lr", self.scale_lr), ("angle_lr", self.angle_lr)):
-            if not (rate >= 0 and math.isfinite(rate)):
-                raise UserError(f"method.{name}={rate}: use a finite learning rate of at least 0.")
+            check_rate(f"method.{name}", rate)
         if self.salient_bits not in UNIFORM_BITS:
             raise UserError(f"method.salient_bits={self.salient_bits}: use one of {', '.join(map(str, UNIFORM_BITS))}.")
         check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
+from ptq161.methods.base import LinearStatistics, Window, check_common, check_rate, prefix_errors
 from ptq161.methods.codes import LatentLinear, Learning, compensated_codes, fit_grid, learn_codes
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
@@ -93,9 +92,7 @@ class Waterfill:
             if value < least:
                 raise UserError(f"{name}={value}: use at least {least}.")
         for name in ("code_lr", "factor_lr"):
-            rate = getattr(self, name)
-            if not (rate >= 0 and math.isfinite(rate)):
-                raise UserError(f"method.{name}={rate}: use a finite learning rate of at least 0.")
+            check_rate(f"method.{name}", getattr(self, name))
         if not 0 <= self.held_out <= 0.5:
             raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
 
