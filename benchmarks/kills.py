@@ -176,7 +176,7 @@ def _show_stages() -> None:
             yield
             Path(_STAGE).write_text(f"after {stage}")
 
-    Session.clock = shown  # type: ignore[method-assign]
+    Session.clock = shown  # type: ignore[method-assign]  # in the forked process alone
 
 
 def _stage(place: Path) -> str:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptq161.errors import UserError
 from ptq161.files.paths import absolute_path
+from ptq161.files.reading import LFS_POINTER
 
 BLANK_LINE = "\n\n"
 
@@ -34,7 +35,6 @@ _PACKED = {
     b"%PDF-": "PDF",
 }
 """First bytes of files that hold text in another form -> the name of that form."""
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _HEAD_BYTES = 4096
 
 
@@ -98,7 +98,7 @@ def _problem(head: bytes) -> str | None:
     mark, encoding = _encoding(head)
     if not head[len(mark) :].strip():
         return f"is empty: {_GIVE}" if len(head) < _HEAD_BYTES else None
-    if head.startswith(_LFS_POINTER):
+    if head.startswith(LFS_POINTER):
         return "is only git-lfs's pointer to a text: fetch the text with `git lfs pull`"
     for first, name in _PACKED.items():
         if head.startswith(first):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from ptq161.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""First bytes of what git leaves of a large file where git-lfs is not installed."""
+
 
 @contextlib.contextmanager
 def reading(path: Path, advice: str) -> Iterator[None]:

@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 
 from ptq161.data.hub import offline_unless_reachable
 from ptq161.errors import UserError
+from ptq161.files.reading import LFS_POINTER
 from ptq161.models.architectures import (
     LANGUAGE_MODELS,
     architecture_from_config,
@@ -132,15 +133,12 @@ _NO_CODE = {"trust_remote_code": False}  # transformers would ask on the termina
 
 
 def _check_no_pointers(folder: Path) -> None:
-    """Check that no file of a folder is what git leaves of a large one where git-lfs is not installed."""
+    """Check that no file of a folder is only a pointer of git-lfs."""
     for file in sorted(folder.glob("*")):
         if file.suffix in (".safetensors", ".bin", ".json", ".model") and file.is_file():
             with file.open("rb") as opened:
-                if opened.read(len(_POINTER)) == _POINTER:
+                if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise UserError(f"{file} is a pointer of git-lfs and not the file itself: run git lfs pull there.")
-
-
-_POINTER = b"version https://git-lfs"
 
 
 @contextmanager

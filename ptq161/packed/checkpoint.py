@@ -245,7 +245,7 @@ def own_save(model: PreTrainedModel) -> None:
         ...     is_packed_folder(place)
         True
     """
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]  # of this model alone
 
 
 def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **settings: Any) -> None:

@@ -83,7 +83,7 @@ def save_dense(
     """
     generation: Any = getattr(model, "generation_config", None)
     try:
-        with whole_folder(Path(out).expanduser(), ADVICE, is_ours if overwrite else None) as scratch:
+        with whole_folder(Path(out), ADVICE, is_ours if overwrite else None) as scratch:
             # transformers refuses to save settings of sampling that contradict each other; ours are copied as they are.
             model.generation_config = GenerationConfig()
             model.save_pretrained(scratch)

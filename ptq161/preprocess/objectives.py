@@ -55,7 +55,7 @@ def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int
         chunk: tokens at a time.
     """
     # Function.apply has no annotations.
-    mean: Tensor = _ChunkedMean.apply(hidden, loss_sum, targets, chunk)  # type: ignore[no-untyped-call]
+    mean: Tensor = _ChunkedMean.apply(hidden, loss_sum, targets, chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return mean
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq161.errors import UserError
+from ptq161.files.paths import absolute_path
 from ptq161.run.command_line import as_value
 from ptq161.run.preflight import check_writable
 from ptq161.tracking.find import hidden_in
@@ -144,7 +145,7 @@ def _next_free(folder: Path) -> Path:
 
 
 def _folder(setting: str, config: DictConfig) -> Path:
-    return Path(os.path.normpath(Path(_value(setting, config)).expanduser().absolute()))
+    return Path(os.path.normpath(absolute_path(setting, _value(setting, config))))
 
 
 def _value(setting: str, config: DictConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ptq161.tracking.layout import RECORD_FILES, SCHEMA_VERSION
 # The C parser is 50 times as fast; PyYAML is built without it on some platforms.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_LINES = {"metrics.jsonl", "samples.jsonl"}
 _Types = Mapping[str, type | tuple[type, ...]]
 _METRIC: _Types = {"time": (int, float), "name": str, "value": (int, float)}
 _SAMPLE: _Types = {"time": (int, float), "name": str, "text": str}
@@ -64,14 +65,13 @@ def read_run(run_dir: Path | str, *, with_lines: bool = True) -> RunData:
         run_dir=folder,
         manifest=_read_manifest(folder / "manifest.json"),
         config=_read_config(folder / "config.yaml", problems),
-        metrics=read_metrics(folder, problems) if with_lines else [],
+        metrics=_read_lines(folder / "metrics.jsonl", _METRIC, problems) if with_lines else [],
         samples=_read_lines(folder / "samples.jsonl", _SAMPLE, problems) if with_lines else [],
         results=_read_results(folder / "results.json", problems),
         problems=problems,
     )
-    # A run that has not ended has no checksums, and neither have records of earlier versions.
-    if not problems and (folder / SUMS).exists() and (wrong := what_is_wrong(folder, among=RECORD_FILES)):
-        problems.append(f"{folder} was changed after its run ended ({wrong}); delete {SUMS} if the change is meant.")
+    if not problems:
+        _check_unchanged(folder, RECORD_FILES if with_lines else set(RECORD_FILES) - _LINES, problems)
     return run
 
 
@@ -82,7 +82,19 @@ def read_metrics(run_dir: Path | str, problems: list[str]) -> list[dict[str, Any
         run_dir: the directory.
         problems: receives one sentence for each line that cannot be read.
     """
-    return _read_lines(Path(run_dir) / "metrics.jsonl", _METRIC, problems)
+    folder, own = Path(run_dir), list[str]()
+    metrics = _read_lines(folder / "metrics.jsonl", _METRIC, own)
+    if not own:
+        _check_unchanged(folder, ("metrics.jsonl",), own)
+    problems += own
+    return metrics
+
+
+def _check_unchanged(folder: Path, names: Collection[str], problems: list[str]) -> None:
+    """Compare files that were read with the record's checksums."""
+    # A run that has not ended has none, and neither have records of earlier versions.
+    if (folder / SUMS).exists() and (wrong := what_is_wrong(folder, among=names)):
+        problems.append(f"{folder} was changed after its run ended ({wrong}); delete {SUMS} if the change is meant.")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

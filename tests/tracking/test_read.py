@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.errors import UserError
-from ptq161.tracking.read import read_run
+from ptq161.tracking.read import read_metrics, read_run
 from ptq161.tracking.record import RunRecord
 from ptq161.tracking.settings import TrackerConfig
 from tests.tracking.conftest import OpenRecord
@@ -74,6 +74,11 @@ def test_a_record_that_was_changed_after_its_run_is_told(name: str, tmp_path: Pa
     content = file.read_text()
     file.write_text(content.replace("125", "126") if "125" in content else content.replace("0", "1"))
     (problem,) = read_run(tmp_path).problems
+    told: list[str] = []  # where metrics are read on their own, as the report does
+    read_metrics(tmp_path, told)
+    short = read_run(tmp_path, with_lines=False).problems
+    expected = {"metrics.jsonl": (told, short), "samples.jsonl": ([], [])}.get(name, (short, told))
+    assert expected == (([problem], []) if name != "samples.jsonl" else ([], []))
     assert problem == (
         f"{tmp_path} was changed after its run ended ({name} has another SHA-256 than SHA256SUMS says); "
         "delete SHA256SUMS if the change is meant."
