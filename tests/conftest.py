@@ -21,6 +21,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import ptq161
+from ptq161.methods.base import Method
 from tests import skips
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -43,6 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip(skips.GPU_MISSING)
+
+
+def every_method(bits: int, epochs: int) -> dict[str, Method]:
+    """Make each method once, quick enough for a tiny model."""
+    return {
+        "rtn": ptq161.RTN(bits=bits),
+        "gptq": ptq161.GPTQ(bits=bits),
+        "awq": ptq161.AWQ(bits=bits),
+        "quip": ptq161.QuIP(bits=bits),
+        "omniquant": ptq161.OmniQuant(bits=bits, epochs=epochs),
+        "pb_llm": ptq161.PBLLM(),
+        "billm": ptq161.BiLLM(),
+        "ptq161": ptq161.PTQ161(epochs=epochs, scale_lr=1e-3, angle_lr=1e-2),
+        "waterfill": ptq161.Waterfill(level="linear", epochs=epochs, batch_size=2),
+    }
 
 
 @pytest.fixture(scope="session")

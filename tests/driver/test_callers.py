@@ -12,32 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
 import ptq161
 from ptq161.errors import UserError
 from ptq161.evaluation.perplexity import perplexity
-from ptq161.methods.base import Method
-from ptq161.models.architectures import max_seq_len, quantized_linears
 from ptq161.packed.model import packed_linears, sha256_of_packed
+from tests.conftest import every_method
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (3, 16), generator=torch.Generator().manual_seed(0))
 TEXT = torch.randint(3, 256, (64,), generator=torch.Generator().manual_seed(1))
-METHODS: dict[str, Method] = {
-    "rtn": ptq161.RTN(bits=3),
-    "gptq": ptq161.GPTQ(bits=3),
-    "awq": ptq161.AWQ(bits=3),
-    "quip": ptq161.QuIP(bits=3),
-    "omniquant": ptq161.OmniQuant(bits=3, epochs=1),
-    "pb_llm": ptq161.PBLLM(),
-    "billm": ptq161.BiLLM(),
-    "ptq161": ptq161.PTQ161(epochs=1),
-    "waterfill": ptq161.Waterfill(level="linear", epochs=1, batch_size=2),
-}
+METHODS = every_method(bits=3, epochs=1)
 
 
 @contextlib.contextmanager
@@ -278,138 +266,8 @@ def test_tokens_of_a_data_set(expected: Callable[[str], str], tiny_model: TinyMo
         assert sha256_of_packed(packed) == expected("gptq")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "sentence"),
-    [
-        ([[1, 2, 3], [4, 5]], "have lengths from 2 to 3; cut them to one"),
-        ("a text", "are text; apply the model's tokenizer first"),
-        (["a text"], "are text"),
-        ([{"text": "a"}], "have no input_ids but text"),
-        ({"input_ids": TOKENS, "attention_mask": TOKENS * 0}, r"are padded \(zeros in attention_mask\)"),
-        (None, "are a NoneType"),
-        (7, "are a int"),
-        ([], "are empty"),
-        ([[]], "use integers"),
-        (TOKENS.float(), "are of float32"),
-        ([[1.5, 2.0]], "hold a float"),
-        (TOKENS > 9, "are of bool"),
-        (TOKENS[0], r"have shape \[16\]"),
-        (TOKENS.tolist()[0], r"have shape \[16\]"),
-    ],
-)
-def test_tokens_that_are_none(tokens: Any, sentence: str, tiny_model: TinyModel) -> None:
-    model = tiny_model("llama")
-    with pytest.raises(UserError, match=f"calibration tokens .*{sentence}") as caught:
-        ptq161.quantize(model, tokens, METHODS["rtn"])
-    assert "\n" not in str(caught.value)
-    assert all(type(module) is nn.Linear for _, module in quantized_linears(model))
-
-
 @pytest.mark.parametrize("tokens", [TEXT, TEXT.unsqueeze(0), TEXT.tolist(), {"input_ids": TEXT.unsqueeze(0)}])
 def test_perplexity_takes_a_text_in_any_container(tokens: Any, tiny_model: TinyModel) -> None:
     model = tiny_model("llama").train()
     assert perplexity(model, tokens, 16).value == perplexity(model, TEXT, 16).value
     assert model.training
-
-
-# models that are none
-
-
-def peft_model(model: PreTrainedModel) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-
-
-def adapted(model: PreTrainedModel) -> Any:
-    peft_model(model)
-    return model
-
-
-def weight_norm(model: PreTrainedModel) -> Any:
-    parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
-    return model
-
-
-def pruned(model: PreTrainedModel) -> Any:
-    prune.l1_unstructured(model.model.layers[1].mlp.up_proj, "weight", 0.5)
-    return model
-
-
-def hooked(model: PreTrainedModel) -> Any:
-    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
-    return model
-
-
-def on_meta(model: PreTrainedModel) -> Any:
-    return model.to("meta")
-
-
-def dispatched(model: PreTrainedModel) -> Any:
-    from accelerate import dispatch_model
-
-    return dispatch_model(model, {"": "cpu"}, force_hooks=True)
-
-
-def integers(model: PreTrainedModel) -> Any:
-    linear = model.model.layers[0].mlp.up_proj
-    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (peft_model, r"a PeftModel is a model with an adapter: merge it first, with merge_and_unload\(\)\."),
-        (adapted, r"carries an adapter \(a Linear at .*q_proj\): merge it first"),
-        (weight_norm, r"model\.layers\.1\.mlp\.up_proj is computed from others"),
-        (pruned, r"model\.layers\.1\.mlp\.up_proj is computed from others"),
-        (hooked, r"model\.layers\.1\.mlp\.up_proj has forward hooks, which would be lost"),
-        (on_meta, r"not in memory \(model\.embed_tokens\.weight is on the meta device\)"),
-        (dispatched, "spread over devices"),
-        (integers, "of int8: use a dense model"),
-        (nn.DataParallel, r"the model is wrapped \(a DataParallel\): pass its \.module"),
-        (torch.compile, r"the model is compiled \(a OptimizedModule\): pass its \._orig_mod"),
-        (lambda model: (model, None), r"pass its first item, if it is \(model, tokenizer\)"),
-        (lambda _: "folder/of/model", "'folder/of/model' is no model: load it first"),
-        (lambda _: Path("folder"), "'folder' is no model: load it first"),
-        (lambda _: None, "a NoneType is no transformers model"),
-        (lambda model: model.state_dict(), "is no transformers model"),
-        (lambda _: nn.Linear(4, 4), "a Linear is no transformers model"),
-    ],
-)
-def test_models_that_are_none(change: Callable[[PreTrainedModel], Any], sentence: str, tiny_model: TinyModel) -> None:
-    given = change(tiny_model("llama"))
-    with pytest.raises(UserError, match=sentence) as caught:
-        ptq161.quantize(given, TOKENS, METHODS["rtn"])
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("method", "sentence"),
-    [
-        ("rtn", r"'rtn' is no method: pass an instance, such as ptq161\.RTN\(bits=4\)"),
-        (ptq161.RTN, r"the class RTN is no method: pass an instance"),
-        (None, r"None is no method"),
-        ({"bits": 4}, r"is no method"),
-    ],
-)
-def test_methods_that_are_none(method: Any, sentence: str, tiny_model: TinyModel) -> None:
-    with pytest.raises(UserError, match=sentence):
-        ptq161.quantize(tiny_model("llama"), TOKENS, method)
-
-
-@pytest.mark.parametrize("device", ["tpu", "", "cuda:99", "meta"])
-def test_devices_that_are_none(device: str, tiny_model: TinyModel) -> None:
-    with pytest.raises(UserError, match=f"device={device}: "):
-        ptq161.quantize(tiny_model("llama"), TOKENS, METHODS["rtn"], device=device)
-
-
-def test_a_sequence_longer_than_the_models(tiny_model: TinyModel) -> None:
-    tokens: Tensor = TOKENS.repeat(1, 33)
-    with pytest.raises(UserError, match=r"calib\.seq_len=528: the model takes at most 512 tokens"):
-        ptq161.quantize(tiny_model("llama"), tokens, METHODS["rtn"])
-
-
-def test_a_config_without_a_limit() -> None:
-    assert max_seq_len(PretrainedConfig()) is None

@@ -16,21 +16,12 @@ import ptq161
 from ptq161.methods.base import Method
 from ptq161.models.architectures import decoder_blocks
 from ptq161.packed.model import packed_linears
+from tests.conftest import every_method
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(0))
 FACTORS = [1e-6, 1e-3, 1e3, 1e6]
-METHODS: dict[str, Method] = {
-    "rtn": ptq161.RTN(bits=3),
-    "gptq": ptq161.GPTQ(bits=3),
-    "awq": ptq161.AWQ(bits=3),
-    "quip": ptq161.QuIP(bits=3),
-    "omniquant": ptq161.OmniQuant(bits=3, epochs=2),
-    "pb_llm": ptq161.PBLLM(),
-    "billm": ptq161.BiLLM(),
-    "ptq161": ptq161.PTQ161(epochs=2, scale_lr=1e-3, angle_lr=1e-2),
-    "waterfill": ptq161.Waterfill(epochs=2, batch_size=2),
-}
+METHODS = every_method(bits=3, epochs=2) | {"waterfill": ptq161.Waterfill(epochs=2, batch_size=2)}
 
 
 def scale_up_and_down(block: nn.Module, factor: float) -> None:

@@ -15,21 +15,11 @@ from ptq161.methods.base import Method
 from ptq161.models.architectures import decoder_blocks, quantized_linears
 from ptq161.models.experts import fuse_experts, split_experts
 from ptq161.packed.model import densify, packed_linears
-from tests.conftest import MIXTURES
+from tests.conftest import MIXTURES, every_method
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(0))
-METHODS: list[Method] = [
-    ptq161.RTN(bits=4),
-    ptq161.GPTQ(bits=4),
-    ptq161.AWQ(bits=4),
-    ptq161.QuIP(bits=4),
-    ptq161.OmniQuant(bits=4, epochs=2),
-    ptq161.Waterfill(epochs=1, batch_size=2),
-    ptq161.PBLLM(),
-    ptq161.BiLLM(),
-    ptq161.PTQ161(epochs=2),
-]
+METHODS = every_method(bits=4, epochs=2) | {"waterfill": ptq161.Waterfill(epochs=1, batch_size=2)}
 
 
 @torch.no_grad()
@@ -72,7 +62,7 @@ def test_a_quantization_that_fails_leaves_the_model_as_it_was(architecture: str,
     assert list(model.state_dict()) == before
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("architecture", MIXTURES)
 def test_an_expert_without_tokens(
     architecture: str, method: Method, tiny_model: TinyModel, caplog: pytest.LogCaptureFixture
