@@ -8,6 +8,7 @@ import pandas as pd
 
 from ptq161.report.collect import Run
 from ptq161.report.results import Results, metric_names, pareto_front
+from ptq161.report.texts import comparisons
 from ptq161.tracking.metric_names import is_perplexity
 from ptq161.tracking.read import read_metrics
 
@@ -29,7 +30,7 @@ _LINEAR = r"^(?P<of_block>\d+)\.(?:.*\.)?(?P<kind>[^.]+)$"
 def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
     """Choose the runs whose details are shown, by what tells them apart.
 
-    All of them where there are few; of many, those on the Pareto front of bits and the first perplexity go first, then
+    All of them where there are few; of many, those on a Pareto front of bits and the first perplexity go first, then
     one seed of every other result, then the other seeds.
 
     Args:
@@ -37,8 +38,9 @@ def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
         most: how many to choose.
     """
     results = results.quantized
-    perplexities = [name for name in metric_names(results) if is_perplexity(name)]
-    front = pareto_front(results.of(perplexities[0]), perplexities[0]).index if perplexities else []
+    perplexity = next((name for name in metric_names(results) if is_perplexity(name)), None)
+    compared = comparisons(results.of(perplexity)) if perplexity else ()
+    front = [result for *_, rows in compared for result in pareto_front(rows, str(perplexity)).index]
     runs = pd.DataFrame(
         [
             (label if len(seeds) == 1 else f"{label} seed={run.seed}", run, n > 0, result not in front)
