@@ -129,7 +129,7 @@ def _sweep(results: Results, key: str, metrics: Sequence[str]) -> go.Figure:
 
 
 def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], part: str) -> list[Section]:
-    error, salient = details["output_error"], details["salient_channels"]
+    error, salient, bits = details["output_error"], details["salient_channels"], details["code_bits"]
     error_maps = functools.partial(
         run_figures.heat_maps,
         name="relative error",
@@ -139,6 +139,7 @@ def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], par
     salient_maps = functools.partial(
         run_figures.heat_maps, name="salient channels", bounds=run_figures.color_bounds(salient)
     )
+    bits_maps = functools.partial(run_figures.heat_maps, name="bits per code", bounds=run_figures.color_bounds(bits))
     return [
         _of_runs(
             "loss",
@@ -178,6 +179,16 @@ def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], par
             salient,
             salient_maps,
             salient_maps,
+        ),
+        _of_runs(
+            "plan",
+            "Bits per layer",
+            "Mean bits of a code, as the method has allotted them to the input channels of each linear. The scale is "
+            f"the same for all runs.{part}",
+            runs,
+            bits,
+            bits_maps,
+            bits_maps,
         ),
     ]
 
