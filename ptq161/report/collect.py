@@ -17,6 +17,7 @@ from typing import Any
 from ptq161.errors import UserError
 from ptq161.files.reading import one_line
 from ptq161.report.seeds import GROUPS, identity_without_seed
+from ptq161.report.texts import UNKNOWN, text_seen
 from ptq161.tracking.find import find
 from ptq161.tracking.read import RunData, read_run
 
@@ -43,6 +44,7 @@ class Run:
         peak_memory_bytes: of the process, at its largest.
         commit: git commit of the sources, with ``+`` where they had been changed since.
         seed: of the run.
+        calibration_text: what it was calibrated or trained on (:func:`ptq161.report.texts.text_seen`).
         identity: what decides its result but for the seed (:func:`ptq161.report.seeds.identity_without_seed`).
         started: when, in ISO format.
         reused_from: the run that computed its numbers, where it did not itself.
@@ -60,6 +62,7 @@ class Run:
     peak_memory_bytes: float | None = None
     commit: str | None = None
     seed: int | None = None
+    calibration_text: str = UNKNOWN
     identity: str = ""
     started: str | None = None
     reused_from: str | None = None
@@ -154,6 +157,7 @@ def _run(data: RunData, problems: list[str]) -> Run:
         peak_memory_bytes=_numbers(data, memory, problems).get("peak_memory_bytes"),
         commit=_commit(data.manifest.get("git")),
         seed=config["seed"] if isinstance(config.get("seed"), int) else None,
+        calibration_text=text_seen(config, data.manifest),
         identity=identity_without_seed(config, data.manifest),
         started=_text(data.manifest.get("start")),
         reused_from=_text((data.manifest.get("reused_from") or {}).get("run_dir")),

@@ -8,6 +8,7 @@ import pandas as pd
 
 from ptq161.report.collect import Run
 from ptq161.report.results import Results, metric_names, pareto_front
+from ptq161.report.texts import comparisons
 from ptq161.tracking.metric_names import is_perplexity
 from ptq161.tracking.read import read_metrics
 
@@ -19,6 +20,7 @@ _PLACES = {
     "preprocess_loss": ("round", "step"),
     "output_error": ("kind", "block"),
     "salient_channels": ("kind", "block"),
+    "code_bits": ("kind", "block"),
     "seconds": ("block",),
 }
 """Number of ``metrics.jsonl`` that is drawn -> what it must belong to."""
@@ -29,7 +31,7 @@ _LINEAR = r"^(?P<of_block>\d+)\.(?:.*\.)?(?P<kind>[^.]+)$"
 def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
     """Choose the runs whose details are shown, by what tells them apart.
 
-    All of them where there are few; of many, those on the Pareto front of bits and the first perplexity go first, then
+    All of them where there are few; of many, those on a Pareto front of bits and the first perplexity go first, then
     one seed of every other result, then the other seeds.
 
     Args:
@@ -37,8 +39,9 @@ def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
         most: how many to choose.
     """
     results = results.quantized
-    perplexities = [name for name in metric_names(results) if is_perplexity(name)]
-    front = pareto_front(results.of(perplexities[0]), perplexities[0]).index if perplexities else []
+    perplexity = next((name for name in metric_names(results) if is_perplexity(name)), None)
+    compared = comparisons(results.of(perplexity)) if perplexity else ()
+    front = [result for *_, rows in compared for result in pareto_front(rows, str(perplexity)).index]
     runs = pd.DataFrame(
         [
             (label if len(seeds) == 1 else f"{label} seed={run.seed}", run, n > 0, result not in front)
@@ -54,16 +57,18 @@ def chosen_runs(results: Results, most: int = MOST_RUNS) -> dict[str, Run]:
 def read_details(runs: Mapping[str, Run], problems: list[str]) -> dict[str, pd.DataFrame]:
     """Read the numbers of some runs that belong to a block, a linear or a step.
 
-    Of a number that was written twice, as after a kill, the later one counts. Lines of other shapes are left out.
+    Of a number that was written twice, as after a kill, the later one counts. The experts of a mixture are one linear
+    of their block, with their mean. Lines of other shapes are left out.
 
     Args:
         runs: what tells each from the others -> a run with a record of its own.
         problems: takes a sentence for each line that cannot be read.
 
     Returns:
-        ``loss``, ``preprocess_loss``, ``output_error`` (relative squared, of a linear's outputs), ``salient_channels``
-        and ``seconds`` -> a row per number: ``label`` of its run, ``value``, and what it belongs to: ``epoch`` or
-        ``round``, ``step``, ``kind`` of linear such as ``q_proj``, ``block`` (of a window, its first).
+        ``loss``, ``preprocess_loss``, ``output_error`` (relative squared, of a linear's outputs), ``salient_channels``,
+        ``code_bits`` (mean bits of a linear's codes) and ``seconds`` -> a row per number: ``label`` of its run,
+        ``value``, and what it belongs to: ``epoch`` or ``round``, ``step``, ``kind`` of linear such as ``q_proj``,
+        ``block`` (of a window, its first).
     """
     lines = [
         line | {"label": label}
@@ -82,7 +87,9 @@ def read_details(runs: Mapping[str, Run], problems: list[str]) -> dict[str, pd.D
 
 
 def _placed(lines: pd.DataFrame, places: list[str]) -> pd.DataFrame:
-    lines = lines.astype({"value": float}).dropna(subset=places).drop_duplicates(["label", *places], keep="last")
+    lines = lines.astype({"value": float}).dropna(subset=places)
+    lines = lines.drop_duplicates(["label", *places, "linear"], keep="last")
+    lines = lines.groupby(["label", *places], sort=False, as_index=False).value.mean()
     numbers = [place for place in places if place != "kind"]
     runs = [run.sort_values(numbers, kind="stable") for _, run in lines.groupby("label", sort=False)]
     return pd.concat(runs or [lines], ignore_index=True)[["label", *places, "value"]].astype(

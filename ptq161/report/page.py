@@ -15,6 +15,7 @@ from ptq161.report.collect import Run
 from ptq161.report.results import FULL, QUANTIZED, Results
 from ptq161.report.sections import Section
 from ptq161.report.tables import Table, best_cells, has_seeds, metric_text, number_text, spread_text
+from ptq161.report.texts import comparisons
 from ptq161.tracking.metric_names import better, is_perplexity
 
 
@@ -47,12 +48,13 @@ def page(
         script=folder.joinpath("page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         summary=_summary(results, runs),
-        highlights=[line for metric in metrics for line in _highlights(results, metric)],
+        highlights=[line for metric in metrics for line in _highlights(results, metric, names_text=bool(table.note))],
         columns=[
             {"heading": heading, "is_number": is_number[heading], "better": table.better[heading]} for heading in shown
         ],
         rows=_rows(results, table, shown),
         has_seeds=has_seeds(results),
+        note=table.note,
         sections=[
             {
                 "section": section,
@@ -103,20 +105,19 @@ def _summary(results: Results, runs: Sequence[Run]) -> str:
     return " · ".join(parts)
 
 
-def _highlights(results: Results, metric: str) -> list[dict[str, str]]:
-    """Return each model's best quantized result by a metric, with what it costs and what full precision scores."""
+def _highlights(results: Results, metric: str, *, names_text: bool) -> list[dict[str, str]]:
+    """Return the best quantized result of each comparison, with what it costs and what full precision scores."""
     found = []
     word, unit = ("lowest", "") if is_perplexity(metric) else ("highest", " %")
-    for model, rows in results.of(metric).groupby("model", sort=False):
-        quantized, full = rows[rows.kind == QUANTIZED], rows[rows.kind == FULL]
-        if quantized.empty:
-            continue
+    scored = results.of(metric)
+    for model, text, quantized in comparisons(scored[scored.kind == QUANTIZED]):
+        full = scored[(scored.kind == FULL) & (scored.model == model)]
         best = quantized.loc[(better(metric) * quantized.value).idxmax()]
         bits = "" if best.isna().bits else f" at {number_text(best.bits)} bits"
         reference = "" if full.empty else f", full precision {metric_text(metric, full.value.iloc[0])}{unit}"
         found.append(
             {
-                "metric": f"{word} {metric}, {model}",
+                "metric": f"{word} {metric}, {model}{f', calibration text {text}' if names_text else ''}",
                 "value": f"{metric_text(metric, best.value)}{unit}",
                 "spread": spread_text(metric, best.low, best.high, best.standard_error),
                 "where": f"{best.method}{bits}{reference}",

@@ -77,8 +77,8 @@ def compare(results: Results, published: Sequence[Published]) -> pd.DataFrame:
     A figure that a paper prints twice with different values appears twice.
 
     Returns:
-        a row per pair: ``method``, ``model``, ``metric``, ``published``, ``ours``, their ``difference`` (ours minus the
-        published one), ``source``, ``table`` and ``run_dir``.
+        a row per pair: ``method``, ``model``, our ``calibration_text``, ``metric``, ``published``, ``ours``, their
+        ``difference`` (ours minus the published one), ``source``, ``table`` and ``run_dir``.
     """
     ours = results.rows.merge(results.scores.rename(columns={"value": "ours"}), left_index=True, right_on="result")
     ours["theirs"] = ours.method.replace(_PAPERS_NAMES)

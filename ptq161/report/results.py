@@ -19,6 +19,7 @@ import pandas as pd
 from ptq161.report.collect import FULL_PRECISION, Run
 from ptq161.report.keys import config_of, describe, differing_keys
 from ptq161.report.seeds import estimate
+from ptq161.report.texts import NO_TEXT
 from ptq161.tracking.metric_names import SIZES, better, is_perplexity
 
 FULL, RESTORED, QUANTIZED = "full precision", "restored", "quantized"
@@ -33,9 +34,9 @@ class Results:
 
     Attributes:
         rows: a row per result, by its identity: ``kind``, ``method``, ``model``, ``label`` (what tells it from the
-            others), ``runs`` (one :class:`Run` for each seed), ``seeds`` (as text), ``bits`` and ``nominal_bits`` per
-            weight, ``seconds`` (mean of a run over all its stages), ``peak_memory_bytes`` (the largest), ``commit``
-            and ``run_dir`` (of all runs, as text).
+            others), ``calibration_text``, ``runs`` (one :class:`Run` for each seed), ``seeds`` (as text), ``bits`` and
+            ``nominal_bits`` per weight, ``seconds`` (mean of a run over all its stages), ``peak_memory_bytes`` (the
+            largest), ``commit`` and ``run_dir`` (of all runs, as text).
         config: the same rows, a column per configured key as :meth:`Run.value` takes it; None where a method does not
             read the key.
         scores: a row per result and metric, sizes among them: ``result``, ``metric``, ``value``, ``low``, ``high``,
@@ -97,6 +98,7 @@ def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> Result
         kind=("kind", "first"),
         method=("method", "first"),
         model=("model", "first"),
+        calibration_text=("calibration_text", "first"),
         seconds=("seconds", "mean"),
         peak_memory_bytes=("peak_memory_bytes", "max"),
         seeds=("seed", _joined),
@@ -195,6 +197,7 @@ def _unquantized(run: Run, method: str, metrics: Mapping[str, float], identity: 
         metrics=metrics,
         commit=run.commit,
         seed=None if method == FULL_PRECISION else run.seed,
+        calibration_text=NO_TEXT if method == FULL_PRECISION else run.calibration_text,
         identity=identity,
     )
 

@@ -20,6 +20,7 @@ from ptq161.report.published import Published, published_frame
 from ptq161.report.results import FULL, NOT_QUANTIZED, Results, is_drawable, method_name, pareto_front
 from ptq161.report.style import GRAY, SYMBOLS, add, cycled, metric_axis, panels, titled
 from ptq161.report.tables import metric_text, number_text, spread_text
+from ptq161.report.texts import NO_TEXT, comparisons, remark
 from ptq161.tracking.metric_names import better
 
 MOST_LABELS = 12
@@ -38,7 +39,8 @@ def bits_figure(results: Results, metrics: Sequence[str], published: Sequence[Pu
     """Draw scores against measured bits per weight, a point per result and a panel per metric.
 
     A hollow point, joined to the result's, is at the bits that the method's paper counts. Full precision is a dashed
-    line, the Pareto front of each model a dotted one.
+    line, the Pareto front of each comparison (:func:`ptq161.report.texts.comparisons`) a dotted one, which names the
+    calibration text where it is not the same for all.
 
     Args:
         results: to draw.
@@ -59,7 +61,7 @@ def bits_figure(results: Results, metrics: Sequence[str], published: Sequence[Pu
         frame["text"] = frame.label if is_labeled else ""
         traces = [
             *_nominal(frame),
-            *_fronts(frame, metric),
+            *_fronts(frame, metric, names_text=bool(remark(rows.rows))),
             *_by_method(frame, "bits", rows, size=10 if len(frame) <= _MOST_NOMINAL else 6),
             _published(papers[papers.metric == metric], metric),
             *_full_precision(results, metric, _around(frame.bits, frame.nominal_bits), results.rows.model),
@@ -188,14 +190,20 @@ def _restored(frame: pd.DataFrame, metric: str, color: str) -> go.Scatter:
     return go.Scatter(x=runs.value, y=runs.place, hoverinfo="text", hovertext=hover, **style)
 
 
-def _fronts(frame: pd.DataFrame, metric: str) -> list[go.Scatter]:
-    """Return the Pareto front of each model as steps."""
-    fronts = [pareto_front(rows, metric) for _, rows in frame.groupby("model", sort=False)]
-    line = {"color": GRAY, "width": 1.5, "dash": "dot", "shape": "hv"}
-    return [
-        go.Scatter(x=front.bits, y=front.value, mode="lines", line=line, name="Pareto front", hoverinfo="skip")
-        for front in fronts
-    ]
+def _fronts(frame: pd.DataFrame, metric: str, *, names_text: bool) -> list[go.Scatter]:
+    """Return the Pareto front of each comparison as steps, whose end may be labeled with the calibration text."""
+    style: dict[str, Any] = {
+        "mode": "lines+text" if names_text else "lines",
+        "name": "Pareto front",
+        "hoverinfo": "skip",
+    }
+    style |= {"line": {"color": GRAY, "width": 1.5, "dash": "dot", "shape": "hv"}, "textposition": "top right"}
+    traces = []
+    for _, text, rows in comparisons(frame):
+        front = pareto_front(rows, metric)
+        texts = [""] * (len(front) - 1) + [f"front of {text}"] if names_text else None
+        traces.append(go.Scatter(x=front.bits, y=front.value, text=texts, **style))
+    return traces
 
 
 def _nominal(frame: pd.DataFrame) -> list[go.Scatter]:
@@ -271,6 +279,7 @@ def _hover(frame: pd.DataFrame) -> list[str]:
         if not np.isnan(row.bits):
             nominal = "" if np.isnan(row.nominal_bits) else f", {number_text(row.nominal_bits)} nominal"
             lines.append(f"{number_text(row.bits)} bits measured{nominal}")
+        lines.append(f"calibration text: {row.calibration_text}")
         if len(row.runs) > 1:
             lines.append(f"seeds {row.seeds.replace(' ', ', ')}")
         lines.append("/".join(row.runs[0].run_dir.parts[-3:]))
@@ -283,9 +292,15 @@ def _quantizers(results: Results) -> pd.Series:
 
 
 def _groups(results: Results, names: pd.Series, x: str) -> pd.Series:
-    """Return what tells the results of one row apart: what differs between rows alone belongs to the row."""
+    """Return what tells the results of one row apart: what differs between rows alone belongs to the row.
+
+    But for the calibration text: of methods, each says on which, where it is not the same for all.
+    """
     rows = results.config.groupby(names, sort=False)
     keys = dict.fromkeys(key for _, row in rows for key in differing_keys(row) if key != x)
     leads = {"method": _quantizers(results), "model": results.rows.model}
     several = [lead for key, lead in leads.items() if key != x and (lead.groupby(names).nunique() > 1).any()]
+    if x == "method" and remark(results.rows):
+        keys.pop("calib", None)
+        several.append(results.rows.calibration_text.map(lambda text: "" if text == NO_TEXT else f"on {text}"))
     return describe(results.config, list(keys), several)

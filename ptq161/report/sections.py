@@ -14,6 +14,7 @@ from ptq161.report.collect import Run
 from ptq161.report.keys import are_numbers, differing_keys, line_names, swept_numbers
 from ptq161.report.published import Published
 from ptq161.report.results import Results
+from ptq161.report.texts import remark
 from ptq161.tracking.metric_names import is_perplexity
 
 _MOST_POINTS = 20_000
@@ -92,7 +93,8 @@ def _bits(results: Results, metrics: Sequence[str], printed: Sequence[str], publ
         "bits",
         "Bits against quality",
         "Bits per weight are measured: everything that is stored for the quantized linears. A hollow point, joined to "
-        "its result, is at the bits that the method's paper counts. Dotted: the Pareto front; dashed: full precision.",
+        "its result, is at the bits that the method's paper counts. Dotted: the Pareto front; dashed: full precision. "
+        f"{remark(results.quantized.rows)}".strip(),
         {metric: score_figures.bits_figure(results, [metric], published) for metric in metrics if metric in known},
         {"bits": score_figures.bits_figure(results, best, published)} if best else {},
         _runs(rows.rows),
@@ -114,7 +116,7 @@ def _sweeps(results: Results, metrics: Sequence[str], printed: Sequence[str], x:
         "Sweeps",
         "A line joins results that differ in nothing but the swept key and the seed; names have a row each, where a "
         "hollow point is a preprocessed model before it is quantized. Bars are 95 % bootstrap intervals of the mean "
-        f"over seeds, or, for a single seed, the evaluation's standard error.{left}",
+        f"over seeds, or, for a single seed, the evaluation's standard error.{left} {remark(rows.rows)}".strip(),
         {f"{metric} over {key}": _sweep(results, key, [metric]) for key, metric in pairs[:most]},
         {f"sweep_{key}": _sweep(results, key, printed) for key in in_print[:_MOST_SWEEPS]},
         _runs(rows.rows[rows.config[keys].notna().any(axis=1)]),
@@ -127,7 +129,7 @@ def _sweep(results: Results, key: str, metrics: Sequence[str]) -> go.Figure:
 
 
 def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], part: str) -> list[Section]:
-    error, salient = details["output_error"], details["salient_channels"]
+    error, salient, bits = details["output_error"], details["salient_channels"], details["code_bits"]
     error_maps = functools.partial(
         run_figures.heat_maps,
         name="relative error",
@@ -137,6 +139,7 @@ def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], par
     salient_maps = functools.partial(
         run_figures.heat_maps, name="salient channels", bounds=run_figures.color_bounds(salient)
     )
+    bits_maps = functools.partial(run_figures.heat_maps, name="bits per code", bounds=run_figures.color_bounds(bits))
     return [
         _of_runs(
             "loss",
@@ -176,6 +179,16 @@ def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], par
             salient,
             salient_maps,
             salient_maps,
+        ),
+        _of_runs(
+            "plan",
+            "Bits per layer",
+            "Mean bits of a code, as the method has allotted them to the input channels of each linear. The scale is "
+            f"the same for all runs.{part}",
+            runs,
+            bits,
+            bits_maps,
+            bits_maps,
         ),
     ]
 

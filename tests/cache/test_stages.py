@@ -134,8 +134,17 @@ def test_the_same_run_is_found_with_its_whole_record(run: Run, loaded: list[str]
     origin = again.manifest["reused_from"]
     assert origin["run_dir"] == str(first.run_dir) and origin["start"] == first.manifest["start"]
     assert "reused_from" not in first.manifest
+    assert again.manifest["identity"] == first.manifest["identity"] and set(first.manifest["text_files"]) == {"calib"}
     assert again.manifest["start"] > first.manifest["end"]
-    for key in ("model_sha256", "calibration_sha256", "checkpoint_sha256", "identity", "threads", "hardware", "device"):
+    for key in (
+        "model_sha256",
+        "calibration_sha256",
+        "checkpoint_sha256",
+        "text_files",
+        "threads",
+        "hardware",
+        "device",
+    ):
         assert again.manifest[key] == first.manifest[key]
     # The weights are on the disk once, for both records and the store.
     assert (again.run_dir / "checkpoint" / "packed.safetensors").stat().st_nlink in (1, 3)  # 1: cloned

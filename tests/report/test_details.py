@@ -18,6 +18,9 @@ LINES = [
     ("output_error", 0.25, {"linear": "0.mlp.up_proj"}),
     ("output_error", 0.75, {"linear": "lm_head"}),  # belongs to no block
     ("salient_channels", 12.0, {"linear": "0.self_attn.q_proj"}),
+    ("code_bits", 1.5, {"linear": "0.self_attn.q_proj"}),
+    *[("code_bits", bits, {"linear": f"0.mlp.experts.{n}.up_proj"}) for n, bits in enumerate((9.0, 2.0))],
+    ("code_bits", 1.0, {"linear": "0.mlp.experts.0.up_proj"}),  # again
     ("preprocess_loss", 3.0, {"round": 0, "step": 10}),
     ("seconds", 4.0, {"block": 0}),
     ("seconds", 9.0, {}),
@@ -37,6 +40,7 @@ def test_what_a_run_says_of_its_blocks(write_run: WriteRun) -> None:
     assert rows(found["loss"]) == [("a", 0, 0, 2.0), ("a", 0, 1, 2.0), ("a", 1, 0, 1.0), ("a", 1, 1, 2.0)]
     assert rows(found["output_error"]) == [("a", "up_proj", 0, 0.25), ("a", "up_proj", 1, 0.5)]
     assert rows(found["salient_channels"]) == [("a", "q_proj", 0, 12.0)]
+    assert rows(found["code_bits"]) == [("a", "q_proj", 0, 1.5), ("a", "up_proj", 0, 1.5)]
     assert rows(found["preprocess_loss"]) == [("a", 0, 10, 3.0)]
     assert rows(found["seconds"]) == [("a", 0, 4.0)]
     (problem,) = problems

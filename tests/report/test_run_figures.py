@@ -34,6 +34,7 @@ def details(*labels: str, worst: float = 0.5) -> dict[str, pd.DataFrame]:
         "preprocess_loss": (["round", "step", "value"], [(0, 10, 3.0), (0, 20, 2.5), (1, 10, 2.4)]),
         "output_error": (["kind", "block", "value"], [("q_proj", 0, 0.01), ("q_proj", 1, worst), ("up_proj", 1, 0.0)]),
         "salient_channels": (["kind", "block", "value"], [("q_proj", 0, 12.0), ("q_proj", 1, 12.0)]),
+        "code_bits": (["kind", "block", "value"], [("q_proj", 0, 1.75), ("up_proj", 0, 1.5), ("q_proj", 1, 1.25)]),
         "seconds": (["block", "value"], [(0, 1.5), (1, 1.6)]),
     }
     return {
@@ -93,7 +94,7 @@ def test_numbers_without_a_place_on_the_scale_are_left_out(worst: float) -> None
     assert color_bounds(found["output_error"], is_log=True) == (0.01, 0.01)
     run = Run(None, "a", "tiny", {}, {})
     shown = sections(results_of([run]), {"a": run}, found, [], [])
-    assert [section.key for section in shown] == ["loss", "preprocessing", "error", "salient", "cost"]
+    assert [section.key for section in shown] == ["loss", "preprocessing", "error", "salient", "plan", "cost"]
     for section in shown:
         for figure in section.prints.values():
             assert render(figure)["png"].startswith(b"\x89PNG")
@@ -104,6 +105,21 @@ def test_the_colors_of_a_heat_map_follow_the_logarithm() -> None:
     (low, high), (missing, zero) = trace.z
     assert (low, high) == (-2.0, math.log10(0.5)) and math.isnan(missing) and math.isnan(zero)
     assert trace.customdata[0].tolist() == [0.01, 0.5] and trace.customdata[1][1] == 0.0
+
+
+def test_the_plan_is_a_heat_map_of_runs_that_have_one() -> None:
+    found, runs = details("a", "b"), {label: Run(None, label, "tiny", {}, {}) for label in ("a", "b")}
+    found["code_bits"] = found["code_bits"][found["code_bits"].label == "a"]
+    (plan,) = (
+        section for section in sections(results_of([*runs.values()]), runs, found, [], []) if section.key == "plan"
+    )
+    assert (list(plan.charts), list(plan.prints), list(plan.runs)) == (["a"], ["plan"], [runs["a"]])
+    (trace,) = plan.charts["a"].data
+    assert (list(trace.y), list(trace.x)) == (["q_proj", "up_proj"], [0, 1])
+    assert trace.z[0].tolist() == [1.75, 1.25] and trace.z[1][0] == 1.5 and math.isnan(trace.z[1][1])
+    assert trace.hovertemplate == "block %{x}, %{y}<br>bits per code %{customdata:.4g}<extra></extra>"
+    found["code_bits"] = found["code_bits"][:0]
+    assert "plan" not in [section.key for section in sections(results_of([*runs.values()]), runs, found, [], [])]
 
 
 def test_seconds_are_stacked_by_stage_beside_the_memory() -> None:

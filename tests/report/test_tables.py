@@ -41,17 +41,19 @@ def cells(line: str) -> list[str]:
 def test_markdown_begins_with_full_precision(write_run: WriteRun) -> None:
     table = result_table(results(write_run("a", mask_ratio=0.1, ppl=1234.5), write_run("b", "rtn", 3e6, 2.05)))
     header, rule, full, ptq161, rtn = markdown_table(table).splitlines()
-    before = ["method", "model", "mask_ratio", "bits/weight", "nominal"]
+    before = ["method", "model", "mask_ratio", "calibration text", "bits/weight", "nominal"]
     assert cells(header) == [*before, "ppl/boolq@512", "piqa acc %", "seconds", "GB", "commit"]
-    assert len(cells(rule)) == 10
-    assert cells(full) == ["full precision", "tiny", "", "16.00", "16.00", "18.00", "66.0", "", "", "01234567"]
-    assert cells(ptq161) == ["ptq161", "tiny", "0.1", "1.70", "1.60", "1234.5 ± 2.50", "55.0", "22", "2.50", "01234567"]
-    assert cells(rtn)[:6] == ["rtn", "tiny", "", "2.05", "1.60", "3e+06 ± 2.50"]
+    assert len(cells(rule)) == 11
+    assert cells(full)[:7] == ["full precision", "tiny", "", "none", "16.00", "16.00", "18.00"]
+    assert cells(full)[7:] == ["66.0", "", "", "01234567"]
+    assert cells(ptq161)[:7] == ["ptq161", "tiny", "0.1", "squad", "1.70", "1.60", "1234.5 ± 2.50"]
+    assert cells(ptq161)[7:] == ["55.0", "22", "2.50", "01234567"]
+    assert cells(rtn)[:7] == ["rtn", "tiny", "", "squad", "2.05", "1.60", "3e+06 ± 2.50"]
 
 
 def test_chosen_metrics_alone(write_run: WriteRun) -> None:
     header = markdown_table(result_table(results(write_run("a")), ["zero_shot/piqa/acc_norm"])).splitlines()[0]
-    assert cells(header)[5:-3] == ["piqa acc_norm %"]
+    assert cells(header)[6:-3] == ["piqa acc_norm %"]
 
 
 def test_csv_has_everything_unrounded(write_run: WriteRun) -> None:
@@ -93,8 +95,9 @@ def test_latex_is_escaped_and_printed_without_what_is_no_result(write_run: Write
     found = results(*folders)
     text = latex_table(result_table(found), found)
     lines = text.splitlines()
-    assert lines[1] == r"\begin{tabular}{lllrrrr}"
-    assert lines[3] == r"method & model & mask\_ratio & bits/weight & nominal & ppl/boolq@512 & piqa acc \% \\"
+    assert lines[1] == r"\begin{tabular}{llllrrrr}"
+    before = r"method & model & mask\_ratio & calibration text"
+    assert lines[3] == rf"{before} & bits/weight & nominal & ppl/boolq@512 & piqa acc \% \\"
     assert [line for line in lines if "rule" in line] == [r"\toprule", r"\midrule", r"\midrule", r"\bottomrule"]
     assert r"\textbf{50.00} \textpm{} 2.50" in text and r"\textbf{60.00}" not in text
     assert "01234567" not in text
@@ -142,8 +145,8 @@ def test_paper_ours_difference(write_run: WriteRun) -> None:
         ("ptq161", 100.0, 90.0),
     ]
     full, first, _ = markdown_comparison(compared).splitlines()[2:]
-    assert cells(first)[3:] == ["80.00", "100.0", "+20.00 (+25.0 %)", "A paper, Table 6"]
-    assert cells(full)[3:6] == ["70.0", "66.0", "-4.0 (-5.7 %)"]
+    assert cells(first)[2:] == ["squad", "ppl/boolq@512", "80.00", "100.0", "+20.00 (+25.0 %)", "A paper, Table 6"]
+    assert (cells(full)[2], cells(full)[4:7]) == ("none", ["70.0", "66.0", "-4.0 (-5.7 %)"])
     _, row, _ = csv.DictReader(io.StringIO(csv_comparison(compared)))
     assert (row["published"], row["ours"], row["difference"]) == ("80.0", "100.0", "20.0")
 

@@ -1,0 +1,94 @@
+"""Which text a run has seen, and which results may be ranked together: calibration text is part of a comparison."""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+NO_TEXT, UNKNOWN = "none", "unknown"
+"""The text of what needs none, and of what does not say it, as a stored checkpoint."""
+_TEXTS: Mapping[str, list[str]] = {
+    "calib.name": [UNKNOWN],
+    "preprocess.corpora": [],
+    "finetune.corpora": [],
+    "finetune.text": [],
+}
+"""Keys that name a text, or a list of texts, from which a run learns -> the texts where the key is missing."""
+_METHODS = "ptq161.methods."
+
+
+def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    """Return the text that a run's weights depend on, as a name to compare by: calibration and training are alike.
+
+    Args:
+        config: a run's configuration, flat: ``calib.n_samples`` -> 32.
+        manifest: of the same run.
+
+    Returns:
+        the names of its texts, in alphabetical order. A file goes by the hash of its content, ``text_file 1a2b3c4d``,
+        where the record has it, else by its name. ``NO_TEXT`` for full precision and for methods that read none.
+    """
+    if "method.name" not in config:
+        return UNKNOWN
+    if config["method.name"] == "none":
+        return NO_TEXT
+    names = set()
+    for key, default in _TEXTS.items():
+        group = key.partition(".")[0]
+        if config.get(f"{group}.name") == "none":
+            continue
+        if group == "calib" and not _reads_text(str(config.get("method._target_"))):
+            continue
+        texts = config.get(key) or default
+        file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name
+        for name in [texts] if isinstance(texts, str) else texts:
+            names.add(f"text_file {file}" if name == "text_file" else str(name))
+    return ", ".join(sorted(names)) or NO_TEXT
+
+
+def comparisons(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Yield what is ranked together: the results of one model that have seen the same text, or need none.
+
+    Args:
+        rows: a row per result, with ``model`` and ``calibration_text``.
+
+    Yields:
+        the model, the text, and their rows. Results without a text are among the rows of each text.
+    """
+    for model, mine in rows.groupby("model", sort=False):
+        for text in [text for text in mine.calibration_text.unique() if text != NO_TEXT] or [NO_TEXT]:
+            yield str(model), text, mine[mine.calibration_text.isin([text, NO_TEXT])]
+
+
+def remark(rows: pd.DataFrame) -> str:
+    """Return the sentence that must stand beside a ranking of results with different texts; empty where all agree.
+
+    Args:
+        rows: of the quantized results.
+    """
+    texts = rows.calibration_text[rows.calibration_text != NO_TEXT]
+    if len(texts) < 2 or (texts.nunique() == 1 and UNKNOWN not in texts.tolist()):
+        return ""
+    return (
+        f"Not all results are known to have seen the same calibration text ({'; '.join(sorted(texts.unique()))}): each "
+        "text has best values and a Pareto front of its own, among its results and those that need no text."
+    )
+
+
+@functools.cache
+def _reads_text(target: str) -> bool:
+    """Say whether a method's class reads the calibration text.
+
+    A class of another package counts as one that does: what a record names is not imported.
+    """
+    if not target.startswith(_METHODS):
+        return True
+    try:
+        return bool(getattr(pkgutil.resolve_name(target), "needs_statistics", True))
+    except (ImportError, AttributeError, ValueError):  # of another version
+        return True
