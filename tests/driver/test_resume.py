@@ -44,6 +44,7 @@ METHODS = {
     "billm": BiLLM(batch_size=2),
     "ptq161": PTQ161(epochs=1, batch_size=2, compute_dtype="bfloat16"),
     "windows of 2": PTQ161(epochs=1, batch_size=2, block_size=2),
+    "learned codes": PTQ161(codes="learned", epochs=1, batch_size=2),
 }
 QUICK = METHODS["ptq161"]
 Numbers = list[tuple[str, float, dict[str, int | str]]]

@@ -21,6 +21,7 @@ from ptq161.methods.ptq161 import (
     salient_mask,
 )
 from ptq161.methods.ptq161.trainable import BinaryLinear
+from ptq161.packed.bits import unpack_plane
 from ptq161.packed.uniform import uniform_codes, uniform_parameters, uniform_values
 from tests.methods.layers import assert_golden
 
@@ -259,7 +260,7 @@ def test_gradients_pass_a_numeric_check() -> None:
     layer = binary_linear(torch.randn(4, 9), salient_mask(torch.rand(9), 0.2), torch.randn(4), torch.float64)
     x = torch.randn(5, 9, dtype=torch.float64)
     layer(x).square().sum().backward()
-    for parameter in (layer.scale, layer.row_angle, layer.column_angle):
+    for parameter in (layer.mean, layer.scale, layer.row_angle, layer.column_angle):
         for i in range(parameter.numel()):
             results = []
             for step in (1e-3, -1e-3):
@@ -279,9 +280,17 @@ def test_the_layer_computes_what_it_packs() -> None:
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.pack().dequantize(), layer.bias))
 
 
-def test_what_is_learned_are_scale_and_angles_alone() -> None:
-    layer = binary_linear(torch.randn(6, 20), salient_mask(torch.rand(20), 0.2), torch.randn(6))
-    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"scale", "row_angle", "column_angle"}
+def test_a_learned_mean_leaves_the_signs() -> None:
+    weight, mask = torch.randn(6, 20), salient_mask(torch.rand(20), 0.2)
+    layer = binary_linear(weight, mask, torch.randn(6))
+    signs = layer.pack().sign
+    with torch.no_grad():
+        layer.mean.add_(0.5)
+    packed = layer.pack()
+    assert torch.equal(packed.sign, signs)
+    assert not torch.equal((weight[:, ~mask] >= layer.mean), unpack_plane(signs, int((~mask).sum())))
+    x = torch.randn(8, 20)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, packed.dequantize(), layer.bias))
 
 
 # the objective

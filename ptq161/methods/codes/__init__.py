@@ -6,6 +6,15 @@ whose codes are learned, ``learn`` the learning itself, window by window.
 
 from ptq161.methods.codes.grid import CodeGrid, compensated_codes, fit_grid
 from ptq161.methods.codes.latent import LatentLinear
-from ptq161.methods.codes.learn import Learning, learn_codes
+from ptq161.methods.codes.learn import CODES, Learning, check_learning, learn_codes
 
-__all__ = ["CodeGrid", "LatentLinear", "Learning", "compensated_codes", "fit_grid", "learn_codes"]
+__all__ = [
+    "CODES",
+    "CodeGrid",
+    "LatentLinear",
+    "Learning",
+    "check_learning",
+    "compensated_codes",
+    "fit_grid",
+    "learn_codes",
+]

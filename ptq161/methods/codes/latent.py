@@ -35,7 +35,7 @@ class LatentLinear(nn.Module):
         row_gain: parameter ``[out, 1]``, relative change of the grid's row factors; starts at zero.
         column_gain: parameter ``[1, in]``, of its column factors.
         scale_gain: parameter ``[out, 1]``, of the steps of ranged channels.
-        mean: parameter ``[out, 1]``, the grid's mean; None where it has none.
+        mean_gain: parameter ``[out, 1]``, change of the grid's mean in units of the row factors; None without a mean.
 
     Example:
         >>> from ptq161.methods.codes.grid import fit_grid
@@ -59,7 +59,7 @@ class LatentLinear(nn.Module):
         self.row_gain = nn.Parameter(torch.zeros(out_features, 1, device=device))
         self.column_gain = nn.Parameter(torch.zeros(1, in_features, device=device))
         self.scale_gain = nn.Parameter(torch.zeros(out_features, 1, device=device))
-        self.mean = None if grid.mean is None else nn.Parameter(grid.mean.clone())
+        self.mean_gain = None if grid.mean is None else nn.Parameter(torch.zeros(out_features, 1, device=device))
         self.levels = grid.levels
         self.offsets = grid.offsets().expand(out_features, in_features)
         self.ranged = grid.ranged.float()
@@ -73,7 +73,7 @@ class LatentLinear(nn.Module):
                 row=grid.row * (1 + self.row_gain),
                 column=grid.column * (1 + self.column_gain[0]),
                 scale=grid.scale * (1 + self.scale_gain),
-                mean=None if self.mean is None else self.mean.clone(),
+                mean=self._mean(),
             )
 
     def codes(self) -> Tensor:
@@ -91,11 +91,17 @@ class LatentLinear(nn.Module):
         weight: Tensor = _LatentWeight.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self.latent, rows, columns, self.levels, self.offsets, self.compute_dtype
         )
-        if self.mean is not None:
-            weight = weight + (self.mean * (column * self.scaled)).to(weight.dtype)
+        mean = self._mean()
+        if mean is not None:
+            weight = weight + (mean * (column * self.scaled)).to(weight.dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(self.compute_dtype), weight, bias)
+
+    def _mean(self) -> Tensor | None:
+        if self._grid.mean is None or self.mean_gain is None:
+            return None
+        return self._grid.mean + self._grid.row * self.mean_gain
 
 
 class _LatentWeight(torch.autograd.Function):

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Window
+from ptq161.methods.base import Window, check_rate
 from ptq161.methods.blockwise import replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
 from ptq161.packed.weight import PackedWeight
 
+CODES = ("rounded", "compensated", "learned")
+"""How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
 _BETAS = (0.9, 0.95)
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
@@ -55,6 +57,21 @@ class Learning:
     factor_lr: float
     held_out: float
     compute_dtype: str
+
+
+def check_learning(code_lr: float, factor_lr: float, held_out: float) -> None:
+    """Check the settings of a method with learned codes.
+
+    Raises:
+        UserError: a rate is negative or not finite, or the share that is held out is out of range.
+
+    Example:
+        >>> check_learning(code_lr=1e-2, factor_lr=1e-3, held_out=0.0625)
+    """
+    check_rate("method.code_lr", code_lr)
+    check_rate("method.factor_lr", factor_lr)
+    if not 0 <= held_out <= 0.5:
+        raise UserError(f"method.held_out={held_out}: use a share of the windows from 0 to 0.5.")
 
 
 def relative_errors(output: Tensor, target: Tensor) -> Tensor:

@@ -84,6 +84,7 @@ def pack_weight(
     salient_bits: int = 4,
     salient_range: str = "row",
     scale_dtype: str = "float16",
+    codes: Tensor | None = None,
 ) -> StructuredBinaryWeight:
     """Quantize and pack a weight with given scales and angular factors (Eq. 2 and 5).
 
@@ -97,6 +98,7 @@ def pack_weight(
         salient_bits: bits of a salient code.
         salient_range: see :func:`quantize_salient`.
         scale_dtype: dtype in which scales, means, angles and zero points are stored.
+        codes: ``[out, in]`` in place of the nearest ones: 0 or 1 for a sign, and those of the salient channels.
 
     Raises:
         UserError: a scale does not fit ``scale_dtype``.
@@ -110,16 +112,16 @@ def pack_weight(
     """
     # Section 3.2: what the mask names keeps salient_bits.
     check_magnitude(weight, scale_dtype)
-    codes, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
+    nearest, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
     return StructuredBinaryWeight.pack(
         mask=mask,
         # Eq. 2: scale * sign(W - mean) + mean.
-        sign=weight[:, ~mask].float() >= mean,
+        sign=weight[:, ~mask].float() >= mean if codes is None else codes[:, ~mask] > 0,
         # Eq. 5 multiplies it by r1 and r2; r1 is the row's own, like scale and mean, and is stored in them.
         scale=scale * row_angle,
         mean=mean * row_angle,
         column_angle=column_angle.flatten()[~mask],
-        codes=codes,
+        codes=nearest if codes is None else codes[:, mask].to(torch.uint8),
         salient_scale=salient_scale,
         salient_zero_point=zero_point,
         salient_bits=salient_bits,

@@ -8,6 +8,9 @@ The steps of Zhao et al., ACL 2025 (arXiv 2502.13179), numbered as in the code b
 3. angular factors per row and column (Eq. 5), one at first;
 4. scales and angular factors learned block by block against full precision (Section 3.3),
    :func:`~ptq161.methods.ptq161.block_loss`.
+
+Signs and salient codes are the nearest ones in the paper. Two options go beyond it: codes of error compensation in step
+2, and codes that are learned in step 4 (:mod:`ptq161.methods.codes`).
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_common, check_rate
+from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
+from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, check_learning, compensated_codes, learn_codes
+from ptq161.methods.compensation import check_damping
+from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
+from ptq161.methods.ptq161.coding import binary_grid, pack_latent
 from ptq161.methods.ptq161.saliency import SALIENCIES, channel_saliency, check_mask_ratio, salient_mask
 from ptq161.methods.ptq161.trainable import BinaryLinear
 from ptq161.numerics import COMPUTE_DTYPES
@@ -62,7 +69,17 @@ class PTQ161:
             ``random`` (:mod:`ptq161.methods.ptq161.saliency`).
         learn_scale: optimize the row scales.
         learn_angles: optimize the angular factors.
+        learn_mean: optimize the row means as well, at the rate of the row scales.
         cosine_loss: include the cosine terms in the objective.
+        codes: signs and salient codes: ``rounded`` to the nearest (released), ``compensated`` for the errors of the
+            channels before, or ``learned`` from the compensated ones, with the relative losses of
+            :mod:`ptq161.methods.codes.learn` in place of the paper's.
+        code_lr: learning rate of learned codes, in cells of the grid.
+        factor_lr: of the scales, angles and means beside learned codes, relative to them; ``scale_lr`` and
+            ``angle_lr`` are of the other two.
+        held_out: share of the calibration windows by which the best state of a block is chosen, of learned codes.
+        damping: share of the hessian's mean diagonal that is added to it before it is inverted, of codes that are not
+            ``rounded``.
 
     Example:
         >>> import ptq161
@@ -93,7 +110,13 @@ class PTQ161:
     saliency: str = "max"
     learn_scale: bool = True
     learn_angles: bool = True
+    learn_mean: bool = False
     cosine_loss: bool = True
+    codes: str = "rounded"
+    code_lr: float = 1e-2
+    factor_lr: float = 1e-3
+    held_out: float = 0.0625
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         """Reject values outside their range."""
@@ -109,28 +132,34 @@ class PTQ161:
             raise UserError(f"method.salient_bits={self.salient_bits}: use one of {', '.join(map(str, UNIFORM_BITS))}.")
         check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)
         check_choice("method.saliency", self.saliency, SALIENCIES)
+        check_choice("method.codes", self.codes, CODES)
+        check_learning(self.code_lr, self.factor_lr, self.held_out)
+        check_damping(self.damping)
 
     def nominal_bits(self) -> float:
         """Bits as the paper counts them: one per binary and ``salient_bits`` per salient weight."""
         return (1 - self.mask_ratio) + self.mask_ratio * self.salient_bits
 
     def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
-        """Binarize the window's linears and learn their scales and angles.
+        """Binarize the window's linears and learn their scales and angles, or their codes too.
 
         Raises:
             UserError: the loss is not finite.
         """
-        layers = self._binarize(window)  # 1 to 3
+        # 1. Linears keep the mask they are given, as in a quantization of a restored model.
+        masks = self._masks(window) if window.salient_masks is None else window.salient_masks
+        for name, mask in masks.items():
+            window.on_metric("salient_channels", int(mask.sum()), linear=name)
+        if self.codes == "learned":
+            return self._learn_codes(window, masks)
+        layers = self._binarize(window, masks)
         groups = self._learned(window, layers)
         if self.epochs and groups:  # 4
             self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
-        for name, layer in layers.items():
-            window.on_metric("salient_channels", int(layer.mask.sum()), linear=name)
         return {name: layer.pack() for name, layer in layers.items()}
 
-    def _binarize(self, window: Window) -> dict[str, BinaryLinear]:
-        # 1. Linears keep the mask they are given, as in a quantization of a restored model.
-        masks = self._masks(window) if window.salient_masks is None else window.salient_masks
+    def _binarize(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, BinaryLinear]:
+        codes = self._compensated(window, masks) if self.codes == "compensated" else {}
         # 2 and 3.
         return {
             name: BinaryLinear(
@@ -140,9 +169,48 @@ class PTQ161:
                 salient_range=self.salient_range,
                 scale_dtype=self.scale_dtype,
                 compute_dtype=COMPUTE_DTYPES[self.compute_dtype],
+                codes=codes[name][1] if codes else None,
             )
             for name, linear in window.linears.items()
         }
+
+    def _compensated(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, tuple[CodeGrid, Tensor]]:
+        """Return the grid of each linear, and its codes with error compensation."""
+        statistics = collect_statistics(self, window)
+        found = {}
+        for group in window.input_groups:
+            hessian = statistics.pop(group[0]).hessian
+            for name in group:
+                weight = window.linears[name].weight.detach().float()
+                settings = (self.salient_bits, self.salient_range, self.scale_dtype)
+                with prefix_errors(name):
+                    grid = binary_grid(weight, masks[name], *settings)
+                    found[name] = grid, compensated_codes(weight, grid, hessian, self.damping)
+        return found
+
+    def _learn_codes(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
+        layers = {}
+        for name, (grid, codes) in self._compensated(window, masks).items():
+            layer = LatentLinear(window.linears[name], grid, codes, COMPUTE_DTYPES[self.compute_dtype])
+            for gain in (layer.row_gain, layer.scale_gain):
+                gain.requires_grad_(self.learn_scale)
+            layer.column_gain.requires_grad_(self.learn_angles)
+            assert layer.mean_gain is not None, "binary_grid has a mean"
+            layer.mean_gain.requires_grad_(self.learn_mean)
+            layers[name] = layer
+
+        def pack(_: str, layer: LatentLinear) -> PackedWeight:
+            return pack_latent(layer, self.salient_bits, self.scale_dtype)
+
+        settings = Learning(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            code_lr=self.code_lr,
+            factor_lr=self.factor_lr,
+            held_out=self.held_out,
+            compute_dtype=self.compute_dtype,
+        )
+        return learn_codes(window, layers, settings, pack)
 
     def _masks(self, window: Window) -> dict[str, Tensor]:
         """Choose each linear's salient channels; linears that share an input share their activation scale."""
@@ -162,10 +230,14 @@ class PTQ161:
         angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
         for parameter in scales:
             parameter.requires_grad_(self.learn_scale)
+        means = [layer.mean for layer in layers.values()]
+        for parameter in means:
+            parameter.requires_grad_(self.learn_mean)
         for parameter in angles:
             parameter.requires_grad_(self.learn_angles)
         groups = self._scale_groups(window, layers) if self.learn_scale else []
-        return groups + ([{"params": angles, "lr": self.angle_lr}] if self.learn_angles else [])
+        groups += [{"params": angles, "lr": self.angle_lr}] if self.learn_angles else []
+        return groups + ([{"params": means, "lr": self.scale_lr}] if self.learn_mean else [])
 
     def _scale_groups(self, window: Window, layers: Mapping[str, BinaryLinear]) -> list[dict[str, Any]]:
         medians = {name: float(layer.scale.detach().median()) for name, layer in layers.items()}

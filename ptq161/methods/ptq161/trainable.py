@@ -2,8 +2,8 @@
 
 With ``u = r2 * x``, ``z = u S^T`` and ``s = sum of u over the binary channels``, the layer computes
 ``y = r1 * (scale * z + mean * s) + x_salient W_salient^T + bias``. Given the gradient ``g`` at ``y``, the gradients
-of scale, r1 and r2 are sums over tokens of ``g * z``, ``g * s`` and ``x * (g W)``, so the product ``g^T x`` that a
-weight's gradient would take is never needed.
+of scale, mean, r1 and r2 are sums over tokens of ``g * z``, ``g * s`` and ``x * (g W)``, so the product ``g^T x`` that
+a weight's gradient would take is never needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq161.methods.ptq161.binarization import initial_scales, pack_weight
+from ptq161.methods.ptq161.binarization import initial_scales, pack_weight, quantize_salient
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 
 
@@ -27,6 +27,7 @@ class BinaryLinear(nn.Module):
         salient_range: see :func:`~ptq161.methods.ptq161.binarization.quantize_salient`.
         scale_dtype: dtype in which scales, means, angles and zero points are stored.
         compute_dtype: dtype of the matrix products.
+        codes: see :func:`~ptq161.methods.ptq161.binarization.pack_weight`; None takes the nearest ones.
 
     Attributes:
         scale: parameter ``[out, 1]`` float32.
@@ -34,7 +35,7 @@ class BinaryLinear(nn.Module):
         column_angle: parameter ``[1, in]`` float32, starts at one, and stays zero where the column is all zero; salient
             channels ignore theirs.
         mask: ``[in]`` bool, salient channels.
-        mean: ``[out, 1]`` float32, frozen.
+        mean: parameter ``[out, 1]`` float32.
 
     Example:
         >>> settings = {"salient_bits": 4, "salient_range": "row", "scale_dtype": "float32"}
@@ -44,7 +45,7 @@ class BinaryLinear(nn.Module):
         >>> torch.allclose(layer(x), x @ layer.pack().dequantize().T, atol=1e-5)
         True
         >>> [name for name, _ in layer.named_parameters()]
-        ['scale', 'row_angle', 'column_angle']
+        ['mean', 'scale', 'row_angle', 'column_angle']
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class BinaryLinear(nn.Module):
         salient_range: str,
         scale_dtype: str,
         compute_dtype: torch.dtype,
+        codes: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.weight = linear.weight.detach().float()
@@ -65,8 +67,14 @@ class BinaryLinear(nn.Module):
         self.salient_range = salient_range
         self.scale_dtype = scale_dtype
         self.compute_dtype = compute_dtype
-        self.mean, scale = initial_scales(self.weight, mask)
+        mean, scale = initial_scales(self.weight, mask)
+        if codes is None:  # kept, since a mean that is learned must not move the signs
+            codes = torch.empty_like(self.weight, dtype=torch.uint8)
+            codes[:, ~mask] = (self.weight[:, ~mask] >= mean).to(torch.uint8)
+            codes[:, mask] = quantize_salient(self.weight, mask, salient_bits, salient_range, scale_dtype)[0]
+        self.codes = codes
         out_features, in_features = self.weight.shape
+        self.mean = nn.Parameter(mean)
         self.scale = nn.Parameter(scale)
         self.row_angle = nn.Parameter(torch.ones(out_features, 1, device=scale.device))
         self.column_angle = nn.Parameter(torch.ones(1, in_features, device=scale.device))
@@ -77,7 +85,7 @@ class BinaryLinear(nn.Module):
             self.column_angle.mul_(self.learned_columns | mask)
 
         self.salient_index = mask.nonzero().flatten()
-        sign = torch.where(self.weight >= self.mean, 1.0, -1.0) * ~mask
+        sign = torch.where(codes > 0, 1.0, -1.0) * ~mask
         self.sign = sign.to(compute_dtype)
         self.binary_channel = (~mask).to(compute_dtype)
         self.salient_weight = (self.pack().dequantize() * mask).to(compute_dtype)
@@ -96,12 +104,13 @@ class BinaryLinear(nn.Module):
                 self.salient_bits,
                 self.salient_range,
                 self.scale_dtype,
+                self.codes,
             )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` of ``compute_dtype``."""
         # Function.apply has no annotations.
-        y: Tensor = _BinaryProduct.apply(x, self.scale, self.row_angle, self.column_angle, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _BinaryProduct.apply(x, self.mean, self.scale, self.row_angle, self.column_angle, self)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -110,7 +119,7 @@ class _BinaryProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, row_angle: Tensor, column_angle: Tensor, layer: BinaryLinear
+        ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, row_angle: Tensor, column_angle: Tensor, layer: BinaryLinear
     ) -> Tensor:
         dtype = layer.compute_dtype
         x_shape, x_dtype = x.shape, x.dtype
@@ -122,17 +131,17 @@ class _BinaryProduct(torch.autograd.Function):
             total = u.sum(1)
             # All else is one product more: the salient channels at their own weights, and the mean with the sum of u.
             rest = torch.cat([x[:, layer.salient_index], total.unsqueeze(1)], dim=1)
-            rest_weight = torch.cat([layer.salient_columns, (row_angle * layer.mean).to(dtype)], dim=1)
+            rest_weight = torch.cat([layer.salient_columns, (row_angle * mean).to(dtype)], dim=1)
             bias = None if layer.bias is None else layer.bias.to(dtype)
             y = torch.nn.functional.linear(rest, rest_weight, bias)
             y.addcmul_(z, (row_angle * scale).to(dtype).T)
-        ctx.save_for_backward(x, z, total, scale, row_angle, column_angle)
+        ctx.save_for_backward(x, z, total, mean, scale, row_angle, column_angle)
         ctx.layer, ctx.x_dtype = layer, x_dtype
         return y.view(*x_shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, total, scale, row_angle, column_angle = ctx.saved_tensors
+        x, z, total, mean, scale, row_angle, column_angle = ctx.saved_tensors
         layer: BinaryLinear = ctx.layer
         g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -140,7 +149,7 @@ class _BinaryProduct(torch.autograd.Function):
             grad_total = (g.T @ total).float().unsqueeze(1)
             # W before r2, which the gradient at u goes through: r1 (scale sign + mean), salient channels as they are.
             effective = layer.sign * (row_angle * scale).to(z.dtype)
-            effective.addcmul_((row_angle * layer.mean).to(z.dtype), layer.binary_channel)
+            effective.addcmul_((row_angle * mean).to(z.dtype), layer.binary_channel)
             effective += layer.salient_weight
             grad_u = g @ effective
             grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * layer.learned_columns
@@ -148,6 +157,7 @@ class _BinaryProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:  # salient channels passed unscaled
                 grad_u.mul_(column_angle.masked_fill(layer.mask, 1.0).to(z.dtype))
                 grad_x = grad_u.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
+        grad_mean = row_angle * grad_total * layer.live_rows
         grad_scale = row_angle * grad_z * layer.live_rows
-        grad_row = scale * grad_z + layer.mean * grad_total
-        return grad_x, grad_scale, grad_row, grad_column, None
+        grad_row = scale * grad_z + mean * grad_total
+        return grad_x, grad_mean, grad_scale, grad_row, grad_column, None

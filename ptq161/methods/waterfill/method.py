@@ -17,8 +17,16 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import LinearStatistics, Window, check_common, check_rate, prefix_errors
-from ptq161.methods.codes import LatentLinear, Learning, compensated_codes, fit_grid, learn_codes
+from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
+from ptq161.methods.codes import (
+    CODES,
+    LatentLinear,
+    Learning,
+    check_learning,
+    compensated_codes,
+    fit_grid,
+    learn_codes,
+)
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.waterfill.allotment import allot, channel_energy, check_budget
@@ -26,7 +34,6 @@ from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.allotted import AllottedWeight, Grid, check_tiers
 from ptq161.packed.weight import PackedWeight
 
-CODES = ("rounded", "compensated", "learned")
 LEVELS = ("linear", "model")
 
 
@@ -91,10 +98,7 @@ class Waterfill:
             value = getattr(self, name.removeprefix("method."))
             if value < least:
                 raise UserError(f"{name}={value}: use at least {least}.")
-        for name in ("code_lr", "factor_lr"):
-            check_rate(f"method.{name}", getattr(self, name))
-        if not 0 <= self.held_out <= 0.5:
-            raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
+        check_learning(self.code_lr, self.factor_lr, self.held_out)
 
     @property
     def needs_plan(self) -> bool:
