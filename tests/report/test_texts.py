@@ -39,6 +39,7 @@ FILE = {"calib.name": "text_file", "calib.text_file": "/texts/notes.txt"}
         ({"preprocess.name": "lora", "preprocess.corpora": ["squad", "drop"]}, {}, "drop, squad"),
         ({"preprocess.name": "none", "preprocess.corpora": ["drop"]}, {}, "squad"),
         ({"finetune.corpora": ["coqa"]}, {}, "coqa, squad"),
+        ({"calib.name": "passages"}, {}, "coqa, drop, squad"),
         ({"finetune.name": "mine", "finetune.text": "c4"}, {}, "c4, squad"),
         (
             {"preprocess.corpora": ["text_file"], "preprocess.text_file": "a.txt"},

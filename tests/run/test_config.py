@@ -153,7 +153,7 @@ def test_every_key_is_needed(key: str) -> None:
         ({"model.size": 7}, "unknown key model.size: known are name, path, asset, repo, revision, n_blocks."),
         (
             {"calib.name": "enwik8"},
-            "calib.name=enwik8: use one of squad, drop, coqa, wikitext2, c4, ptb, redpajama, text_file.",
+            "calib.name=enwik8: use one of squad, drop, coqa, passages, wikitext2, c4, ptb, redpajama, text_file.",
         ),
         ({"calib.name": "text_file"}, "calib=text_file needs a file: set calib.text_file=FILE."),
         ({"calib.n_samples": 0}, "calib.n_samples=0: use at least 1."),
