@@ -32,8 +32,9 @@ from ptq161.numerics import resolve_dtype
 from ptq161.packed.model import cast_rest, densify
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.student import make_student, target_names
-from ptq161.preprocess.text import training_tokens
-from ptq161.preprocess.training import objective, train
+from ptq161.preprocess.training import train
+from ptq161.training.losses import objective
+from ptq161.training.text import training_tokens
 
 CPU = torch.device("cpu")
 

@@ -16,6 +16,7 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
     cache                           results that were computed before
     tracking                        the record of a run and its mirror
     preprocess evaluation           training before the quantization; perplexity, zero-shot tasks
+    training                        the training loop, its losses, its text
     console                         the console that the commands print with
     driver                          a method applied to a model, window by window; the library ends here
     methods                         the quantization methods

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,8 @@ class AWQ(UniformMethod):
         >>> method.nominal_bits(), method.group_size
         (3.0, 128)
     """
+
+    format: ClassVar[str] = "awq"
 
     group_size: int | None = 128
     auto_scale: bool = True

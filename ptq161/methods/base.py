@@ -212,6 +212,9 @@ class Window:
 class Method(Protocol):
     """A frozen dataclass of hyperparameters with one entry point.
 
+    A method may have a class attribute ``format``, the name of the format in which it stores weights: what cannot be
+    done with that format is then refused before any work.
+
     Example:
         >>> from ptq161.methods.rtn import RTN
         >>> method: Method = RTN(bits=2)

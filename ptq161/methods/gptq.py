@@ -7,6 +7,7 @@ the quantizer that it calls for each column, and the grids that belong to it.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class GPTQ(UniformMethod, CompensatedMethod):
         >>> GPTQ(bits=2, group_size=128, act_order=True).nominal_bits()
         2.0
     """
+
+    format: ClassVar[str] = "uniform"
 
     symmetric: bool = False
     act_order: bool = False

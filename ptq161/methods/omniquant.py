@@ -53,6 +53,7 @@ class OmniQuant:
         (True, 2.0)
     """
 
+    format: ClassVar[str] = "uniform"
     needs_full_chain: ClassVar[bool] = True
     takes_salient_masks: ClassVar[bool] = False
 

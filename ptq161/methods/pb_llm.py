@@ -14,6 +14,7 @@ Quirks of the released code are reproduced and named where they happen.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class PBLLM(CompensatedMethod):
         >>> round(PBLLM(low_frac=0.9, high_bit=8).nominal_bits(), 2)  # 0.9 + 0.1 * 8
         1.7
     """
+
+    format: ClassVar[str] = "pb_llm"
 
     low_frac: float = 0.9
     high_bit: int = 8

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,8 @@ class QuIP(LayerwiseMethod):
         >>> QuIP(bits=2, rotation="hadamard").nominal_bits()
         2.0
     """
+
+    format: ClassVar[str] = "quip"
 
     bits: int = 2
     rotation: str = "butterfly"

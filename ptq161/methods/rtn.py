@@ -28,6 +28,7 @@ class RTN(UniformMethod):
         2.0
     """
 
+    format: ClassVar[str] = "uniform"
     needs_statistics: ClassVar[bool] = False
 
     symmetric: bool = False

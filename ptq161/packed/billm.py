@@ -87,6 +87,7 @@ class BiLLMWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "billm"
+    offsets: ClassVar[tuple[str, ...]] = ("means",)
 
     column_block: int
     n_salient: int

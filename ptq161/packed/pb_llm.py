@@ -48,6 +48,7 @@ class PBLLMWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "pb_llm"
+    offsets: ClassVar[tuple[str, ...]] = ("means", "high_zero_points")
 
     high_bit: int
     n_salient: int

@@ -53,6 +53,7 @@ class StructuredBinaryWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "structured_binary"
+    offsets: ClassVar[tuple[str, ...]] = ("mean", "salient_zero_point")
 
     salient_bits: int
     mask: Tensor

@@ -42,6 +42,7 @@ class UniformWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "uniform"
+    offsets: ClassVar[tuple[str, ...]] = ("zero_points",)
 
     bits: int
     group_size: int | None

@@ -24,8 +24,9 @@ _FORMATS: dict[str, type[PackedWeight]] = {}
 class PackedWeight(ABC):
     """A linear's weight ``[out_features, in_features]`` as it is stored.
 
-    Subclasses set ``format`` (the name in checkpoints) and ``version`` (raised when the layout of the stored
-    tensors changes), and are registered by being defined. They implement :meth:`values`.
+    Subclasses set ``format`` (the name in checkpoints), ``version`` (raised when the layout of the stored tensors
+    changes) and ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied),
+    and are registered by being defined. They implement :meth:`values`, differentiable in every float tensor.
 
     Attributes:
         out_features: rows.
@@ -47,6 +48,7 @@ class PackedWeight(ABC):
 
     format: ClassVar[str]
     version: ClassVar[int] = 1
+    offsets: ClassVar[tuple[str, ...]] = ()
 
     out_features: int
     in_features: int

@@ -1,6 +1,7 @@
-"""Quantization preprocessing: training text, the training of a quantized model, and its checkpoints.
+"""Quantization preprocessing: the rounds of a restoration, its student, and its settings.
 
-It imports ``driver`` and the rooms below it; ``tracking`` and every room above may import it, ``evaluation`` may not.
+It imports ``training`` and the rooms below it; ``tracking`` and every room above may import it, ``evaluation`` and
+``finetune`` may not.
 """
 
 from ptq161.lazy import lazy_attributes
@@ -10,6 +11,6 @@ __getattr__ = lazy_attributes(
     {
         "ptq161.preprocess.restoration": ["Restoration"],
         "ptq161.preprocess.rounds": ["restore"],
-        "ptq161.preprocess.text": ["training_tokens"],
+        "ptq161.training.text": ["training_tokens"],
     },
 )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import ClassVar
 
 from ptq161.checks import check_choice
-from ptq161.data.settings import CALIBRATION_SETS
-from ptq161.errors import UserError
+from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
 _UPDATES = ("lora", "full")
 _OBJECTIVES = ("lm", "kl", "kl_hidden")
 _MASKS = ("first", "fresh")
-_TRAINING_DTYPES = ("float32", "bfloat16")
 
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj",),
@@ -61,6 +59,10 @@ class Restoration:
         score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
     """
 
+    names: ClassVar[Names] = Names(
+        group="preprocess", title="restorative training", bar="restore", stage="restoration", rates="preprocess.lr"
+    )
+
     update: str = "lora"
     rank: int = 64
     alpha: float = 16.0
@@ -90,32 +92,13 @@ class Restoration:
         check_choice("preprocess.update", self.update, _UPDATES)
         check_choice("preprocess.objective", self.objective, _OBJECTIVES)
         check_choice("preprocess.mask", self.mask, _MASKS)
-        check_choice("preprocess.compute_dtype", self.compute_dtype, _TRAINING_DTYPES)
-        _check_list("preprocess.targets", self.targets, tuple(ROLES))
-        _check_list("preprocess.corpora", self.corpora, CALIBRATION_SETS)
-        if "text_file" in self.corpora and not self.text_file:
-            raise UserError("preprocess.corpora=[text_file] needs a file: set preprocess.text_file=FILE.")
-        for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"preprocess.{name}={getattr(self, name)}: use at least 1.")
-        if self.seq_len < 2:
-            raise UserError(f"preprocess.seq_len={self.seq_len}: use at least 2.")
-        for name in ("alpha", "hidden_weight", "lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise UserError(f"preprocess.{name}={value}: use a finite number above 0.")
-        for name in ("dropout", "warmup_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"preprocess.{name}={getattr(self, name)}: use a share in [0, 1).")
+        check_list("preprocess.targets", self.targets, tuple(ROLES))
+        check_training(self)
+        check_counts(self, ("rank", "rounds"))
+        check_positive(self, ("alpha", "lr"))
+        check_share(self, "dropout")
 
     @property
     def sequences(self) -> int:
         """Sequences of one round."""
         return self.steps * self.accumulation * self.batch_size
-
-
-def _check_list(setting: str, values: list[str], choices: tuple[str, ...]) -> None:
-    if not values:
-        raise UserError(f"{setting} is empty: use one or more of {', '.join(choices)}.")
-    for value in values:
-        check_choice(setting, value, choices)

@@ -10,8 +10,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,17 +17,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.driver.quantization import quantize
+from ptq161.driver.resume import fingerprint as quantization_fingerprint
+from ptq161.files import identity
 from ptq161.files.fingerprints import KeyedFolder, claim
+from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import Method, OnMetric, ignore_metric
 from ptq161.models.architectures import max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
-from ptq161.preprocess.checkpoint import ADVICE, TrainingCheckpoint, fingerprint
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.student import frozen_copy, make_student, merge, target_names
-from ptq161.preprocess.training import objective, train
-from ptq161.seeding import stage_generator
+from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.preprocess.training import train
+from ptq161.training.checkpoint import TrainingCheckpoint
+from ptq161.training.loop import random_numbers
+from ptq161.training.losses import frozen_copy, objective
+
+ADVICE = "give restore another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
 
 
 def restore(
@@ -52,7 +56,7 @@ def restore(
 
     Args:
         model: the pretrained model, which is not changed; the teacher of the ``kl`` objectives in every round.
-        tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.preprocess.text.training_tokens`, or in any form
+        tokens: ``[n, seq_len]`` training sequences, from :func:`ptq161.training.text.training_tokens`, or in any form
             that :func:`ptq161.models.checks.as_tokens` takes.
         calibration: ``[n_samples, seq_len]`` calibration tokens, in any such form.
         method: the quantization method.
@@ -81,7 +85,11 @@ def restore(
     on_metric = on_metric or ignore_metric
     target = working_device(device, model.device)
     if isinstance(folder, Path | str):
-        found = fingerprint(model, tokens, calibration, method, restoration, seed=seed, device=target)
+        found = identity.restoration(
+            quantization_fingerprint(model, calibration, method, seed=seed, device=target),
+            training=sha256_of_tensors({"tokens": tokens}),
+            settings=restoration,
+        )
         folder = claim(Path(folder).expanduser(), found, ADVICE)
     teacher = None
     if restoration.objective != "lm":
@@ -102,7 +110,7 @@ def restore(
         )
         if restoration.mask == "first" and method.takes_salient_masks and masks is None:
             masks = salient_masks(packed)
-        with _random_numbers(seed, round_, target):
+        with random_numbers(target, seed, "restoration", round_):
             student = make_student(packed, restoration, target)
             train(
                 student,
@@ -118,14 +126,6 @@ def restore(
         restored = merge(packed, student, restoration)
     nn.Module.train(restored, model.training)
     return restored, masks
-
-
-@contextmanager
-def _random_numbers(seed: int, round_: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's global generators, which initial weights and dropout draw from, and restore their state after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(stage_generator(seed, "restoration", round_).initial_seed())
-        yield
 
 
 def _with_round(on_metric: OnMetric, round_: int) -> OnMetric:

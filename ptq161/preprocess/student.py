@@ -47,16 +47,6 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     ]
 
 
-def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Return a copy of a full-precision model in evaluation mode and without gradients: the teacher."""
-    teacher = copy.deepcopy(model)
-    cast_rest(teacher, dtype)
-    nn.Module.to(teacher, device)
-    teacher.requires_grad_(False)
-    teacher.eval()
-    return teacher
-
-
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:
     """Return a dense copy of a quantized model in which only the update is trained.
 
@@ -79,11 +69,6 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
         student.activation_checkpointing_enable({"use_reentrant": False})
     student.train()
     return student
-
-
-def trained_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """Return the parameters that are trained, by name; float32."""
-    return {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restoration) -> PreTrainedModel:

@@ -35,8 +35,8 @@ from ptq161.packed.linear import dense_cache
 from ptq161.packed.model import cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
-from ptq161.preprocess.text import training_tokens
 from ptq161.run.session import Session, timed
+from ptq161.training.text import training_tokens
 
 log = logging.getLogger(__name__)
 

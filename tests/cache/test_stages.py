@@ -202,7 +202,7 @@ def test_weights_are_hashed_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
             hashed.append(len(tensors))
         return sha256_of_tensors(tensors)
 
-    for module in ("ptq161.run.stages", "ptq161.driver.resume", "ptq161.preprocess.checkpoint"):
+    for module in ("ptq161.run.stages", "ptq161.driver.resume", "ptq161.preprocess.rounds"):
         monkeypatch.setattr(f"{module}.sha256_of_tensors", count)
     training = ["preprocess=restorative_lora", "preprocess.steps=1", "preprocess.seq_len=32", "preprocess.batch_size=2"]
     text = run("plain").config["calib"]["text_file"]

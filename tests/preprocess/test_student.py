@@ -14,7 +14,8 @@ from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
 from ptq161.models.experts import split_experts
 from ptq161.packed.model import cast_rest, packed_linears
-from ptq161.preprocess.student import make_student, merge, target_names, trained_parameters
+from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.training.loop import trained_parameters
 from tests.conftest import TINY
 from tests.preprocess.conftest import sequences, short
 

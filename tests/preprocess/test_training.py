@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.rtn import RTN
-from ptq161.preprocess.checkpoint import TrainingCheckpoint
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
-from ptq161.preprocess.student import make_student, trained_parameters
-from ptq161.preprocess.training import _sequence_order, objective, train
+from ptq161.preprocess.student import make_student
+from ptq161.preprocess.training import train
+from ptq161.training.checkpoint import TrainingCheckpoint
+from ptq161.training.loop import _sequence_order, trained_parameters
+from ptq161.training.losses import objective
 from tests.preprocess.conftest import sequences, short
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -43,11 +45,11 @@ def trained(model: PreTrainedModel, restoration: Restoration, emitted: dict[str,
 
 
 def test_an_epoch_takes_each_sequence_once() -> None:
-    order = _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=0)
+    order = _sequence_order(6, short(steps=5, batch_size=2), 0, 0)
     assert len(order) == 10
     assert sorted(order[:6].tolist()) == list(range(6)) and len(set(order[6:].tolist())) == 4
-    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=0, round_=1))
-    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), seed=1, round_=0))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), 0, 1))
+    assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), 1, 0))
 
 
 def test_the_rate_rises_and_falls_along_a_cosine(tiny_model: TinyModel) -> None:

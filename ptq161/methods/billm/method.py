@@ -15,6 +15,7 @@ Quirks of the released code are reproduced and named where they happen.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class BiLLM(CompensatedMethod):
         >>> BiLLM(saliency="hessian", column_block=64).nominal_bits()
         1.08
     """
+
+    format: ClassVar[str] = "billm"
 
     saliency: str = "magnitude"
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from ptq161.packed.weight import PackedWeight
 
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
-_BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)
+"""Of AdamW, for latents and factors."""
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
@@ -181,7 +182,7 @@ def learn_codes(
                 optimizer.zero_grad()
                 loss.backward()
                 if step == 0:
-                    _damp(optimizer)
+                    damp(optimizer.param_groups[:-1])
                 step += 1
                 optimizer.step()
                 schedule.step()
@@ -198,16 +199,27 @@ def _optimizer(layers: Mapping[str, LatentLinear], settings: Learning) -> torch.
     groups: list[dict[str, Any]] = [{"params": [layer.latent], "lr": settings.code_lr} for layer in layers.values()]
     factors = [p for layer in layers.values() for p in layer.parameters() if p is not layer.latent]
     groups.append({"params": factors, "lr": settings.factor_lr})
-    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
 
-def _damp(optimizer: torch.optim.Optimizer) -> None:
+def damp(groups: Iterable[MutableMapping[str, Any]]) -> None:
     """Let Adam move a latent less where its gradient is small beside that of its linear's others.
 
     Adam alone moves every latent by the same amount, in a direction that is noise where the gradient is small: the
     codes near the edge of their cell, which the compensation chose against rounding, would flip all at once.
+
+    Args:
+        groups: of an Adam optimizer, each of a single latent that has its first gradient.
+
+    Example:
+        >>> latent = torch.nn.Parameter(torch.zeros(2))
+        >>> latent.grad = torch.tensor([3.0, 4.0])
+        >>> optimizer = torch.optim.Adam([latent])
+        >>> damp(optimizer.param_groups)
+        >>> round(optimizer.param_groups[0]["eps"], 3)  # the root of (9 + 16) / 2
+        3.536
     """
-    for group in optimizer.param_groups[:-1]:
+    for group in groups:
         (latent,) = group["params"]
         if latent.grad is not None:  # no token of the batch may have chosen an expert
             group["eps"] = max(group["eps"], float(latent.grad.square().mean().sqrt()))

@@ -70,7 +70,21 @@ def pack_latent(layer: LatentLinear, salient_bits: int = 4, scale_dtype: str = "
         >>> torch.allclose(packed.dequantize(), grid.values(grid.nearest(weight)))
         True
     """
-    grid, codes = layer.grid(), layer.codes()
+    return pack_codes_on(layer.grid(), layer.codes(), salient_bits, scale_dtype)
+
+
+def pack_codes_on(grid: CodeGrid, codes: Tensor, salient_bits: int, scale_dtype: str) -> StructuredBinaryWeight:
+    """Pack codes on a grid as :func:`binary_grid` makes it.
+
+    Raises:
+        UserError: a scale does not fit ``scale_dtype``.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, -3.0, 2.0]])
+        >>> grid = binary_grid(weight, torch.zeros(3, dtype=torch.bool))
+        >>> pack_codes_on(grid, grid.nearest(weight), salient_bits=4, scale_dtype="float32").dequantize().tolist()
+        [[2.0, -2.0, 2.0]]
+    """
     mask, none = grid.ranged, grid.scale[:, :0]
     assert grid.mean is not None, "of binary_grid"
     salient = bool(mask.any())

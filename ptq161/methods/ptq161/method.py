@@ -93,6 +93,7 @@ class PTQ161:
         'StructuredBinaryWeight'
     """
 
+    format: ClassVar[str] = "structured_binary"
     needs_full_chain: ClassVar[bool] = True
     takes_salient_masks: ClassVar[bool] = True
 

@@ -68,6 +68,7 @@ class Waterfill:
         ('AllottedWeight', True)
     """
 
+    format: ClassVar[str] = "allotted"
     needs_full_chain: ClassVar[bool] = True
     takes_salient_masks: ClassVar[bool] = False
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ptq161.preprocess.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.student import frozen_copy
-from ptq161.preprocess.training import _logits, objective
+from ptq161.training.losses import _logits, frozen_copy, objective
+from ptq161.training.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
 from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]

@@ -19,24 +19,23 @@ from ptq161.data.embedded import passages
 from ptq161.data.hub_text import HUB_TEXTS, hub_documents
 from ptq161.data.text import encode, read_text
 from ptq161.errors import UserError
-from ptq161.preprocess.restoration import Restoration
 from ptq161.seeding import stage_generator
+from ptq161.training.settings import Training
 
 log = logging.getLogger(__name__)
 
 # Documents are read until there are this many characters for each token that is needed: more than tokenizers take.
 _CHARACTERS_PER_TOKEN = 8
-_INSTEAD = "use preprocess.corpora=[squad,drop,coqa], or preprocess.corpora=[text_file] preprocess.text_file=FILE"
 
 
 def training_tokens(
-    tokenizer: PreTrainedTokenizerBase, restoration: Restoration, seed: int, *, hub_root: Path | None = None
+    tokenizer: PreTrainedTokenizerBase, training: Training, seed: int, *, hub_root: Path | None = None
 ) -> Tensor:
     """Return the training sequences: the documents of all corpora in random order, one after the other.
 
     Args:
         tokenizer: adds its special tokens to each document, and its end token after it where it has one.
-        restoration: corpora, sequence length, and number of sequences; fewer are returned where the text is shorter,
+        training: corpora, sequence length, and number of sequences; fewer are returned where the text is shorter,
             and training then repeats them.
         seed: of the run; the order of the documents follows from it.
         hub_root: local copy in place of the hub (see :func:`ptq161.data.hub_text.hub_documents`).
@@ -47,34 +46,39 @@ def training_tokens(
     Raises:
         UserError: a text cannot be fetched or read, or the texts together are shorter than one sequence.
     """
-    wanted = restoration.sequences * restoration.seq_len
-    tokens = _encoded(tokenizer, _until(_shuffled(restoration, seed, hub_root), _CHARACTERS_PER_TOKEN * wanted))
-    n = min(len(tokens) // restoration.seq_len, restoration.sequences)
+    wanted = training.sequences * training.seq_len
+    tokens = _encoded(tokenizer, _until(_shuffled(training, seed, hub_root), _CHARACTERS_PER_TOKEN * wanted))
+    n = min(len(tokens) // training.seq_len, training.sequences)
     if n == 0:
+        group = training.names.group
         raise UserError(
-            f"preprocess.seq_len={restoration.seq_len} is more than the {len(tokens)} tokens of "
-            f"preprocess.corpora={restoration.corpora}: set preprocess.seq_len to at most {len(tokens)}."
+            f"{group}.seq_len={training.seq_len} is more than the {len(tokens)} tokens of "
+            f"{group}.corpora={training.corpora}: set {group}.seq_len to at most {len(tokens)}."
         )
-    if n < restoration.sequences:
-        log.info("training takes %d sequences and the text has %d: they are repeated", restoration.sequences, n)
-    return tokens[: n * restoration.seq_len].view(n, restoration.seq_len)
+    if n < training.sequences:
+        log.info("training takes %d sequences and the text has %d: they are repeated", training.sequences, n)
+    return tokens[: n * training.seq_len].view(n, training.seq_len)
 
 
-def _shuffled(restoration: Restoration, seed: int, hub_root: Path | None) -> Iterator[str]:
+def _shuffled(training: Training, seed: int, hub_root: Path | None) -> Iterator[str]:
     """Yield the documents of all corpora in random order."""
-    sources: list[Sequence[str]] = [_documents(name, restoration, hub_root) for name in restoration.corpora]
+    sources: list[Sequence[str]] = [_documents(name, training, hub_root) for name in training.corpora]
     ends = torch.tensor([len(source) for source in sources]).cumsum(0)
-    for index in torch.randperm(int(ends[-1]), generator=stage_generator(seed, "restoration text")).tolist():
+    for index in torch.randperm(
+        int(ends[-1]), generator=stage_generator(seed, f"{training.names.stage} text")
+    ).tolist():
         source = int(torch.searchsorted(ends, index, right=True))
         yield sources[source][index - (int(ends[source - 1]) if source else 0)]
 
 
-def _documents(name: str, restoration: Restoration, hub_root: Path | None) -> Sequence[str]:
+def _documents(name: str, training: Training, hub_root: Path | None) -> Sequence[str]:
+    group = training.names.group
     if name in HUB_TEXTS:
-        documents: Sequence[str] = hub_documents(name, "train", _INSTEAD, hub_root)["text"]
+        instead = f"use {group}.corpora=[squad,drop,coqa], or {group}.corpora=[text_file] {group}.text_file=FILE"
+        documents: Sequence[str] = hub_documents(name, "train", instead, hub_root)["text"]
         return documents
     if name == "text_file":
-        return [read_text("preprocess.text_file", restoration.text_file)]
+        return [read_text(f"{group}.text_file", training.text_file)]
     return passages(name)
 
 

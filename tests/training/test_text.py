@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import ptq161.preprocess.text as text
+import ptq161.training.text as text
 from ptq161.data.embedded import passages
 from ptq161.data.hub_text import HUB_TEXTS
 from ptq161.errors import UserError
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.text import training_tokens
+from ptq161.training.text import training_tokens
 from tests.preprocess.conftest import short
 
 DOCUMENTS = {"squad": ["alpha beta", "gamma"], "coqa": ["delta epsilon zeta"], "drop": ["eta"]}

@@ -1,0 +1,191 @@
+"""Packed weights whose codes can be learned, as points on a grid: the way to a latent linear and back to bytes.
+
+A format takes part with an entry in ``LEARNABLE``: how its tensors are read as codes on a
+:class:`~ptq161.methods.codes.CodeGrid`, and how a latent linear is packed again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ptq161.methods.codes import CodeGrid, LatentLinear
+from ptq161.methods.ptq161.coding import pack_codes_on
+from ptq161.packed.allotted import RANGED, TIERS, AllottedWeight, Grid, tier_centers, tier_steps
+from ptq161.packed.bits import unpack_codes, unpack_plane
+from ptq161.packed.structured_binary import StructuredBinaryWeight
+from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
+
+
+class Coded(NamedTuple):
+    """A packed weight on its grid.
+
+    Attributes:
+        grid: of the weight, without its exponent.
+        codes: ``[out, in]`` float32 whole numbers.
+
+    Example:
+        >>> from ptq161.packed.allotted import Grid
+        >>> ones = torch.ones(1, 1)
+        >>> grid = Grid(row=ones, column=torch.ones(2), scale=ones, zero_point=ones)
+        >>> packed = AllottedWeight.pack(torch.tensor([[1, 9]]), torch.tensor([1, 4]), grid, tiers=[1, 4])
+        >>> coded = coded_weight(packed)
+        >>> coded.codes.tolist(), torch.equal(coded.grid.values(coded.codes), packed.dequantize())
+        ([[1.0, 9.0]], True)
+    """
+
+    grid: CodeGrid
+    codes: Tensor
+
+
+def coded_weight(packed: PackedWeight) -> Coded:
+    """Read a packed weight of a format in ``LEARNABLE`` as a grid and codes.
+
+    Example:
+        >>> ones = torch.ones(1, 1)
+        >>> grid = Grid(row=ones, column=torch.ones(1), scale=ones, zero_point=ones)
+        >>> packed = AllottedWeight.pack(torch.tensor([[3]]), torch.tensor([2]), grid, tiers=[2])
+        >>> coded_weight(packed).codes.tolist()
+        [[3.0]]
+    """
+    return LEARNABLE[packed.format].read(packed)
+
+
+def latent_linear(packed: PackedWeight, linear: nn.Linear, compute_dtype: torch.dtype) -> LatentLinear:
+    """Return a linear that learns the codes of a packed weight, and at first computes what that stands for.
+
+    Args:
+        packed: of a format in ``LEARNABLE``.
+        linear: the full-precision linear, on the same device; its weights are where the latents start, moved into the
+            cells of the stored codes.
+        compute_dtype: dtype of the matrix products.
+
+    Example:
+        >>> linear = nn.Linear(4, 2, bias=False)
+        >>> grid = Grid(torch.ones(2, 1), torch.ones(4), torch.ones(2, 1), torch.ones(2, 1))
+        >>> packed = AllottedWeight.pack(torch.ones(2, 4, dtype=torch.int64), torch.full((4,), 2), grid, tiers=[2])
+        >>> layer = latent_linear(packed, linear, torch.float32)
+        >>> torch.allclose(layer(torch.eye(4)).T, packed.dequantize())
+        True
+    """
+    grid, codes = coded_weight(packed)
+    size = 2.0**packed.exponent
+    mean = None if grid.mean is None else grid.mean * size
+    grid = grid._replace(row=grid.row * size, scale=grid.scale * size, mean=mean)
+    return LatentLinear(linear, grid, codes, compute_dtype)
+
+
+def repack(packed: PackedWeight, layer: LatentLinear) -> PackedWeight:
+    """Pack the codes and factors that a layer of :func:`latent_linear` has learned, in as many bytes as ``packed``.
+
+    Raises:
+        UserError: a factor leaves the range of the dtype in which it is stored.
+
+    Example:
+        >>> linear = nn.Linear(4, 2, bias=False)
+        >>> grid = Grid(torch.ones(2, 1), torch.ones(4), torch.ones(2, 1), torch.ones(2, 1))
+        >>> packed = AllottedWeight.pack(torch.ones(2, 4, dtype=torch.int64), torch.full((4,), 2), grid, tiers=[2])
+        >>> layer = latent_linear(packed, linear, torch.float32)
+        >>> with torch.no_grad():
+        ...     _ = layer.latent[0, 0].fill_(3.2)
+        >>> again = repack(packed, layer)
+        >>> (again.dequantize() - packed.dequantize()).count_nonzero().item(), again.nbytes == packed.nbytes
+        (1, True)
+    """
+    grid, size = layer.grid(), 2.0**-packed.exponent
+    mean = None if grid.mean is None else grid.mean * size
+    grid = grid._replace(row=grid.row * size, scale=grid.scale * size, mean=mean)
+    again = LEARNABLE[packed.format].pack(packed, Coded(grid, layer.codes()))
+    return dataclasses.replace(again, exponent=packed.exponent)
+
+
+def _read_allotted(packed: PackedWeight) -> Coded:
+    assert isinstance(packed, AllottedWeight)
+    bits = packed.channel_bits()
+    codes = torch.empty(packed.out_features, packed.in_features, device=bits.device)
+    for b in TIERS:
+        stored: Tensor | None = getattr(packed, f"codes_{b}")
+        if stored is not None:
+            codes[:, bits == b] = unpack_codes(stored, int((bits == b).sum()), b).float()
+    ones, ranged = codes.new_ones(packed.out_features, 1), bits == RANGED
+    column = codes.new_ones(packed.in_features)
+    if packed.column is not None:
+        column[~ranged] = packed.column.float()
+    zero_point = torch.zeros_like(ones)
+    if packed.zero_point is not None:
+        zero_point = unpack_codes(packed.zero_point, packed.out_features, RANGED).float().unsqueeze(1)
+    grid = CodeGrid(
+        step=tier_steps(bits),
+        center=tier_centers(bits),
+        levels=2.0**bits - 1,
+        ranged=ranged,
+        row=ones if packed.row is None else packed.row.float(),
+        column=column,
+        mean=None,
+        scale=ones if packed.ranged_scale is None else packed.ranged_scale.float(),
+        zero_point=zero_point,
+    )
+    return Coded(grid, codes)
+
+
+def _pack_allotted(packed: PackedWeight, coded: Coded) -> PackedWeight:
+    assert isinstance(packed, AllottedWeight)
+    grid, codes = coded
+    factors = packed.ranged_scale if packed.row is None else packed.row
+    assert factors is not None, "a weight has channels"
+    return AllottedWeight.pack(
+        codes.to(torch.uint8),
+        packed.channel_bits(),
+        Grid(grid.row, grid.column, grid.scale, grid.zero_point),
+        tiers=packed.tiers,
+        scale_dtype=_dtype_name(factors),
+    )
+
+
+def _read_binary(packed: PackedWeight) -> Coded:
+    assert isinstance(packed, StructuredBinaryWeight)
+    mask = packed.salient_channels()
+    n_salient = int(mask.sum())
+    codes = torch.empty(packed.out_features, packed.in_features, device=mask.device)
+    codes[:, ~mask] = unpack_plane(packed.sign, packed.in_features - n_salient).float()
+    codes[:, mask] = unpack_codes(packed.codes, n_salient, packed.salient_bits).float()
+    column = codes.new_ones(packed.in_features)
+    column[~mask] = packed.column_angle.float()
+    row = packed.scale.float()
+    grid = CodeGrid(
+        step=torch.full_like(column, 2.0),
+        center=torch.full_like(column, 0.5),
+        levels=torch.where(mask, 2.0**packed.salient_bits - 1, 1.0),
+        ranged=mask,
+        row=row,
+        column=column,
+        mean=packed.mean.float(),
+        scale=packed.salient_scale.float() if n_salient else torch.ones_like(row),
+        zero_point=packed.salient_zero_point.float() if n_salient else torch.zeros_like(row),
+    )
+    return Coded(grid, codes)
+
+
+def _pack_binary(packed: PackedWeight, coded: Coded) -> PackedWeight:
+    assert isinstance(packed, StructuredBinaryWeight)
+    return pack_codes_on(coded.grid, coded.codes, packed.salient_bits, _dtype_name(packed.scale))
+
+
+def _dtype_name(stored: Tensor) -> str:
+    return next(name for name, dtype in SCALE_DTYPES.items() if dtype == stored.dtype)
+
+
+class _Format(NamedTuple):
+    read: Callable[[PackedWeight], Coded]
+    pack: Callable[[PackedWeight, Coded], PackedWeight]
+
+
+LEARNABLE: dict[str, _Format] = {
+    AllottedWeight.format: _Format(_read_allotted, _pack_allotted),
+    StructuredBinaryWeight.format: _Format(_read_binary, _pack_binary),
+}
+"""By the name of the format."""
