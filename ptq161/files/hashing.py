@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a report hashes files alone: torch takes a second to import
+    from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = (".py", ".yaml", ".json")
@@ -28,6 +29,8 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import pkgutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,10 @@ _TEXTS: Mapping[str, list[str]] = {
     "finetune.text": [],
 }
 """Keys that name a text, or a list of texts, from which a run learns -> the texts where the key is missing."""
-_METHODS = "ptq161.methods."
+TEXT_FREE = ("ptq161.methods.rtn.RTN",)
+"""Methods that read no calibration text: their classes need neither statistics nor the full-precision chain.
+
+They are named here, since importing a method takes torch, which the report does without."""
 
 
 def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
@@ -44,7 +45,7 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         group = key.partition(".")[0]
         if config.get(f"{group}.name") == "none":
             continue
-        if group == "calib" and not _reads_text(str(config.get("method._target_"))):
+        if group == "calib" and config.get("method._target_") in TEXT_FREE:
             continue
         texts = config.get(key) or default
         file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name
@@ -81,17 +82,3 @@ def remark(rows: pd.DataFrame) -> str:
         f"Not all results are known to have seen the same calibration text ({'; '.join(sorted(texts.unique()))}): each "
         "text has best values and a Pareto front of its own, among its results and those that need no text."
     )
-
-
-@functools.cache
-def _reads_text(target: str) -> bool:
-    """Say whether a method's class reads the calibration text.
-
-    A class of another package counts as one that does: what a record names is not imported.
-    """
-    if not target.startswith(_METHODS):
-        return True
-    try:
-        return bool(getattr(pkgutil.resolve_name(target), "needs_statistics", True))
-    except (ImportError, AttributeError, ValueError):  # of another version
-        return True

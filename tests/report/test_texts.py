@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from ptq161.report.__main__ import main
 from ptq161.report.collect import collect
@@ -15,9 +19,10 @@ from ptq161.report.details import chosen_runs
 from ptq161.report.results import Results, results_of
 from ptq161.report.score_figures import bits_figure, variants_figure
 from ptq161.report.tables import best_cells, csv_table, latex_table, markdown_table, result_table
-from ptq161.report.texts import remark, text_seen
+from ptq161.report.texts import TEXT_FREE, remark, text_seen
 from tests.report.conftest import WriteRun
 
+ROOT = Path(__file__).parents[2]
 PPL = "ppl/boolq@512"
 C4 = {"calib": {"name": "c4", "n_samples": 128}}
 RTN = {"_target_": "ptq161.methods.rtn.RTN"}
@@ -51,6 +56,21 @@ FILE = {"calib.name": "text_file", "calib.text_file": "/texts/notes.txt"}
 def test_the_text_that_a_run_has_seen(changed: dict[str, Any], facts: dict[str, Any], text: str) -> None:
     config = {"method.name": "some", "calib.name": "squad", "calib.text_file": None, "preprocess.name": "some"}
     assert text_seen(config | changed, facts) == text
+
+
+def test_the_methods_without_data_are_those_whose_classes_say_so() -> None:
+    nodes = [yaml.safe_load(file.read_text()) for file in (ROOT / "conf/method").glob("*.yaml")]
+    targets = {str(node["_target_"]) for node in nodes if "_target_" in node}
+    assert len(targets) > 8
+    free = {target for target in targets if not getattr(pkgutil.resolve_name(target), "needs_statistics", True)}
+    assert free == set(TEXT_FREE)
+
+
+def test_a_report_does_without_torch(tmp_path: Path, write_run: WriteRun) -> None:
+    folder = write_run("one").parent
+    script = f"import sys; from ptq161.report.__main__ import main; main(['{folder}', '--out', '{tmp_path}/out'])"
+    command = [sys.executable, "-c", f"{script}; sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(command).returncode == 0
 
 
 def test_a_method_without_data_has_seen_what_its_weights_were_trained_on() -> None:
