@@ -212,8 +212,7 @@ class Window:
 class Method(Protocol):
     """A frozen dataclass of hyperparameters with one entry point.
 
-    A method may have a class attribute ``format``, the name of the format in which it stores weights: what cannot be
-    done with that format is then refused before any work.
+    A method may have a class attribute ``format``, the name of the format in which it stores weights.
 
     Example:
         >>> from ptq161.methods.rtn import RTN

@@ -1,7 +1,6 @@
 """Quantization preprocessing: the rounds of a restoration, its student, and its settings.
 
-It imports ``training`` and the rooms below it; ``tracking`` and every room above may import it, ``evaluation`` and
-``finetune`` may not.
+It imports ``training`` and the rooms below it; ``tracking`` and every room above may import it, ``evaluation`` may not.
 """
 
 from ptq161.lazy import lazy_attributes

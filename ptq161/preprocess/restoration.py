@@ -60,7 +60,12 @@ class Restoration:
     """
 
     names: ClassVar[Names] = Names(
-        group="preprocess", title="restorative training", bar="restore", stage="restoration", rates="preprocess.lr"
+        group="preprocess",
+        function="restore",
+        title="restorative training",
+        bar="restore",
+        stage="restoration",
+        rates="preprocess.lr",
     )
 
     update: str = "lora"

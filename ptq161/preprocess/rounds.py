@@ -33,8 +33,6 @@ from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import random_numbers
 from ptq161.training.losses import frozen_copy, objective
 
-ADVICE = "give restore another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
-
 
 def restore(
     model: PreTrainedModel,
@@ -90,7 +88,7 @@ def restore(
             training=sha256_of_tensors({"tokens": tokens}),
             settings=restoration,
         )
-        folder = claim(Path(folder).expanduser(), found, ADVICE)
+        folder = claim(Path(folder).expanduser(), found, restoration.names.advice)
     teacher = None
     if restoration.objective != "lm":
         teacher = frozen_copy(model, COMPUTE_DTYPES[restoration.compute_dtype], target)

@@ -1,4 +1,4 @@
-"""The training that preprocessing and finetuning share: the loop, its losses, its text and its checkpoints.
+"""The training of a whole model: the loop, its losses, its text and its checkpoints.
 
-It imports ``driver`` and the rooms below it; ``preprocess``, ``finetune`` and every room above may import it.
+It imports ``driver`` and the rooms below it; ``preprocess`` and every room above may import it.
 """

@@ -24,8 +24,6 @@ from ptq161.methods.base import OnMetric
 from ptq161.training.held_out import HeldOut
 from ptq161.training.settings import Training
 
-ADVICE = "give it another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
-
 
 @dataclasses.dataclass
 class StepLog:
@@ -74,14 +72,14 @@ class TrainingCheckpoint:
 
     Args:
         file: beside the fingerprint.
-        training: its ``steps`` and ``checkpoint_every`` decide when the file is written.
+        training: its ``steps`` and ``checkpoint_every`` decide when the file is written, ``names`` what errors say.
         device: its random state is kept beside the CPU's.
     """
 
     def __init__(self, file: Path, training: Training, device: torch.device) -> None:
         self.file = file
         self._steps, self._every = training.steps, training.checkpoint_every
-        self._device = device
+        self._device, self._advice = device, training.names.advice
 
     def is_due(self, done: int) -> bool:
         """Return whether the file is written after ``done`` steps."""
@@ -100,7 +98,7 @@ class TrainingCheckpoint:
             if state.held_out is not None:
                 content["held_out"] = state.held_out.state()
         fresh = self.file.with_suffix(".tmp")
-        with writing(self.file, ADVICE):
+        with writing(self.file, self._advice):
             try:
                 torch.save(content, fresh)
             except RuntimeError as error:  # what torch raises where the operating system cannot write

@@ -1,7 +1,6 @@
 """What the loop reads of a training's settings, and the checks that trainings share.
 
-The settings themselves are dataclasses of the rooms that train: :class:`ptq161.preprocess.Restoration` and
-:class:`ptq161.finetune.Distillation`.
+The settings themselves are a dataclass of the room that trains: :class:`ptq161.preprocess.Restoration`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ class Names(NamedTuple):
 
     Attributes:
         group: its configuration group, with which its metrics and the settings in errors begin.
+        function: that the library's user calls.
         title: in sentences.
         bar: on the progress bar.
         stage: its random numbers belong to.
@@ -30,10 +30,16 @@ class Names(NamedTuple):
     """
 
     group: str
+    function: str
     title: str
     bar: str
     stage: str
     rates: str
+
+    @property
+    def advice(self) -> str:
+        """What to do where its folder cannot be written."""
+        return f"give {self.function} another folder (run.py: set PTQ161_STORE to a writable folder, or cache=false)"
 
 
 class Training(Protocol):
