@@ -119,8 +119,11 @@ def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session]
         locks.enter_context(owned(Path(context.run_dir)))
         with _open_record(config, context) as record:
             content = identity(config, store)
-            record.describe(identity=key_of(content), identity_without_seed=key_of({**content, "seed": None}))
-            record.describe(text_files=text_files(content))
+            record.describe(
+                identity=key_of(content),
+                identity_without_seed=key_of({**content, "seed": None}),
+                text_files=text_files(content),
+            )
             entry = None if store is None else locks.enter_context(store.entry("results", content))
             found = reuse_result(entry, record) if entry is not None and entry.finished else None
             results = _computed(Session(config, content, record, Stages(store)), compute) if found is None else found
