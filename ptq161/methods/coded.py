@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ptq161.methods.codes import CodeGrid, LatentLinear
-from ptq161.methods.ptq161.coding import pack_codes_on
-from ptq161.packed.allotted import RANGED, TIERS, AllottedWeight, Grid, tier_centers, tier_steps
+from ptq161.methods.ptq161.coding import grid_of_signs, pack_codes_on
+from ptq161.packed.allotted import RANGED, AllottedWeight, Grid, tier_centers, tier_steps
 from ptq161.packed.bits import unpack_codes, unpack_plane
 from ptq161.packed.structured_binary import StructuredBinaryWeight
-from ptq161.packed.weight import SCALE_DTYPES, PackedWeight
+from ptq161.packed.weight import PackedWeight, scale_dtype_of
 
 
 class Coded(NamedTuple):
@@ -73,10 +73,7 @@ def latent_linear(packed: PackedWeight, linear: nn.Linear, compute_dtype: torch.
         True
     """
     grid, codes = coded_weight(packed)
-    size = 2.0**packed.exponent
-    mean = None if grid.mean is None else grid.mean * size
-    grid = grid._replace(row=grid.row * size, scale=grid.scale * size, mean=mean)
-    return LatentLinear(linear, grid, codes, compute_dtype)
+    return LatentLinear(linear, grid.scaled(2.0**packed.exponent), codes, compute_dtype)
 
 
 def repack(packed: PackedWeight, layer: LatentLinear) -> PackedWeight:
@@ -96,28 +93,18 @@ def repack(packed: PackedWeight, layer: LatentLinear) -> PackedWeight:
         >>> (again.dequantize() - packed.dequantize()).count_nonzero().item(), again.nbytes == packed.nbytes
         (1, True)
     """
-    grid, size = layer.grid(), 2.0**-packed.exponent
-    mean = None if grid.mean is None else grid.mean * size
-    grid = grid._replace(row=grid.row * size, scale=grid.scale * size, mean=mean)
+    grid = layer.grid().scaled(2.0**-packed.exponent)
     again = LEARNABLE[packed.format].pack(packed, Coded(grid, layer.codes()))
     return dataclasses.replace(again, exponent=packed.exponent)
 
 
 def _read_allotted(packed: PackedWeight) -> Coded:
     assert isinstance(packed, AllottedWeight)
-    bits = packed.channel_bits()
-    codes = torch.empty(packed.out_features, packed.in_features, device=bits.device)
-    for b in TIERS:
-        stored: Tensor | None = getattr(packed, f"codes_{b}")
-        if stored is not None:
-            codes[:, bits == b] = unpack_codes(stored, int((bits == b).sum()), b).float()
+    bits, codes, zero_point = packed.channel_bits(), packed.codes(), packed.zero_points()
     ones, ranged = codes.new_ones(packed.out_features, 1), bits == RANGED
     column = codes.new_ones(packed.in_features)
     if packed.column is not None:
         column[~ranged] = packed.column.float()
-    zero_point = torch.zeros_like(ones)
-    if packed.zero_point is not None:
-        zero_point = unpack_codes(packed.zero_point, packed.out_features, RANGED).float().unsqueeze(1)
     grid = CodeGrid(
         step=tier_steps(bits),
         center=tier_centers(bits),
@@ -127,7 +114,7 @@ def _read_allotted(packed: PackedWeight) -> Coded:
         column=column,
         mean=None,
         scale=ones if packed.ranged_scale is None else packed.ranged_scale.float(),
-        zero_point=zero_point,
+        zero_point=torch.zeros_like(ones) if zero_point is None else zero_point,
     )
     return Coded(grid, codes)
 
@@ -142,7 +129,7 @@ def _pack_allotted(packed: PackedWeight, coded: Coded) -> PackedWeight:
         packed.channel_bits(),
         Grid(grid.row, grid.column, grid.scale, grid.zero_point),
         tiers=packed.tiers,
-        scale_dtype=_dtype_name(factors),
+        scale_dtype=scale_dtype_of(factors),
     )
 
 
@@ -155,28 +142,21 @@ def _read_binary(packed: PackedWeight) -> Coded:
     codes[:, mask] = unpack_codes(packed.codes, n_salient, packed.salient_bits).float()
     column = codes.new_ones(packed.in_features)
     column[~mask] = packed.column_angle.float()
-    row = packed.scale.float()
-    grid = CodeGrid(
-        step=torch.full_like(column, 2.0),
-        center=torch.full_like(column, 0.5),
-        levels=torch.where(mask, 2.0**packed.salient_bits - 1, 1.0),
-        ranged=mask,
-        row=row,
+    grid = grid_of_signs(
+        mask,
+        packed.salient_bits,
+        row=packed.scale.float(),
         column=column,
         mean=packed.mean.float(),
-        scale=packed.salient_scale.float() if n_salient else torch.ones_like(row),
-        zero_point=packed.salient_zero_point.float() if n_salient else torch.zeros_like(row),
+        salient_scale=packed.salient_scale.float(),
+        salient_zero_point=packed.salient_zero_point.float(),
     )
     return Coded(grid, codes)
 
 
 def _pack_binary(packed: PackedWeight, coded: Coded) -> PackedWeight:
     assert isinstance(packed, StructuredBinaryWeight)
-    return pack_codes_on(coded.grid, coded.codes, packed.salient_bits, _dtype_name(packed.scale))
-
-
-def _dtype_name(stored: Tensor) -> str:
-    return next(name for name, dtype in SCALE_DTYPES.items() if dtype == stored.dtype)
+    return pack_codes_on(coded.grid, coded.codes, packed.salient_bits, scale_dtype_of(packed.scale))
 
 
 class _Format(NamedTuple):

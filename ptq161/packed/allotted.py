@@ -142,23 +142,33 @@ class AllottedWeight(PackedWeight):
         """Return the mean bits of a code, without labels, factors and grids."""
         return float(self.channel_bits().double().mean())
 
-    def values(self) -> Tensor:
-        """Return the weight: ``[out, in]`` float32."""
+    def codes(self) -> Tensor:
+        """Return the codes of all channels: ``[out, in]`` float32 whole numbers."""
         bits = self.channel_bits()
-        weight = torch.empty(self.out_features, self.in_features, device=self._device)
+        codes = torch.empty(self.out_features, self.in_features, device=self._device)
         for b in TIERS:
             stored: Tensor | None = getattr(self, f"codes_{b}")
             if stored is not None:
                 channels = bits == b
-                weight[:, channels] = unpack_codes(stored, int(channels.sum()), b).float()
+                codes[:, channels] = unpack_codes(stored, int(channels.sum()), b).float()
+        return codes
+
+    def zero_points(self) -> Tensor | None:
+        """Return the code of zero of each row's 4-bit grid: ``[out, 1]`` float32; None without such channels."""
+        if self.zero_point is None:
+            return None
+        return unpack_codes(self.zero_point, self.out_features, RANGED).float().unsqueeze(1)
+
+    def values(self) -> Tensor:
+        """Return the weight: ``[out, in]`` float32."""
+        bits, weight, zero_points = self.channel_bits(), self.codes(), self.zero_points()
         ranged = bits == RANGED
         if self.row is not None and self.column is not None:
             steps = tier_steps(bits[~ranged])
             weight[:, ~ranged] = (weight[:, ~ranged] - tier_centers(bits[~ranged])) * steps
             weight[:, ~ranged] *= self.row.float() * self.column.float()
-        if self.ranged_scale is not None and self.zero_point is not None:
-            zero_point = unpack_codes(self.zero_point, self.out_features, RANGED).float().unsqueeze(1)
-            weight[:, ranged] = (weight[:, ranged] - zero_point) * self.ranged_scale.float()
+        if self.ranged_scale is not None and zero_points is not None:
+            weight[:, ranged] = (weight[:, ranged] - zero_points) * self.ranged_scale.float()
         return weight
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, scale_dtype_of, stored_scale
 
 
 def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:
@@ -103,7 +103,7 @@ class ScaledLinear(nn.Module):
         packed = self.start.packed
         stored = packed.state_dict()
         for name, value in self._values().items():
-            stored[name] = stored_scale(value, str(stored[name].dtype).removeprefix("torch."))
+            stored[name] = stored_scale(value, scale_dtype_of(stored[name]))
         return packed.with_tensors(stored)
 
     def _values(self) -> dict[str, Tensor]:

@@ -166,6 +166,16 @@ def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
     return stored
 
 
+def scale_dtype_of(stored: Tensor) -> str:
+    """Return the name of the dtype in which scales are stored: the inverse of :func:`stored_scale`'s argument.
+
+    Example:
+        >>> scale_dtype_of(stored_scale(torch.ones(1), "float16"))
+        'float16'
+    """
+    return next(name for name, dtype in SCALE_DTYPES.items() if dtype == stored.dtype)
+
+
 def check_magnitude(weight: Tensor, scale_dtype: str) -> None:
     """Check that a weight is large enough for scales with most of their digits; a part of it may be as small as it is.
 

@@ -80,6 +80,11 @@ class CodeGrid(NamedTuple):
         """Return what codes ``[out, in]`` stand for."""
         return self.scales() * (codes - self.offsets()) + self.shift()
 
+    def scaled(self, size: float) -> CodeGrid:
+        """Return the grid of ``size`` times the weight."""
+        mean = None if self.mean is None else self.mean * size
+        return self._replace(row=self.row * size, scale=self.scale * size, mean=mean)
+
     def stored(self, scale_dtype: str) -> CodeGrid:
         """Return the grid with its factors, mean and step rounded to ``scale_dtype``."""
 

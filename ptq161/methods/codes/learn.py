@@ -13,21 +13,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_rate
+from ptq161.methods.base import Method, Window, check_rate
 from ptq161.methods.blockwise import replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
 from ptq161.packed.weight import PackedWeight
 
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
-BETAS = (0.9, 0.95)
-"""Of AdamW, for latents and factors."""
+_BETAS = (0.9, 0.95)
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
@@ -47,9 +46,9 @@ class Learning:
         compute_dtype: of matrix products.
 
     Example:
-        >>> rates = {"code_lr": 1e-2, "factor_lr": 1e-3}
-        >>> Learning(epochs=4, batch_size=4, held_out=0.0625, compute_dtype="float32", **rates).epochs
-        4
+        >>> import ptq161
+        >>> Learning.of(ptq161.Waterfill(epochs=3)).epochs
+        3
     """
 
     epochs: int
@@ -59,20 +58,21 @@ class Learning:
     held_out: float
     compute_dtype: str
 
+    def __post_init__(self) -> None:
+        """Reject rates that are negative or not finite, and a share that is out of range."""
+        check_rate("method.code_lr", self.code_lr)
+        check_rate("method.factor_lr", self.factor_lr)
+        if not 0 <= self.held_out <= 0.5:
+            raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
 
-def check_learning(code_lr: float, factor_lr: float, held_out: float) -> None:
-    """Check the settings of a method with learned codes.
+    @classmethod
+    def of(cls, method: Method) -> Self:
+        """Read the settings off a method that has them all.
 
-    Raises:
-        UserError: a rate is negative or not finite, or the share that is held out is out of range.
-
-    Example:
-        >>> check_learning(code_lr=1e-2, factor_lr=1e-3, held_out=0.0625)
-    """
-    check_rate("method.code_lr", code_lr)
-    check_rate("method.factor_lr", factor_lr)
-    if not 0 <= held_out <= 0.5:
-        raise UserError(f"method.held_out={held_out}: use a share of the windows from 0 to 0.5.")
+        Raises:
+            UserError: one is out of range.
+        """
+        return cls(**{field.name: getattr(method, field.name) for field in dataclasses.fields(cls)})
 
 
 def relative_errors(output: Tensor, target: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def _optimizer(layers: Mapping[str, LatentLinear], settings: Learning) -> torch.
     groups: list[dict[str, Any]] = [{"params": [layer.latent], "lr": settings.code_lr} for layer in layers.values()]
     factors = [p for layer in layers.values() for p in layer.parameters() if p is not layer.latent]
     groups.append({"params": factors, "lr": settings.factor_lr})
-    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
 
 
 def damp(groups: Iterable[MutableMapping[str, Any]]) -> None:

@@ -74,6 +74,37 @@ def quantize_salient(
     return uniform_codes(salient, scale, zero_point, bits), scale, zero_point
 
 
+def nearest_codes(
+    weight: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    salient_bits: int = 4,
+    salient_range: str = "row",
+    scale_dtype: str = "float32",
+) -> Tensor:
+    """Return the codes of the released code: the sign of ``W - mean`` (Eq. 2), and the nearest salient codes.
+
+    Args:
+        weight: ``[out, in]``.
+        mask: ``[in]`` bool, True for salient channels.
+        mean: ``[out, 1]``.
+        salient_bits: bits of a salient code.
+        salient_range: see :func:`quantize_salient`.
+        scale_dtype: the salient codes are chosen against the scale as it is stored.
+
+    Returns:
+        ``[out, in]`` uint8, 1 for +1 and 0 for -1 where not salient.
+
+    Example:
+        >>> weight, mask = torch.tensor([[1.0, -3.0, 9.0, 2.0]]), torch.tensor([False, False, True, False])
+        >>> nearest_codes(weight, mask, torch.zeros(1, 1)).tolist()
+        [[1, 0, 15, 1]]
+    """
+    codes = (weight.float() >= mean).to(torch.uint8)
+    codes[:, mask] = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)[0]
+    return codes
+
+
 def pack_weight(
     weight: Tensor,
     mask: Tensor,
@@ -112,16 +143,17 @@ def pack_weight(
     """
     # Section 3.2: what the mask names keeps salient_bits.
     check_magnitude(weight, scale_dtype)
-    nearest, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
+    _, salient_scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
+    if codes is None:
+        codes = nearest_codes(weight, mask, mean, salient_bits, salient_range, scale_dtype)
     return StructuredBinaryWeight.pack(
         mask=mask,
-        # Eq. 2: scale * sign(W - mean) + mean.
-        sign=weight[:, ~mask].float() >= mean if codes is None else codes[:, ~mask] > 0,
+        sign=codes[:, ~mask] > 0,
         # Eq. 5 multiplies it by r1 and r2; r1 is the row's own, like scale and mean, and is stored in them.
         scale=scale * row_angle,
         mean=mean * row_angle,
         column_angle=column_angle.flatten()[~mask],
-        codes=nearest if codes is None else codes[:, mask].to(torch.uint8),
+        codes=codes[:, mask].to(torch.uint8),
         salient_scale=salient_scale,
         salient_zero_point=zero_point,
         salient_bits=salient_bits,

@@ -38,20 +38,58 @@ def binary_grid(
     weight = weight.float()
     check_magnitude(weight, scale_dtype)
     mean, row = initial_scales(weight, mask)
-    _, scale, zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
-    if not bool(mask.any()):
-        scale, zero_point = torch.ones_like(row), torch.zeros_like(row)
-    return CodeGrid(
-        step=torch.full_like(weight[0], 2.0),
-        center=torch.full_like(weight[0], 0.5),
-        levels=torch.where(mask, 2.0**salient_bits - 1, 1.0),
-        ranged=mask,
+    _, salient_scale, salient_zero_point = quantize_salient(weight, mask, salient_bits, salient_range, scale_dtype)
+    return grid_of_signs(
+        mask,
+        salient_bits,
         row=row,
         # Columns that are all zero stay so, which pruning relies on.
         column=((weight != 0).any(0) | mask).float(),
         mean=mean,
-        scale=scale,
-        zero_point=zero_point,
+        salient_scale=salient_scale,
+        salient_zero_point=salient_zero_point,
+    )
+
+
+def grid_of_signs(
+    mask: Tensor,
+    salient_bits: int,
+    *,
+    row: Tensor,
+    column: Tensor,
+    mean: Tensor,
+    salient_scale: Tensor,
+    salient_zero_point: Tensor,
+) -> CodeGrid:
+    """Return the grid of signs and salient codes.
+
+    Args:
+        mask: ``[in]`` bool, True for salient channels.
+        salient_bits: bits of a salient code.
+        row: ``[out, 1]``, scale of each row of signs.
+        column: ``[in]``, factor of each channel of signs; read where not salient.
+        mean: ``[out, 1]``.
+        salient_scale: ``[out, 1]``, step of the salient codes; ``[out, 0]`` where there are none.
+        salient_zero_point: the same shape, code of zero.
+
+    Example:
+        >>> one, none = torch.ones(1, 1), torch.ones(1, 0)
+        >>> parts = {"row": 2 * one, "column": torch.ones(2), "mean": one, "salient_scale": none}
+        >>> grid = grid_of_signs(torch.tensor([False, False]), 4, salient_zero_point=none, **parts)
+        >>> grid.values(torch.tensor([[0.0, 1.0]])).tolist()
+        [[-1.0, 3.0]]
+    """
+    has_salient = salient_scale.numel() > 0
+    return CodeGrid(
+        step=torch.full_like(column, 2.0),
+        center=torch.full_like(column, 0.5),
+        levels=torch.where(mask, 2.0**salient_bits - 1, 1.0),
+        ranged=mask,
+        row=row,
+        column=column,
+        mean=mean,
+        scale=salient_scale if has_salient else torch.ones_like(row),
+        zero_point=salient_zero_point if has_salient else torch.zeros_like(row),
     )
 
 

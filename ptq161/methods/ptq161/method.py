@@ -28,7 +28,7 @@ from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
-from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, check_learning, compensated_codes, learn_codes
+from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, compensated_codes, learn_codes
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
@@ -134,7 +134,7 @@ class PTQ161:
         check_choice("method.salient_range", self.salient_range, SALIENT_RANGES)
         check_choice("method.saliency", self.saliency, SALIENCIES)
         check_choice("method.codes", self.codes, CODES)
-        check_learning(self.code_lr, self.factor_lr, self.held_out)
+        Learning.of(self)
         check_damping(self.damping)
 
     def nominal_bits(self) -> float:
@@ -203,15 +203,7 @@ class PTQ161:
         def pack(_: str, layer: LatentLinear) -> PackedWeight:
             return pack_latent(layer, self.salient_bits, self.scale_dtype)
 
-        settings = Learning(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            code_lr=self.code_lr,
-            factor_lr=self.factor_lr,
-            held_out=self.held_out,
-            compute_dtype=self.compute_dtype,
-        )
-        return learn_codes(window, layers, settings, pack)
+        return learn_codes(window, layers, Learning.of(self), pack)
 
     def _masks(self, window: Window) -> dict[str, Tensor]:
         """Choose each linear's salient channels; linears that share an input share their activation scale."""
@@ -229,13 +221,14 @@ class PTQ161:
         """Return the optimizer's parameter groups, and freeze what is not learned."""
         scales = [layer.scale for layer in layers.values()]
         angles = [angle for layer in layers.values() for angle in (layer.row_angle, layer.column_angle)]
-        for parameter in scales:
-            parameter.requires_grad_(self.learn_scale)
         means = [layer.mean for layer in layers.values()]
-        for parameter in means:
-            parameter.requires_grad_(self.learn_mean)
-        for parameter in angles:
-            parameter.requires_grad_(self.learn_angles)
+        for parameters, is_learned in (
+            (scales, self.learn_scale),
+            (means, self.learn_mean),
+            (angles, self.learn_angles),
+        ):
+            for parameter in parameters:
+                parameter.requires_grad_(is_learned)
         groups = self._scale_groups(window, layers) if self.learn_scale else []
         groups += [{"params": angles, "lr": self.angle_lr}] if self.learn_angles else []
         return groups + ([{"params": means, "lr": self.scale_lr}] if self.learn_mean else [])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq161.methods.ptq161.binarization import initial_scales, pack_weight, quantize_salient
+from ptq161.methods.ptq161.binarization import initial_scales, nearest_codes, pack_weight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 
 
@@ -69,9 +69,7 @@ class BinaryLinear(nn.Module):
         self.compute_dtype = compute_dtype
         mean, scale = initial_scales(self.weight, mask)
         if codes is None:  # kept, since a mean that is learned must not move the signs
-            codes = torch.empty_like(self.weight, dtype=torch.uint8)
-            codes[:, ~mask] = (self.weight[:, ~mask] >= mean).to(torch.uint8)
-            codes[:, mask] = quantize_salient(self.weight, mask, salient_bits, salient_range, scale_dtype)[0]
+            codes = nearest_codes(self.weight, mask, mean, salient_bits, salient_range, scale_dtype)
         self.codes = codes
         out_features, in_features = self.weight.shape
         self.mean = nn.Parameter(mean)

@@ -18,15 +18,7 @@ from torch import Tensor
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
-from ptq161.methods.codes import (
-    CODES,
-    LatentLinear,
-    Learning,
-    check_learning,
-    compensated_codes,
-    fit_grid,
-    learn_codes,
-)
+from ptq161.methods.codes import CODES, LatentLinear, Learning, compensated_codes, fit_grid, learn_codes
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.waterfill.allotment import allot, channel_energy, check_budget
@@ -99,7 +91,7 @@ class Waterfill:
             value = getattr(self, name.removeprefix("method."))
             if value < least:
                 raise UserError(f"{name}={value}: use at least {least}.")
-        check_learning(self.code_lr, self.factor_lr, self.held_out)
+        Learning.of(self)
 
     @property
     def needs_plan(self) -> bool:
@@ -143,15 +135,7 @@ class Waterfill:
             return AllottedWeight.pack(codes, bits[name], factors, tiers=list(self.tiers), scale_dtype=self.scale_dtype)
 
         if self.codes == "learned" and self.epochs:  # 4
-            settings = Learning(
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                code_lr=self.code_lr,
-                factor_lr=self.factor_lr,
-                held_out=self.held_out,
-                compute_dtype=self.compute_dtype,
-            )
-            return learn_codes(window, layers, settings, pack)
+            return learn_codes(window, layers, Learning.of(self), pack)
         return {name: pack(name, layer) for name, layer in layers.items()}
 
     def _allotted(self, window: Window, name: str, hessian: Tensor) -> Tensor:
