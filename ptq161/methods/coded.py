@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ptq161.methods.codes import CodeGrid, LatentLinear
 from ptq161.methods.ptq161.coding import grid_of_signs, pack_codes_on
 from ptq161.packed.allotted import RANGED, AllottedWeight, Grid, tier_centers, tier_steps
-from ptq161.packed.bits import unpack_codes, unpack_plane
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.weight import PackedWeight, scale_dtype_of
 
@@ -100,7 +99,7 @@ def repack(packed: PackedWeight, layer: LatentLinear) -> PackedWeight:
 
 def _read_allotted(packed: PackedWeight) -> Coded:
     assert isinstance(packed, AllottedWeight)
-    bits, codes, zero_point = packed.channel_bits(), packed.codes(), packed.zero_points()
+    bits, codes, zero_point = packed.channel_bits(), packed.unpacked_codes(), packed.zero_points()
     ones, ranged = codes.new_ones(packed.out_features, 1), bits == RANGED
     column = codes.new_ones(packed.in_features)
     if packed.column is not None:
@@ -137,9 +136,7 @@ def _read_binary(packed: PackedWeight) -> Coded:
     assert isinstance(packed, StructuredBinaryWeight)
     mask = packed.salient_channels()
     n_salient = int(mask.sum())
-    codes = torch.empty(packed.out_features, packed.in_features, device=mask.device)
-    codes[:, ~mask] = unpack_plane(packed.sign, packed.in_features - n_salient).float()
-    codes[:, mask] = unpack_codes(packed.codes, n_salient, packed.salient_bits).float()
+    codes = packed.unpacked_codes()
     column = codes.new_ones(packed.in_features)
     column[~mask] = packed.column_angle.float()
     grid = grid_of_signs(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.packed.bits import pack_codes, unpack_codes
+from ptq161.packed.bits import merge_columns, pack_codes, unpack_codes
 from ptq161.packed.weight import PackedWeight, stored_scale
 
 TIERS = (1, 2, 3, 4)
@@ -142,16 +142,16 @@ class AllottedWeight(PackedWeight):
         """Return the mean bits of a code, without labels, factors and grids."""
         return float(self.channel_bits().double().mean())
 
-    def codes(self) -> Tensor:
+    def unpacked_codes(self) -> Tensor:
         """Return the codes of all channels: ``[out, in]`` float32 whole numbers."""
         bits = self.channel_bits()
-        codes = torch.empty(self.out_features, self.in_features, device=self._device)
+        parts = []
         for b in TIERS:
             stored: Tensor | None = getattr(self, f"codes_{b}")
             if stored is not None:
                 channels = bits == b
-                codes[:, channels] = unpack_codes(stored, int(channels.sum()), b).float()
-        return codes
+                parts.append((unpack_codes(stored, int(channels.sum()), b), channels))
+        return merge_columns(parts)
 
     def zero_points(self) -> Tensor | None:
         """Return the code of zero of each row's 4-bit grid: ``[out, 1]`` float32; None without such channels."""
@@ -161,15 +161,15 @@ class AllottedWeight(PackedWeight):
 
     def values(self) -> Tensor:
         """Return the weight: ``[out, in]`` float32."""
-        bits, weight, zero_points = self.channel_bits(), self.codes(), self.zero_points()
+        bits, zero_points = self.channel_bits(), self.zero_points()
         ranged = bits == RANGED
+        offsets, factors = tier_centers(bits), torch.ones((), device=bits.device)
         if self.row is not None and self.column is not None:
-            steps = tier_steps(bits[~ranged])
-            weight[:, ~ranged] = (weight[:, ~ranged] - tier_centers(bits[~ranged])) * steps
-            weight[:, ~ranged] *= self.row.float() * self.column.float()
+            factors = self.row.float() * torch.ones_like(offsets).masked_scatter(~ranged, self.column.float())
         if self.ranged_scale is not None and zero_points is not None:
-            weight[:, ranged] = (weight[:, ranged] - zero_points) * self.ranged_scale.float()
-        return weight
+            offsets = torch.where(ranged, zero_points, offsets)
+            factors = torch.where(ranged, self.ranged_scale.float(), factors)
+        return (self.unpacked_codes() - offsets) * tier_steps(bits) * factors
 
     @property
     def _device(self) -> torch.device:

@@ -6,6 +6,8 @@ written in the order of the codes, the least significant bit of a code and of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,23 @@ def unpack_plane(packed: Tensor, n: int) -> Tensor:
         [[True, False, True]]
     """
     return unpack_codes(packed, n, 1).bool()
+
+
+def merge_columns(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the columns of several tensors in one: ``[out, in]`` float32.
+
+    Args:
+        parts: pairs of ``[out, n]``, of any dtype, and the ``[in]`` bool mask of the columns that it holds; every
+            column belongs to one.
+
+    Example:
+        >>> odd = torch.tensor([False, True, False])
+        >>> merge_columns([(torch.tensor([[1, 2]]), ~odd), (torch.tensor([[9]]), odd)]).tolist()
+        [[1.0, 9.0, 2.0]]
+    """
+    # Many times as fast as assigning to the columns under each mask, with gradients or without.
+    order = torch.cat([columns.nonzero().flatten() for _, columns in parts])
+    return torch.cat([part.float() for part, _ in parts], dim=1).index_select(1, order.argsort())
 
 
 def _check_bits(bits: int) -> None:

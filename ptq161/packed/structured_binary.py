@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ptq161.packed.bits import pack_codes, pack_plane, unpack_codes, unpack_plane
+from ptq161.packed.bits import merge_columns, pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import uniform_values
 from ptq161.packed.weight import PackedWeight, stored_scale
 
@@ -117,14 +117,19 @@ class StructuredBinaryWeight(PackedWeight):
 
     def values(self) -> Tensor:
         """Return ``[out, in]`` float32."""
+        salient, codes = self.salient_channels(), self.unpacked_codes()
+        # PTQ1.61, Eq. 2 and 5: the row angle is in scale and mean already. A sign is a code of 0 or 1.
+        angle = torch.ones(self.in_features, device=codes.device).masked_scatter(~salient, self.column_angle.float())
+        binary = (self.scale.float() * (2 * codes - 1) + self.mean.float()) * angle
+        if not self.salient_scale.numel():
+            return binary
+        high = uniform_values(codes, self.salient_scale.float(), self.salient_zero_point.float())
+        return torch.where(salient, high, binary)
+
+    def unpacked_codes(self) -> Tensor:
+        """Return the codes, 0 or 1 for a sign: ``[out, in]`` float32."""
         salient = self.salient_channels()
         n_salient = int(salient.sum())
         sign = unpack_plane(self.sign, self.in_features - n_salient)
-        # PTQ1.61, Eq. 2 and 5: the row angle is in scale and mean already.
-        scale, mean = self.scale.float(), self.mean.float()
-        binary = torch.where(sign, mean + scale, mean - scale) * self.column_angle.float()
         codes = unpack_codes(self.codes, n_salient, self.salient_bits)
-        weight = torch.empty(self.out_features, self.in_features, device=self.sign.device)
-        weight[:, ~salient] = binary
-        weight[:, salient] = uniform_values(codes, self.salient_scale.float(), self.salient_zero_point.float())
-        return weight
+        return merge_columns([(sign, ~salient), (codes, salient)])
