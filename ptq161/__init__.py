@@ -15,7 +15,7 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
     run                             one run: configuration, pipeline
     cache                           results that were computed before
     tracking                        the record of a run and its mirror
-    preprocess evaluation           training before the quantization; perplexity, zero-shot tasks
+    preprocess finetune evaluation  training before and after the quantization; perplexity, zero-shot tasks
     training                        the training loop, its losses, its text
     console                         the console that the commands print with
     driver                          a method applied to a model, window by window; the library ends here

@@ -1,4 +1,4 @@
-"""What each result depends on: tokens, a restoration, a quantization, a score and a whole run.
+"""What each result depends on: tokens, a restoration, a quantization, a distillation, a score and a whole run.
 
 Each function returns a fingerprint (:mod:`ptq161.files.fingerprints`), with contents and hashes in the place of paths
 and names. Two computations with one fingerprint have the same result, so the second is not made. What cannot change a
@@ -29,8 +29,8 @@ _LIBRARY = ("torch", "transformers")
 _EVALUATION = (*_LIBRARY, "tokenizers", "lm_eval")
 _TRAINING = ("peft", "accelerate")
 
-_WITHOUT_EFFECT = ("checkpoint_every", "save_merged", "score_merged", "text_file")
-"""Settings of a restoration that do not change the restored weights (the text counts by its content)."""
+_WITHOUT_EFFECT = ("checkpoint_every", "save_merged", "score_merged", "score_before", "text_file")
+"""Settings of a training that do not change the trained weights (the text counts by its content)."""
 
 
 def run(
@@ -39,6 +39,7 @@ def run(
     method: Any | None,
     calibration: Mapping[str, Any] | None,
     preprocess: Mapping[str, Any] | None,
+    finetune: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any],
     full_precision: bool | None,
     seed: int | None,
@@ -53,6 +54,7 @@ def run(
         calibration: the calibration text by content, number and length of its windows; None without a method. Methods
             without data have one too: the output errors in each record are measured on its tokens.
         preprocess: settings and training text by content; None leaves the weights as they are.
+        finetune: settings and training text by content; None leaves the packed weights as they are.
         evaluation: texts and tasks by content, with their limits.
         full_precision: whether the unquantized model is scored too; None without a method.
         seed: None where no random number is drawn.
@@ -64,6 +66,7 @@ def run(
         "method": None if method is None else describe(method),
         "calibration": calibration,
         "preprocess": preprocess,
+        "finetune": finetune,
         "evaluation": evaluation,
         "full_precision": full_precision,
         "seed": seed,
@@ -134,6 +137,68 @@ def restoration(quantized: Fingerprint, *, training: str, settings: Any) -> dict
         "training_tokens": training,
         "preprocess": {key: value for key, value in describe(settings).items() if key not in without_effect},
         "versions": _versions(*_TRAINING),
+    }
+
+
+def distillation(
+    *, packed: str, full_precision: str, tokens: str, settings: Any, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Describe a distillation, the training after a quantization.
+
+    Args:
+        packed: hash of the quantized model.
+        full_precision: hash of the full-precision tensors.
+        tokens: hash of the tokens that it is trained on and of those held out.
+        settings: hyperparameters, a ``Distillation``.
+        seed: of the order of the sequences.
+        device: where it is trained.
+    """
+    return {
+        "packed": packed,
+        "full_precision": full_precision,
+        "tokens": tokens,
+        "finetune": {key: value for key, value in describe(settings).items() if key not in _WITHOUT_EFFECT},
+        "seed": seed,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        **_code(*_LIBRARY, *_TRAINING),
+    }
+
+
+def sampled_text(
+    *,
+    weights: str,
+    config: str,
+    n: int,
+    seq_len: int,
+    first: int | None,
+    dtype: str,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Describe text that a model samples.
+
+    Args:
+        weights: hash of the full-precision tensors.
+        config: key of the model's own config.
+        n: number of sequences.
+        seq_len: tokens of each.
+        first: the token that they begin with; None draws it.
+        dtype: of the arithmetic.
+        seed: of the draws.
+        device: where the model runs.
+    """
+    return {
+        "weights": weights,
+        "config": config,
+        "n": n,
+        "seq_len": seq_len,
+        "first": first,
+        "dtype": dtype,
+        "seed": seed,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        **_code(*_LIBRARY),
     }
 
 

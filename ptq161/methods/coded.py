@@ -135,7 +135,6 @@ def _pack_allotted(packed: PackedWeight, coded: Coded) -> PackedWeight:
 def _read_binary(packed: PackedWeight) -> Coded:
     assert isinstance(packed, StructuredBinaryWeight)
     mask = packed.salient_channels()
-    n_salient = int(mask.sum())
     codes = packed.unpacked_codes()
     column = codes.new_ones(packed.in_features)
     column[~mask] = packed.column_angle.float()

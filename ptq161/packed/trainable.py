@@ -90,7 +90,8 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` in ``compute_dtype`` (any float dtype under autocast) to ``[..., out]``."""
         bias = self.start.bias
-        weight = self.dequantize().to(self.compute_dtype)
+        with torch.autocast(x.device.type, enabled=False):  # a format may have products of its own
+            weight = self.dequantize().to(self.compute_dtype)
         return F.linear(x, weight, None if bias is None else bias.to(self.compute_dtype))
 
     @torch.no_grad()

@@ -104,6 +104,11 @@ class Restoration:
         check_share(self, "dropout")
 
     @property
+    def corpora_read(self) -> list[str]:
+        """All corpora."""
+        return self.corpora
+
+    @property
     def sequences(self) -> int:
         """Sequences of one round."""
         return self.steps * self.accumulation * self.batch_size

@@ -90,6 +90,10 @@ class Training(Protocol):
         """Training text, each one of ``ptq161.data.settings.CALIBRATION_SETS``."""
 
     @property
+    def corpora_read(self) -> list[str]:
+        """Those of ``corpora`` that are read: none where the text is sampled."""
+
+    @property
     def text_file(self) -> str | None:
         """The file of the corpus ``text_file``."""
 

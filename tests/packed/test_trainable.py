@@ -155,6 +155,13 @@ def test_a_bias_and_a_dtype() -> None:
         assert torch.equal(layer(x.float()), layer(x))
 
 
+def test_the_weight_is_exact_under_autocast() -> None:
+    """The rotations of QuIP are products of their own."""
+    packed, eye = packed_by("quip"), torch.eye(64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ScaledLinear(packed, None, torch.bfloat16)(eye).T, packed.dequantize().bfloat16())
+
+
 def test_the_exponent_of_a_weight_is_kept() -> None:
     packed = packed_by("rtn").scaled(-20)
     assert torch.equal(scaled(packed).dequantize(), packed.dequantize())

@@ -6,6 +6,16 @@ whose codes are learned, ``learn`` the learning itself, window by window.
 
 from ptq161.methods.codes.grid import CodeGrid, compensated_codes, fit_grid
 from ptq161.methods.codes.latent import LatentLinear
-from ptq161.methods.codes.learn import CODES, Learning, learn_codes
+from ptq161.methods.codes.learn import BETAS, CODES, Learning, damp, learn_codes
 
-__all__ = ["CODES", "CodeGrid", "LatentLinear", "Learning", "compensated_codes", "fit_grid", "learn_codes"]
+__all__ = [
+    "BETAS",
+    "CODES",
+    "CodeGrid",
+    "LatentLinear",
+    "Learning",
+    "compensated_codes",
+    "damp",
+    "fit_grid",
+    "learn_codes",
+]

@@ -26,7 +26,7 @@ from ptq161.packed.weight import PackedWeight
 
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
-_BETAS = (0.9, 0.95)
+BETAS = (0.9, 0.95)
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
@@ -199,7 +199,7 @@ def _optimizer(layers: Mapping[str, LatentLinear], settings: Learning) -> torch.
     groups: list[dict[str, Any]] = [{"params": [layer.latent], "lr": settings.code_lr} for layer in layers.values()]
     factors = [p for layer in layers.values() for p in layer.parameters() if p is not layer.latent]
     groups.append({"params": factors, "lr": settings.factor_lr})
-    return torch.optim.AdamW(groups, betas=_BETAS, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def damp(groups: Iterable[MutableMapping[str, Any]]) -> None:

@@ -1,0 +1,124 @@
+"""The student: a quantized model whose stored values are trained, and its way back to bytes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+from ptq161.driver.windows import moved
+from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.layers import CodedLinear, RelativeWeight
+from ptq161.methods.codes import BETAS
+from ptq161.models.architectures import blocks_path
+from ptq161.numerics import COMPUTE_DTYPES
+from ptq161.packed.linear import PackedLinear
+from ptq161.packed.model import cast_rest, packed_linears
+from ptq161.packed.trainable import ScaledLinear
+from ptq161.packed.weight import PackedWeight
+
+_WEIGHT = "weight"
+
+
+class TrainedLinear(Protocol):
+    """A linear in training: :class:`ScaledLinear` or :class:`CodedLinear`."""
+
+    def repack(self) -> PackedWeight:
+        """Return what it has learned, in as many bytes as it began with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A quantized model in training.
+
+    Attributes:
+        model: a copy of it, in the compute dtype, on the device of the training.
+        linears: those in training, by module path.
+        norms: the parametrization of each norm's weight, by the module path of the norm.
+    """
+
+    model: PreTrainedModel
+    linears: dict[str, TrainedLinear]
+    norms: dict[str, RelativeWeight]
+
+    def optimizer(self, distillation: Distillation) -> torch.optim.Optimizer:
+        """Return AdamW over all that is trained: gains in the first group, then the latents of a linear in each."""
+        gains: list[nn.Parameter] = []
+        latents: list[nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (latents if name.endswith(".latent") else gains).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": gains, "lr": distillation.lr}]
+        groups += [{"params": [latent], "lr": distillation.code_lr} for latent in latents]
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def store(self, packed: PreTrainedModel) -> None:
+        """Write what was learned into the quantized model, in the dtypes in which it is stored.
+
+        Raises:
+            UserError: a value leaves the range of its dtype; the model is as it was then.
+        """
+        learned = {name: linear.repack() for name, linear in self.linears.items()}
+        for name, weight in learned.items():
+            before = packed.get_submodule(name)
+            assert isinstance(before, PackedLinear)
+            home = next(before.buffers()).device
+            packed.set_submodule(name, PackedLinear(moved(weight, home), before.bias).train(before.training))
+        for name, relative in self.norms.items():
+            gain = self.model.get_parameter(f"{name}.parametrizations.{_WEIGHT}.original")
+            packed.get_submodule(name).get_parameter(_WEIGHT).copy_(relative.value(gain))
+
+
+def make_student(
+    packed: PreTrainedModel, teacher: PreTrainedModel, distillation: Distillation, device: torch.device
+) -> Student:
+    """Return a copy of a quantized model in which only what ``distillation`` names is trained.
+
+    Args:
+        packed: the quantized model.
+        teacher: the full-precision model on ``device``, its experts split where codes are learned.
+        distillation: hyperparameters.
+        device: of the training.
+    """
+    dtype = COMPUTE_DTYPES[distillation.compute_dtype]
+    model = copy.deepcopy(packed)
+    cast_rest(model, dtype)
+    model.requires_grad_(False)
+    model.eval()
+    nn.Module.to(model, device)
+    linears: dict[str, TrainedLinear] = {}
+    for name, layer in packed_linears(model).items():
+        trained: ScaledLinear | CodedLinear
+        if distillation.update == "codes":
+            linear = teacher.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            trained = CodedLinear(layer.packed, linear, layer.bias, dtype)
+        else:
+            trained = ScaledLinear(layer.packed, layer.bias, dtype)
+        linears[name] = trained
+        model.set_submodule(name, trained.eval())
+    norms = {}
+    for name, norm in _norms(model).items() if distillation.train_norms else ():
+        # From the quantized model itself: the copy's weight has been rounded to the compute dtype.
+        norms[name] = RelativeWeight(packed.get_submodule(name), dtype).to(device)
+        norm.register_parameter(_WEIGHT, nn.Parameter(torch.zeros_like(norms[name].start)))  # the gain
+        # unsafe: the weight has another dtype than the gain.
+        parametrize.register_parametrization(norm, _WEIGHT, norms[name], unsafe=True)
+    return Student(model, linears, norms)
+
+
+def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the norms of the language model, of whatever class: the modules whose weight is a vector."""
+    home = blocks_path(model).rpartition(".")[0]
+    found = {}
+    for name, module in model.get_submodule(home).named_modules(prefix=home):
+        weight = module._parameters.get(_WEIGHT)
+        if weight is not None and weight.ndim == 1:
+            found[name] = module
+    return found
