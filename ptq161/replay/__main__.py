@@ -37,14 +37,16 @@ from ptq161.tracking.layout import SCHEMA_VERSION
 from ptq161.tracking.read import RunData, read_run
 
 _REPORT = "replay.json"
-_NOT_QUANTIZED: Mapping[str, Any] = {
+_LACKING: Mapping[str, Any] = {
     "method": {"name": "none"},
     "mask_ratio": 0.0,
     "block_size": 1,
     "calib": {"name": "squad", "n_samples": 1, "seq_len": 2},
     "preprocess": {"name": "none"},
+    "finetune": {"name": "none"},
 }
-"""Settings that the schema requires but the record of a packed checkpoint's evaluation lacks; they have no effect."""
+"""Settings that the schema requires but a record may lack: that of a packed checkpoint's evaluation, on which they have
+no effect, and that of a run before there was any finetuning."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +136,7 @@ def _replayed_config(recorded: RunData) -> dict[str, Any]:
 
     A dtype of ``auto`` becomes the recorded one; a device of ``auto`` is resolved on this machine.
     """
-    config = {**_NOT_QUANTIZED, **copy.deepcopy(recorded.config)}
+    config = {**_LACKING, **copy.deepcopy(recorded.config)}
     method, dtype = config["method"], recorded.manifest.get("dtype")
     if config.get("dtype") == "auto" and dtype:
         config["dtype"] = dtype

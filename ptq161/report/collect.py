@@ -23,6 +23,8 @@ from ptq161.tracking.read import RunData, read_run
 
 FULL_PRECISION = "none"
 """The method of a run that quantizes nothing."""
+TRAININGS = {"preprocess": "+preprocessing", "finetune": "+finetuning"}
+"""Group of a training -> what follows the name of the method of a run that has one."""
 _STORED = "stored checkpoint"
 """The method of a run that evaluates a packed checkpoint as it is."""
 
@@ -33,13 +35,15 @@ class Run:
 
     Attributes:
         run_dir: its record; None for scores that no run of its own stands behind.
-        method: name of the method, with ``+preprocessing`` where the weights were preprocessed.
+        method: name of the method, with ``+preprocessing`` where the weights were preprocessed, and ``+finetuning``
+            where what is packed was.
         model: name of the model.
         config: the resolved configuration, flat: ``calib.n_samples`` -> 32.
         metrics: flat name -> value, sizes among them.
         standard_errors: the same names -> standard error, where the protocol has one.
         full_precision: the same names -> value of the unquantized model; empty where it was not scored.
         merged: the same names -> value of the preprocessed, unquantized model; empty where there is none.
+        before_finetune: the quantized model before it was finetuned, as a run; None where it was not, or not scored.
         seconds: stage -> seconds.
         peak_memory_bytes: of the process, at its largest.
         commit: git commit of the sources, with ``+`` where they had been changed since.
@@ -58,6 +62,7 @@ class Run:
     standard_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     full_precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
     merged: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    before_finetune: Run | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     peak_memory_bytes: float | None = None
     commit: str | None = None
@@ -140,7 +145,7 @@ def _run(data: RunData, problems: list[str]) -> Run:
     if "model.name" not in config:
         raise UserError("its configuration does not name the model.")
     memory = {key: value for key, value in data.results.items() if key == "peak_memory_bytes"}
-    return Run(
+    run = Run(
         run_dir=data.run_dir,
         method=_method(config),
         model=str(config["model.name"]),
@@ -162,6 +167,25 @@ def _run(data: RunData, problems: list[str]) -> Run:
         started=_text(data.manifest.get("start")),
         reused_from=_text((data.manifest.get("reused_from") or {}).get("run_dir")),
     )
+    before = _numbers(data, data.results.get("before_finetune", {}), problems)
+    return dataclasses.replace(run, before_finetune=_before_finetune(run, before, data.manifest)) if before else run
+
+
+def _before_finetune(run: Run, metrics: Mapping[str, float], manifest: Mapping[str, Any]) -> Run:
+    """Return the first part of a run, up to the quantized model, as a run."""
+    config = {key: value for key, value in run.config.items() if not key.startswith("finetune.")}
+    config["finetune.name"] = "none"
+    return Run(
+        run_dir=None,
+        method=_method(config),
+        model=run.model,
+        config=config,
+        metrics=metrics,
+        commit=run.commit,
+        seed=run.seed,
+        calibration_text=text_seen(config, manifest),
+        identity=f"before {run.identity}",
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -177,7 +201,10 @@ def _unfinished(manifest: Mapping[str, Any]) -> str:
 
 def _method(config: Mapping[str, Any]) -> str:
     name = str(config.get("method.name", _STORED))
-    return name if config.get("preprocess.name", "none") == "none" else f"{name}+preprocessing"
+    for group, suffix in TRAININGS.items():
+        if config.get(f"{group}.name", "none") != "none":
+            name += suffix
+    return name
 
 
 def _commit(git: Mapping[str, Any] | None) -> str | None:

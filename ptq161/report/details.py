@@ -18,6 +18,8 @@ MOST_RUNS = 40
 _PLACES = {
     "loss": ("epoch", "block"),
     "preprocess_loss": ("round", "step"),
+    "finetune_loss": ("step",),
+    "finetune_held_out_loss": ("step",),
     "output_error": ("kind", "block"),
     "salient_channels": ("kind", "block"),
     "code_bits": ("kind", "block"),
@@ -65,10 +67,10 @@ def read_details(runs: Mapping[str, Run], problems: list[str]) -> dict[str, pd.D
         problems: takes a sentence for each line that cannot be read.
 
     Returns:
-        ``loss``, ``preprocess_loss``, ``output_error`` (relative squared, of a linear's outputs), ``salient_channels``,
-        ``code_bits`` (mean bits of a linear's codes) and ``seconds`` -> a row per number: ``label`` of its run,
-        ``value``, and what it belongs to: ``epoch`` or ``round``, ``step``, ``kind`` of linear such as ``q_proj``,
-        ``block`` (of a window, its first).
+        ``loss``, ``preprocess_loss``, ``finetune_loss``, ``finetune_held_out_loss``, ``output_error`` (relative
+        squared, of a linear's outputs), ``salient_channels``, ``code_bits`` (mean bits of a linear's codes) and
+        ``seconds`` -> a row per number: ``label`` of its run, ``value``, and what it belongs to: ``epoch`` or
+        ``round``, ``step``, ``kind`` of linear such as ``q_proj``, ``block`` (of a window, its first).
     """
     lines = [
         line | {"label": label}

@@ -89,7 +89,7 @@ def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> Result
     """
     runs = _without_repetitions(runs, [] if problems is None else problems)
     quantized = [run for run in runs if run.method != FULL_PRECISION]
-    kinds = {FULL: _full_precision(runs), RESTORED: _restored(quantized), QUANTIZED: quantized}
+    kinds = {FULL: _full_precision(runs), RESTORED: _restored(quantized), QUANTIZED: [*quantized, *_before(quantized)]}
     shown = [run for found in kinds.values() for run in found]
     table = pd.DataFrame([vars(run) | {"run": run, "seconds": run.total_seconds} for run in shown], dtype=object)
     table = table.assign(kind=[kind for kind, found in kinds.items() for _ in found])
@@ -186,6 +186,20 @@ def _restored(runs: Sequence[Run]) -> list[Run]:
         rows = [_unquantized(run, method, run.merged, f"restored {identity}") for run in restored]
         found.setdefault(repr((method, restored[0].model, scores)), rows)
     return [run for rows in found.values() for run in rows]
+
+
+def _before(runs: Sequence[Run]) -> list[Run]:
+    """Return the quantized models before they were finetuned, but for those that another result shows already."""
+
+    def facts(run: Run) -> str:
+        return repr((run.method, run.model, run.seed, sorted(run.metrics.items())))
+
+    shown, found = {facts(run) for run in runs}, []
+    for run in runs:
+        if run.before_finetune is not None and (mine := facts(run.before_finetune)) not in shown:
+            shown.add(mine)
+            found.append(run.before_finetune)
+    return found
 
 
 def _unquantized(run: Run, method: str, metrics: Mapping[str, float], identity: str) -> Run:

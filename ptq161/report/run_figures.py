@@ -50,6 +50,17 @@ def preprocess_figure(loss: pd.DataFrame) -> go.Figure:
     return add(panels(1), 0, lines, titled("step"), titled("preprocessing loss"))
 
 
+def finetune_figure(loss: pd.DataFrame) -> go.Figure:
+    """Draw the loss of the finetuning against its steps, a line for each run, dotted on what is held out."""
+    colors, lines = cycled(loss.label), list[go.Scatter]()
+    for held_out, steps in loss.groupby("held_out"):
+        name = steps.label + (", held out" if held_out else "")
+        named = dict(zip(name, steps.label.map(colors), strict=True))
+        style = {"mode": "lines+markers", "line_dash": "dot"} if held_out else {"mode": "lines", "opacity": 0.5}
+        lines += _lines(steps.assign(name=name), "step", "name", named, **style)
+    return add(panels(1), 0, lines, titled("step"), titled("finetuning loss"))
+
+
 def block_seconds_figure(seconds: pd.DataFrame) -> go.Figure:
     """Draw the seconds that each run took for each decoder block."""
     return _over_blocks(_lines(seconds, "block", "label", cycled(seconds.label)), "seconds")

@@ -105,7 +105,8 @@ def variants_figure(results: Results, x: str, metrics: Sequence[str]) -> go.Figu
     """Draw scores in a row per value of ``x``, with a panel per metric; full precision is a dashed line.
 
     Results that share a row have colors by what else they differ in. Of methods, the row is the quantizer's alone:
-    with and without preprocessing are colors. A hollow point is a preprocessed model before it is quantized.
+    with and without preprocessing and finetuning are colors. A hollow point is a preprocessed model before it is
+    quantized.
 
     Args:
         results: to draw.
@@ -282,13 +283,14 @@ def _hover(frame: pd.DataFrame) -> list[str]:
         lines.append(f"calibration text: {row.calibration_text}")
         if len(row.runs) > 1:
             lines.append(f"seeds {row.seeds.replace(' ', ', ')}")
-        lines.append("/".join(row.runs[0].run_dir.parts[-3:]))
+        if row.runs[0].run_dir is not None:
+            lines.append("/".join(row.runs[0].run_dir.parts[-3:]))
         texts.append("<br>".join(lines))
     return texts
 
 
 def _quantizers(results: Results) -> pd.Series:
-    return results.rows.method.str.removesuffix("+preprocessing")
+    return results.rows.method.str.partition("+")[0]
 
 
 def _groups(results: Results, names: pd.Series, x: str) -> pd.Series:

@@ -130,6 +130,7 @@ def _sweep(results: Results, key: str, metrics: Sequence[str]) -> go.Figure:
 
 def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], part: str) -> list[Section]:
     error, salient, bits = details["output_error"], details["salient_channels"], details["code_bits"]
+    trained, held_out = details["finetune_loss"], details["finetune_held_out_loss"]
     error_maps = functools.partial(
         run_figures.heat_maps,
         name="relative error",
@@ -159,6 +160,16 @@ def _of_blocks(details: Mapping[str, pd.DataFrame], runs: Mapping[str, Run], par
             runs,
             details["preprocess_loss"],
             run_figures.preprocess_figure,
+            all_runs="all runs",
+        ),
+        _of_runs(
+            "finetuning",
+            "Finetuning loss",
+            "Divergence from the full-precision model against the steps of the finetuning; dotted on the sequences "
+            f"that are held out.{part}",
+            runs,
+            pd.concat([trained.assign(held_out=False), held_out.assign(held_out=True)]),
+            run_figures.finetune_figure,
             all_runs="all runs",
         ),
         _of_runs(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-GROUPS = ("model", "method", "calib", "preprocess", "eval")
+GROUPS = ("model", "method", "calib", "preprocess", "finetune", "eval")
 """The configuration that decides a result, beside the seed and the dtype."""
 _SOURCES = ("model.path", "model.repo", "model.revision", "model.asset")
 """Keys of a model that only say where its weights come from."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ptq161.report.collect import TRAININGS
 from ptq161.report.keys import differing_keys
 from ptq161.report.results import FULL, QUANTIZED, Results, method_name, metric_names
 from ptq161.report.texts import comparisons, remark
@@ -205,7 +206,7 @@ def spread_text(metric: str, low: float, high: float, standard_error: float) -> 
 
 
 def _configured(results: Results, key: str) -> pd.Series:
-    is_unread = (results.rows.kind == FULL) & (key.partition(".")[0] in ("calib", "preprocess"))
+    is_unread = (results.rows.kind == FULL) & (key.partition(".")[0] in ("calib", *TRAININGS))
     return results.config[key].mask(is_unread, None)  # configured, but nothing was calibrated
 
 

@@ -10,13 +10,12 @@ import pandas as pd
 
 from ptq161.data.settings import UNIONS
 
-NO_TEXT, UNKNOWN = "none", "unknown"
-"""The text of what needs none, and of what does not say it, as a stored checkpoint."""
+NO_TEXT, UNKNOWN, SAMPLED = "none", "unknown", "sampled from the model"
+"""The text of what needs none, of what does not say it, as a stored checkpoint, and of ``finetune.text=self``."""
 _TEXTS: Mapping[str, list[str]] = {
     "calib.name": [UNKNOWN],
     "preprocess.corpora": [],
     "finetune.corpora": [],
-    "finetune.text": [],
 }
 """Keys that name a text, or a list of texts, from which a run learns -> the texts where the key is missing."""
 TEXT_FREE = ("ptq161.methods.rtn.RTN",)
@@ -46,6 +45,9 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         if config.get(f"{group}.name") == "none":
             continue
         if group == "calib" and config.get("method._target_") in TEXT_FREE:
+            continue
+        if config.get(f"{group}.text") == "self":
+            names.add(SAMPLED)
             continue
         texts = config.get(key) or default
         file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name

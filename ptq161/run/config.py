@@ -19,6 +19,8 @@ from ptq161.checks import check_at_least, check_choice
 from ptq161.data.settings import CalibConfig
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
+from ptq161.finetune.checks import check_learnable
+from ptq161.finetune.distillation import Distillation
 from ptq161.methods.base import Method
 from ptq161.methods.ptq161.saliency import check_mask_ratio
 from ptq161.models.settings import ModelConfig
@@ -44,6 +46,8 @@ class RunConfig:
         method_name: display name, in tables and figures.
         preprocess: None where the weights are quantized as they are (``preprocess=none``).
         preprocess_name: display name, in tables and figures.
+        finetune: None where the quantized weights are evaluated as they are (``finetune=none``).
+        finetune_name: display name, in tables and figures.
         seed: every random number follows from it.
         device: a torch device, ``auto`` resolved.
         dtype: dtype of evaluation and of what is stored beside the packed weights, ``auto`` resolved.
@@ -58,6 +62,8 @@ class RunConfig:
     calib: CalibConfig
     preprocess: Restoration | None
     preprocess_name: str
+    finetune: Distillation | None
+    finetune_name: str
     eval: EvalConfig
     tracker: TrackerConfig
     seed: int
@@ -81,7 +87,8 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     assert isinstance(raw, dict)
     values: dict[str, Any] = {str(k): v for k, v in raw.items() if k != "hydra"}
     hints = get_type_hints(RunConfig)
-    known = [key for key in hints if key not in ("method_name", "preprocess_name", "dtype_reason")] + [*_INTERPOLATED]
+    derived = {"method_name", "preprocess_name", "finetune_name", "dtype_reason"}
+    known = [key for key in hints if key not in derived] + [*_INTERPOLATED]
     if unknown := sorted(set(values) - set(known)):
         raise UserError(f"unknown key {unknown[0]!r}: known are {', '.join(known)}.")
     if missing := [key for key in known if key not in values]:
@@ -90,7 +97,10 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     device = resolve_device(values.pop("device"))
     dtype, reason = resolve_dtype(values.pop("dtype"), device)
     method_name, method = _build_method(values.pop("method"), device)
-    preprocess_name, preprocess = _build_preprocess(values.pop("preprocess"), device, method)
+    preprocess_name, preprocess = _build_training("preprocess", Restoration, values.pop("preprocess"), device, method)
+    finetune_name, finetune = _build_training("finetune", Distillation, values.pop("finetune"), device, method)
+    if finetune is not None and finetune.update == "codes" and method is not None:
+        check_learnable(method, method_name)
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
         for key, value in values.items()
@@ -101,6 +111,8 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
         method_name=method_name,
         preprocess=preprocess,
         preprocess_name=preprocess_name,
+        finetune=finetune,
+        finetune_name=finetune_name,
         device=device,
         dtype=dtype,
         dtype_reason=reason,
@@ -139,20 +151,22 @@ def _build_method(values: dict[str, Any], device: torch.device) -> tuple[str, Me
     return name, method
 
 
-def _build_preprocess(
-    values: dict[str, Any], device: torch.device, method: Method | None
-) -> tuple[str, Restoration | None]:
+def _build_training(
+    group: str, cls: type[_T], values: dict[str, Any], device: torch.device, method: Method | None
+) -> tuple[str, _T | None]:
+    """Return name and settings of a training before or after the quantization; None for ``GROUP=none``."""
     if values.get("compute_dtype") == "auto":
         # Training in float16 would need loss scaling, which the loop does not have.
         resolved = resolve_dtype("auto", device)[0]
         values["compute_dtype"] = "float32" if resolved == "float16" else resolved
     if "_target_" not in values:
-        # debug=smoke sets a few keys of a restoration, even where there is none.
-        values = {key: value for key, value in values.items() if key not in Restoration.__dataclass_fields__}
-    name, restoration = _build_target(values, "preprocess")
-    if restoration is not None and method is None:
-        raise UserError(f"preprocess={name}: method=none quantizes nothing; choose a method, or preprocess=none.")
-    return name, restoration
+        # debug=smoke sets a few keys of a training, even where there is none.
+        fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # _T is a dataclass
+        values = {key: value for key, value in values.items() if key not in fields}
+    name, training = _build_target(values, group)
+    if training is not None and method is None:
+        raise UserError(f"{group}={name}: method=none quantizes nothing; choose a method, or {group}=none.")
+    return name, training
 
 
 def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:

@@ -25,8 +25,8 @@ from ptq161.files.hashing import sha256_of_file
 from ptq161.files.identity import describe, run
 from ptq161.models.loading import hub_commit, is_packed_folder
 from ptq161.models.settings import ModelConfig
-from ptq161.preprocess.restoration import Restoration
 from ptq161.run.config import RunConfig
+from ptq161.training.settings import Training
 
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".tiktoken")
 """Suffixes of the files that make up a model's folder: configuration, weights, tokenizer."""
@@ -61,6 +61,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
         method=method,
         calibration=None if method is None else _calibration(config.calib, sha256),
         preprocess=None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
+        finetune=None if method is None or config.finetune is None else _training(config.finetune, sha256),
         evaluation=_evaluation(config.eval, sha256),
         full_precision=None if method is None else config.eval.full_precision,
         seed=None if method is None else config.seed,
@@ -75,11 +76,9 @@ def text_files(content: Mapping[str, Any]) -> dict[str, str]:
     Args:
         content: of the run, from :func:`identity`.
     """
-    calibration, training = content["calibration"], content["preprocess"]
-    texts = {
-        "calib": [calibration["text"]] if calibration else [],
-        "preprocess": training["corpora"] if training else [],
-    }
+    calibration = content["calibration"]
+    texts = {"calib": [calibration["text"]] if calibration else []}
+    texts |= {group: content[group]["corpora"] if content[group] else [] for group in ("preprocess", "finetune")}
     return {group: text for group, found in texts.items() for text in found if _is_file(text)}
 
 
@@ -107,9 +106,9 @@ def _calibration(config: CalibConfig, sha256: _HashFile) -> dict[str, Any]:
     return {"text": text, "n_samples": config.n_samples, "seq_len": config.seq_len}
 
 
-def _training(config: Restoration, sha256: _HashFile) -> dict[str, Any]:
+def _training(config: Training, sha256: _HashFile) -> dict[str, Any]:
     settings = {k: v for k, v in describe(config).items() if k not in ("corpora", "text_file", "checkpoint_every")}
-    texts = [_text(name, config.text_file, "train", CALIBRATION_INSTEAD, sha256) for name in config.corpora]
+    texts = [_text(name, config.text_file, "train", CALIBRATION_INSTEAD, sha256) for name in config.corpora_read]
     return {**settings, "corpora": texts}
 
 

@@ -5,12 +5,23 @@ The stages are functions of :mod:`ptq161.run.stages`, which also use the cache a
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 from ptq161.methods.base import Method
 from ptq161.run.config import RunConfig
 from ptq161.run.session import Results, RunContext, Session, is_packed_model, run_once
-from ptq161.run.stages import calibrate, load_model, load_packed, open_texts, preprocess, quantize_model, score
+from ptq161.run.stages import (
+    BEFORE_FINETUNE,
+    calibrate,
+    finetune,
+    load_model,
+    load_packed,
+    open_texts,
+    preprocess,
+    quantize_model,
+    score,
+)
 from ptq161.run.summary import print_results
 
 log = logging.getLogger(__name__)
@@ -44,7 +55,8 @@ def _experiment(session: Session) -> Results:
 
 
 def _quantize_and_evaluate(session: Session, method: Method) -> Results:
-    compared, restoration = session.config.eval.full_precision, session.config.preprocess
+    config = session.config
+    compared, restoration, finetuning = config.eval.full_precision, config.preprocess, config.finetune
     results: Results = {"full_precision": {}}
 
     # Texts are opened before the weights are loaded: their errors show within seconds.
@@ -61,7 +73,13 @@ def _quantize_and_evaluate(session: Session, method: Method) -> Results:
             results["merged"] = score(session, weights, texts).metrics
 
     packed = quantize_model(session, weights, texts, calibration, method)
-    # A stage that trains the packed weights would go here.
+
+    # Finetuning: what the packed weights store is distilled from the full-precision model.
+    if finetuning is not None:
+        if finetuning.score_before:
+            before = dataclasses.replace(packed, label=BEFORE_FINETUNE)
+            results["before_finetune"] = score(session, before, texts).metrics
+        packed = finetune(session, packed, texts, method, finetuning)
 
     scores = score(session, packed, texts)
     return {"metrics": scores.metrics, **results, "protocol": scores.protocol}

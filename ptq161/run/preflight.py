@@ -15,11 +15,12 @@ from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.files.paths import absolute_path
 from ptq161.run.config import RunConfig, load_run_config
+from ptq161.training.settings import Training
 
-QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess")
+QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess", "finetune")
 """Keys that configure the quantization; they are refused for a model that is already quantized."""
 
-_PATHS = ("model.path", "calib.text_file", "eval.text_file", "preprocess.text_file")
+_PATHS = ("model.path", "calib.text_file", "eval.text_file", "preprocess.text_file", "finetune.text_file")
 
 
 def make_paths_absolute(cfg: DictConfig, base: str | Path = ".") -> None:
@@ -55,8 +56,9 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         check_text("calib.text_file", config.calib.text_file)
     if "text_file" in config.eval.corpora:
         check_text("eval.text_file", config.eval.text_file)
-    if config.preprocess is not None and "text_file" in config.preprocess.corpora:
-        _check_training_file(config.preprocess.text_file, config.eval)
+    for training in (config.preprocess, config.finetune):
+        if training is not None and "text_file" in training.corpora_read:
+            _check_training_file(training, config.eval)
     if config.model.path is not None:
         _check_model_folder(config.model.path, overrides)
     return config
@@ -101,10 +103,11 @@ def check_writable(setting: str, folder: str, advice: str = "choose a writable d
         raise UserError(f"{setting}={folder} cannot be written ({error.strerror or error}): {advice}.") from error
 
 
-def _check_training_file(file: str | None, evaluation: EvalConfig) -> None:
-    trained = check_text("preprocess.text_file", file)
+def _check_training_file(training: Training, evaluation: EvalConfig) -> None:
+    setting, file = f"{training.names.group}.text_file", training.text_file
+    trained = check_text(setting, file)
     if "text_file" in evaluation.corpora and trained.samefile(check_text("eval.text_file", evaluation.text_file)):
-        raise UserError(f"preprocess.text_file={file} is the file of eval.text_file as well: train on another text.")
+        raise UserError(f"{setting}={file} is the file of eval.text_file as well: train on another text.")
 
 
 def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:

@@ -24,6 +24,9 @@ from ptq161.evaluation.sample import greedy_sample
 from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
+from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.sampling import first_token, sample_text
+from ptq161.finetune.training import distil
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key, decoder_blocks, max_seq_len
 from ptq161.models.checks import check_quantizable, check_seq_len
@@ -36,6 +39,9 @@ from ptq161.packed.model import cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.run.session import Session, timed
+from ptq161.seeding import stage_generator
+from ptq161.training.losses import frozen_copy
+from ptq161.training.settings import Training
 from ptq161.training.text import training_tokens
 
 log = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ class Texts:
         vocabulary: rows of the model's embedding.
         evaluation: perplexity texts and zero-shot tasks.
         training: ``[n, seq_len]`` int64, of the preprocessing; empty without one.
+        distillation: ``[n, seq_len]`` int64, of the finetuning; empty without one, and where its text is sampled.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +65,7 @@ class Texts:
     vocabulary: int
     evaluation: OpenEvaluation
     training: Tensor
+    distillation: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,26 +135,33 @@ def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: Pret
     if not config.corpora and not config.tasks:
         log.warning("eval.corpora and eval.tasks are empty: the run scores nothing but records sizes and a text sample")
     evaluation = open_evaluation(tokenizer, config, longest, vocabulary)
-    training = _training(session, tokenizer, longest)
-    check_tokens(tokenizer, training, vocabulary, "the text of preprocess")
-    return Texts(tokenizer, longest, vocabulary, evaluation, training)
+    trainings = (session.config.preprocess, session.config.finetune)
+    training, distillation = (_training(session, training, tokenizer, longest, vocabulary) for training in trainings)
+    return Texts(tokenizer, longest, vocabulary, evaluation, training, distillation)
 
 
-def _training(session: Session, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> Tensor:
-    config, seed = session.config.preprocess, session.config.seed
+def _training(
+    session: Session, config: Training | None, tokenizer: PreTrainedTokenizerBase, longest: int | None, vocabulary: int
+) -> Tensor:
     if config is None:
         return Tensor()
-    check_seq_len("preprocess.seq_len", config.seq_len, longest)
+    seed, group = session.config.seed, config.names.group
+    check_seq_len(f"{group}.seq_len", config.seq_len, longest)
+    if not config.corpora_read:
+        return Tensor()
     text = {
-        "training": session.identity["preprocess"]["corpora"],
+        "stage": config.names.stage,  # part of what the order of the documents follows from
+        "training": session.identity[group]["corpora"],
         "sequences": config.sequences,
         "seq_len": config.seq_len,
     }
     drawn = identity.tokens(model=session.identity["model"], text=text, seed=seed)
-    return session.stages.tensor("tokens", drawn, lambda: training_tokens(tokenizer, config, seed))
+    tokens = session.stages.tensor("tokens", drawn, lambda: training_tokens(tokenizer, config, seed))
+    check_tokens(tokenizer, tokens, vocabulary, f"the text of {group}")
+    return tokens
 
 
-# --- preprocess, quantize ---------------------------------------------------------------------------------------------
+# --- preprocess, quantize, finetune -----------------------------------------------------------------------------------
 
 
 @timed("preprocess")
@@ -198,7 +213,67 @@ def quantize_model(session: Session, weights: Weights, texts: Texts, calibration
             resume=folder,
         )
     cast_rest(model, COMPUTE_DTYPES[config.dtype])
-    file = save(model, texts.tokenizer, record.run_dir / CHECKPOINT, nominal_bits=method.nominal_bits())
+    return _saved(session, model, texts, method)
+
+
+@timed("finetune")
+def finetune(session: Session, packed: Weights, texts: Texts, method: Method, distillation: Distillation) -> Weights:
+    """Distil the quantized model in place from the full-precision one, and save it as the run's checkpoint."""
+    config, model = session.config, packed.model
+    # Loaded again, since the quantization took the first in place.
+    full = load_weights(config.model)
+    tokens = texts.distillation if distillation.corpora_read else _sampled(session, full, texts, distillation)
+    distilled = identity.distillation(
+        packed=packed.sha256,
+        full_precision=str(session.record.manifest["model_sha256"]),
+        tokens=sha256_of_tensors({"tokens": tokens}),
+        settings=distillation,
+        seed=config.seed,
+        device=config.device,
+    )
+    with session.stages.folder("finetuned", distilled) as folder:
+        distil(
+            model,
+            full,
+            tokens,
+            distillation,
+            folder=folder,
+            on_metric=session.record.metric,
+            seed=config.seed,
+            device=config.device,
+            progress=True,
+        )
+    return _saved(session, model, texts, method)
+
+
+def _sampled(session: Session, full: PreTrainedModel, texts: Texts, distillation: Distillation) -> Tensor:
+    """Sample the finetuning's text from the full-precision model."""
+    config = session.config
+    first = first_token(texts.tokenizer)
+    n, seq_len, dtype = distillation.sequences, distillation.seq_len, distillation.compute_dtype
+    said = identity.sampled_text(
+        weights=str(session.record.manifest["model_sha256"]),
+        config=config_key(full),
+        n=n,
+        seq_len=seq_len,
+        first=first,
+        dtype=dtype,
+        seed=config.seed,
+        device=config.device,
+    )
+
+    def sample() -> Tensor:
+        speaker = frozen_copy(full, COMPUTE_DTYPES[dtype], config.device)
+        generator = stage_generator(config.seed, "sampled text")
+        return sample_text(speaker, n, seq_len, generator, first=first, progress=True)
+
+    return session.stages.tensor("tokens", said, sample)
+
+
+def _saved(session: Session, model: PreTrainedModel, texts: Texts, method: Method) -> Weights:
+    """Save a packed model as the run's checkpoint, in the place of an earlier stage's."""
+    folder = session.record.run_dir / CHECKPOINT
+    file = save(model, texts.tokenizer, folder, nominal_bits=method.nominal_bits(), overwrite=True)
     return _packed(session, model, file)
 
 
@@ -225,7 +300,14 @@ def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
-_CLOCKS = {"full precision": "full_precision", "merged": "merged", "quantized": "evaluate"}
+BEFORE_FINETUNE = "before finetuning"
+"""Label of the quantized model before it is finetuned."""
+_CLOCKS = {
+    "full precision": "full_precision",
+    "merged": "merged",
+    BEFORE_FINETUNE: "before_finetune",
+    "quantized": "evaluate",
+}
 """Label of the model that is scored -> the stage that the time counts for."""
 
 

@@ -43,11 +43,14 @@ def _results_table(results: Mapping[str, Any]) -> Table:
 
 
 def _models(results: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Return the models that a run scored: name -> values. A run has one alone, or compares two or three."""
-    metrics, full, merged = results["metrics"], results["full_precision"], results.get("merged")
+    """Return the models that a run scored: name -> values. A run has one alone, or compares two to four."""
+    metrics, full = results["metrics"], results["full_precision"]
     if metrics == full:  # method=none
         return {"full precision": full}
-    scored = {"full precision": full, "merged": merged, "quantized": metrics}
+    before = results.get("before_finetune")
+    scored = {"full precision": full, "merged": results.get("merged"), "quantized": before or metrics}
+    if before:
+        scored["finetuned"] = metrics
     return {name: values for name, values in scored.items() if values}
 
 

@@ -123,8 +123,8 @@ class _WandbMirror:
     def results(self, results: Mapping[str, Any]) -> None:
         """Put every result into the run's summary, under its own name and a plain one (:func:`_plain_names`)."""
         values = dict(results.get("metrics", {}))
-        values |= {f"full_precision/{name}": value for name, value in results.get("full_precision", {}).items()}
-        values |= {f"merged/{name}": value for name, value in results.get("merged", {}).items()}
+        for model in ("full_precision", "merged", "before_finetune"):
+            values |= {f"{model}/{name}": value for name, value in results.get(model, {}).items()}
         values |= {plain: values[name] for name, plain in _plain_names(values).items()}
         self._guard("log", lambda: self._run.summary.update(values))
 

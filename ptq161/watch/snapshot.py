@@ -25,7 +25,7 @@ STATES = ("running", "starting", "failed", "lost", "interrupted", "waiting", "fi
 """States of a run, and of a job without a record, in the order in which a small terminal shows them."""
 
 _ACTIVE = ("running", "starting", "waiting")
-_LOSSES = ("loss", "preprocess_loss", "preprocess_quantize_loss")
+_LOSSES = ("loss", "preprocess_loss", "preprocess_quantize_loss", "finetune_loss")
 _TAIL_BYTES = 1 << 16
 """Read from the end of a running job's metrics: far more than one window emits."""
 _CLOCK_SECONDS = 60.0
@@ -226,7 +226,7 @@ def _last_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _progress(metric: Mapping[str, Any], n_blocks: int | None) -> str:
     name = str(metric["name"])
-    stage = "preprocess: " if name.startswith("preprocess_") else ""
+    stage = next((f"{group}: " for group in ("preprocess", "finetune") if name.startswith(f"{group}_")), "")
     if "step" in metric:
         return f"{stage}step {metric['step']}"
     if "block" in metric or "linear" in metric:

@@ -45,7 +45,9 @@ FILE = {"calib.name": "text_file", "calib.text_file": "/texts/notes.txt"}
         ({"preprocess.name": "none", "preprocess.corpora": ["drop"]}, {}, "squad"),
         ({"finetune.corpora": ["coqa"]}, {}, "coqa, squad"),
         ({"calib.name": "passages"}, {}, "coqa, drop, squad"),
-        ({"finetune.name": "mine", "finetune.text": "c4"}, {}, "c4, squad"),
+        ({"finetune.name": "none", "finetune.corpora": ["coqa"]}, {}, "squad"),
+        ({"finetune.text": "corpora", "finetune.corpora": ["coqa"]}, {}, "coqa, squad"),
+        ({"finetune.text": "self", "finetune.corpora": ["coqa"]}, {}, "sampled from the model, squad"),
         (
             {"preprocess.corpora": ["text_file"], "preprocess.text_file": "a.txt"},
             {"text_files": {"preprocess": "fedcba9876543210"}},

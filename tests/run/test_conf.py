@@ -44,9 +44,9 @@ def test_every_option_of_every_group(group, option):
     if group == "method":
         assert config.method_name == option
         assert (config.method is None) is (option == "none")
-    elif group == "preprocess":
-        assert config.preprocess_name == option
-        assert (config.preprocess is None) is (option == "none")
+    elif group in ("preprocess", "finetune"):
+        assert getattr(config, f"{group}_name") == option
+        assert (getattr(config, group) is None) is (option == "none")
     elif not group.startswith(("debug", "study", "hydra")):
         assert getattr(config, group).name.replace(".", "_") == option
 

@@ -38,6 +38,7 @@ COMPLETE: dict[str, Any] = {
     },
     "calib": {"name": "squad", "n_samples": 4, "seq_len": 16},
     "preprocess": {"name": "none"},
+    "finetune": {"name": "none"},
     "eval": {"name": "quick", "corpora": ["boolq"], "seq_len": 16, "tasks": []},
     "tracker": {"name": "none"},
 }
@@ -138,8 +139,8 @@ def test_every_key_is_needed(key: str) -> None:
         ({"device": "cuda:99"}, f"device=cuda:99: this machine has {torch.cuda.device_count()} GPUs that torch"),
         (
             {"color": 1},
-            "unknown key 'color': known are model, method, calib, preprocess, eval, tracker, seed, device, dtype, "
-            "cache, force, mask_ratio, block_size, on_error.",
+            "unknown key 'color': known are model, method, calib, preprocess, finetune, eval, tracker, seed, device, "
+            "dtype, cache, force, mask_ratio, block_size, on_error.",
         ),
         # what follows from others cannot be set
         ({"method_name": "x"}, "unknown key 'method_name': known are"),

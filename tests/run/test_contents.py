@@ -18,6 +18,8 @@ def test_text_files_are_recorded_by_content(tmp_path: Path, tiny_model_dir: Path
     content = identity(checked_config(config, []))
     assert text_files(content) == {"calib": sha256_of_file(calibration)}
     corpora = ["squad: 0123", sha256_of_file(training)]
-    assert text_files({**content, "preprocess": {"corpora": corpora}})["preprocess"] == corpora[1]
-    assert text_files({"calibration": {"text": "squad: 0123"}, "preprocess": None}) == {}
-    assert text_files({"calibration": None, "preprocess": None}) == {}
+    for group in ("preprocess", "finetune"):
+        assert text_files({**content, group: {"corpora": corpora}})[group] == corpora[1]
+    untrained = {"preprocess": None, "finetune": None}
+    assert text_files({"calibration": {"text": "squad: 0123"}, **untrained}) == {}
+    assert text_files({"calibration": None, **untrained}) == {}

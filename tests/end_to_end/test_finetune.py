@@ -1,0 +1,151 @@
+"""`python run.py finetune=...` on the tiny model: its record, its checkpoint, its refusals, and a killed training."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from ptq161.report.collect import collect
+from ptq161.report.results import results_of
+from ptq161.tracking.read import read_run
+from tests.end_to_end.conftest import SECONDS, Ended, Program
+
+pytestmark = pytest.mark.slow
+
+SHORT = "steps=4 batch_size=2 seq_len=64 held_out=2 held_out_every=2 checkpoint_every=2 lr=0.01 code_lr=0.01"
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    file = tmp_path_factory.mktemp("training") / "training.txt"
+    file.write_text("".join(f"Row {i}: {7 * i} is seven times {i}. " for i in range(400)))
+    settings = f"corpora=[text_file] text_file={file} {SHORT}"
+    return ["finetune=codes", "method=waterfill", "method.epochs=1", *(f"finetune.{s}" for s in settings.split())]
+
+
+@pytest.fixture(scope="module")
+def finetuned(
+    tmp_path_factory: pytest.TempPathFactory, tiny: list[str], training: list[str]
+) -> tuple[Ended, Path, list[str]]:
+    program = Program(tmp_path_factory.mktemp("finetuned"), tiny)
+    overrides = [*tiny, *training]
+    ended = program(*overrides, "hydra.run.dir=run")
+    assert ended.status == 0, ended.stderr
+    return ended, program.folder / "run", overrides
+
+
+def test_the_record_has_the_curve_and_both_scores(finetuned: tuple[Ended, Path, list[str]]) -> None:
+    ended, run_dir, _ = finetuned
+    run = read_run(run_dir)
+    assert run.problems == [] and run.results is not None
+    for name in ("finetune_loss", "finetune_lr", "finetune_tokens_per_second"):
+        assert [m["step"] for m in run.metrics if m["name"] == name] == [0, 1, 2, 3]
+    held_out = [(m["step"], m["value"]) for m in run.metrics if m["name"] == "finetune_held_out_loss"]
+    assert [step for step, _ in held_out] == [0, 2, 4] and min(held_out[1:], key=lambda m: m[1])[1] < held_out[0][1]
+    before, after = run.results["before_finetune"], run.results["metrics"]
+    (ppl,) = (name for name in after if name.startswith("ppl/"))
+    assert before.keys() == after.keys() and before[ppl] != after[ppl]
+    assert before["bits_per_weight"] == after["bits_per_weight"] and before["linear_bytes"] == after["linear_bytes"]
+    labels = {m.get("model") for m in run.metrics if m["name"] == ppl}
+    assert labels == {"full precision", "before finetuning", "quantized"}
+    stages = {"load", "full_precision", "quantize", "before_finetune", "finetune", "evaluate"}
+    assert set(run.results["seconds"]) == stages
+    assert set(run.manifest["text_files"]) == {"calib", "finetune"}
+    assert "finetune: 100%" in ended.stderr and "tokens/s" in ended.stderr
+    header = next(line for line in ended.stdout.splitlines() if "full precision" in line and "metric" in line)
+    assert "quantized" in header and "finetuned" in header
+
+
+def test_the_report_has_a_row_for_each(finetuned: tuple[Ended, Path, list[str]]) -> None:
+    rows = results_of(collect([finetuned[1]]).runs).rows
+    assert rows.method.tolist() == ["none", "waterfill+finetuning", "waterfill"]
+    texts = rows.calibration_text.tolist()
+    assert [text.count("text_file ") for text in texts] == [0, 2, 1]
+
+
+def test_the_checkpoint_is_the_finetuned_model(finetuned: tuple[Ended, Path, list[str]], program: Program) -> None:
+    run_dir = finetuned[1]
+    command = [f"model.path={run_dir / 'checkpoint'}", "tracker=none", "hydra.run.dir=scored"]
+    ended = program(*_without_calibration(program), *command)
+    assert ended.status == 0, ended.stderr
+    found, expected = (read_run(folder).results for folder in (program.folder / "scored", run_dir))
+    assert found is not None and expected is not None
+    (ppl,) = (name for name in expected["metrics"] if name.startswith("ppl/"))
+    assert found["metrics"][ppl] == expected["metrics"][ppl]
+
+
+def test_a_killed_finetuning_goes_on(finetuned: tuple[Ended, Path, list[str]], program: Program) -> None:
+    """To the same bytes, and without training again what was done."""
+    command = [*finetuned[2], "tracker=none", "seed=1"]
+    process = program.start(*command, "hydra.run.dir=killed")
+    metrics = program.folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while not (metrics.exists() and '"finetune_loss"' in metrics.read_text() and '"step": 2' in metrics.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ended = program(*command, "hydra.run.dir=resumed")
+    assert ended.status == 0, ended.stderr
+    whole = program(*command, "cache=false", "hydra.run.dir=whole")
+    assert whole.status == 0, whole.stderr
+    found, same = (read_run(program.folder / name) for name in ("resumed", "whole"))
+    assert found.manifest["checkpoint_sha256"] == same.manifest["checkpoint_sha256"]
+    losses = [[m["value"] for m in run.metrics if m["name"] == "finetune_loss"] for run in (found, same)]
+    assert losses[0] == losses[1]
+
+
+def test_the_text_may_be_the_models_own(program: Program) -> None:
+    settings = [f"finetune.{s}" for s in f"text=self {SHORT}".split()]
+    command = [*program.tiny, "method=rtn", "finetune=scales", *settings, "tracker=none", "eval.full_precision=false"]
+    ended = program(*command, "hydra.run.dir=first")
+    assert ended.status == 0 and "sample: 100%" in ended.stderr, ended.stderr
+    again = program(*command, "finetune.score_before=false", "hydra.run.dir=again")
+    assert again.status == 0 and "sample:" not in again.stderr, again.stderr  # the text was kept
+    first, second = (read_run(program.folder / name).results for name in ("first", "again"))
+    assert first is not None and second is not None and "before_finetune" not in second
+    assert first["metrics"] == second["metrics"]
+    (run,) = collect([program.folder / "first"]).runs
+    assert run.method == "rtn+finetuning" and "sampled from the model" in run.calibration_text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["method=none", "finetune=scales"],
+            "finetune=scales: method=none quantizes nothing; choose a method, or finetune=none.",
+        ),
+        (
+            ["method=rtn", "finetune=codes"],
+            "finetune.update=codes: the codes of method=rtn (format uniform) cannot be learned; use finetune=scales, "
+            "or a method of another format, such as waterfill or ptq161.",
+        ),
+        (["finetune=scales", "finetune.lr=0"], "finetune.lr=0.0: use a finite number above 0."),
+        (["finetune=scales", "finetune.corpora=[]"], "finetune.corpora is empty: use one or more of "),
+        (
+            ["finetune=scales", "finetune.corpora=[text_file]", "finetune.text_file=nowhere.txt"],
+            "finetune.text_file=",
+        ),
+        (["finetune=scales", "finetune.seq_len=4096"], "finetune.seq_len=4096: the model takes at most "),
+        (["finetune=codes", "finetune.patience=0"], "finetune.patience=0: use at least 1."),
+    ],
+)
+def test_refusals_are_one_sentence(program: Program, overrides: list[str], sentence: str) -> None:
+    ended = program(*program.tiny, "tracker=none", *overrides)
+    assert ended.status == 1 and "Traceback" not in ended.stderr
+    (printed,) = ended.sentences
+    assert printed.startswith(sentence)
+
+
+def test_packed_checkpoints_are_not_finetuned(finetuned: tuple[Ended, Path, list[str]], program: Program) -> None:
+    command = [f"model.path={finetuned[1] / 'checkpoint'}", "finetune=scales"]
+    (printed,) = program(*_without_calibration(program), *command).sentences
+    assert printed.startswith("finetune=scales: the model ") and "already quantized" in printed
+
+
+def _without_calibration(program: Program) -> list[str]:
+    return [override for override in program.tiny if not override.startswith(("model.path", "calib"))]
