@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from ptq161.errors import UserError
-from ptq161.report.collect import FULL_PRECISION
+from ptq161.report.collect import FULL_PRECISION, TRAININGS
 from ptq161.report.keys import describe, differing_keys, line_names
 from ptq161.report.published import Published, published_frame
 from ptq161.report.results import FULL, NOT_QUANTIZED, Results, is_drawable, method_name, pareto_front
@@ -290,7 +290,10 @@ def _hover(frame: pd.DataFrame) -> list[str]:
 
 
 def _quantizers(results: Results) -> pd.Series:
-    return results.rows.method.str.partition("+")[0]
+    names = results.rows.method
+    for suffix in reversed(TRAININGS.values()):
+        names = names.str.removesuffix(suffix)
+    return names
 
 
 def _groups(results: Results, names: pd.Series, x: str) -> pd.Series:

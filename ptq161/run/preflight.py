@@ -17,7 +17,7 @@ from ptq161.files.paths import absolute_path
 from ptq161.run.config import RunConfig, load_run_config
 from ptq161.training.settings import Training
 
-QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess", "finetune")
+QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess", "finetune", "recipe")
 """Keys that configure the quantization; they are refused for a model that is already quantized."""
 
 _PATHS = ("model.path", "calib.text_file", "eval.text_file", "preprocess.text_file", "finetune.text_file")

@@ -33,6 +33,17 @@ def test_preprocessing_is_part_of_the_method(write_run: WriteRun) -> None:
     assert run.method == "ptq161+preprocessing"
 
 
+def test_finetuning_is_part_of_the_method_and_what_was_before_it_a_run(write_run: WriteRun) -> None:
+    results = {"metrics": {"ppl/boolq@512": 80.0}, "before_finetune": {"ppl/boolq@512": 120.0}, "protocol": {}}
+    finetune = {"name": "codes", "text": "corpora", "corpora": ["coqa"]}
+    (run,) = collect([write_run("run", preprocess={"name": "lora"}, finetune=finetune, results=results)]).runs
+    assert (run.method, run.calibration_text) == ("ptq161+preprocessing+finetuning", "coqa, squad")
+    before = run.before_finetune
+    assert before is not None and before.run_dir is None and before.identity != run.identity
+    assert (before.method, before.calibration_text) == ("ptq161+preprocessing", "squad")
+    assert (before.metrics, before.value("finetune")) == ({"ppl/boolq@512": 120.0}, "none")
+
+
 def test_a_stored_checkpoint_has_no_method_of_its_own(write_run: WriteRun) -> None:
     run_dir = write_run("run")
     (run_dir / "config.yaml").write_text("model: {name: tiny}\n")

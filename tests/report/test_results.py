@@ -148,6 +148,27 @@ def test_preprocessed_models_once_each(write_run: WriteRun) -> None:
     ]
 
 
+def test_models_before_their_finetuning_once_each(write_run: WriteRun) -> None:
+    def document(ppl: float, before: float) -> dict[str, object]:
+        return {"metrics": {PPL: ppl}, "before_finetune": {PPL: before}, "protocol": {}}
+
+    short, long = ({"finetune": {"name": "scales", "steps": steps}} for steps in (30, 60))
+    found = results(
+        write_run("a", results=document(90.0, 120.0), **short),
+        write_run("b", results=document(80.0, 120.0), **long),
+        write_run("c", "rtn", results=document(70.0, 150.0), **long),
+        write_run("d", "rtn", results={"metrics": {PPL: 150.0}, "protocol": {}}),
+    )
+    assert list(zip(found.rows.method, found.score(PPL).value, strict=True)) == [
+        ("ptq161+finetuning", 90.0),
+        ("ptq161+finetuning", 80.0),
+        ("rtn+finetuning", 70.0),
+        ("rtn", 150.0),
+        ("ptq161", 120.0),
+    ]
+    assert set(found.rows.kind) == {QUANTIZED}
+
+
 def test_the_front_is_what_nothing_beats_in_both(write_run: WriteRun) -> None:
     points = {"rtn": (500.0, 2.0), "gptq": (400.0, 2.0), "billm": (300.0, 2.9), "pb_llm": (350.0, 2.95)}
     folders = [write_run(name, name, *point) for name, point in points.items()]

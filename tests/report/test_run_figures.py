@@ -16,6 +16,7 @@ from ptq161.report.run_figures import (
     color_bounds,
     cost_figure,
     epochs_figure,
+    finetune_figure,
     heat_maps,
     loss_figure,
     preprocess_figure,
@@ -34,6 +35,8 @@ def details(*labels: str, worst: float = 0.5) -> dict[str, pd.DataFrame]:
         "preprocess_loss": (["round", "step", "value"], [(0, 10, 3.0), (0, 20, 2.5), (1, 10, 2.4)]),
         "output_error": (["kind", "block", "value"], [("q_proj", 0, 0.01), ("q_proj", 1, worst), ("up_proj", 1, 0.0)]),
         "salient_channels": (["kind", "block", "value"], [("q_proj", 0, 12.0), ("q_proj", 1, 12.0)]),
+        "finetune_loss": (["step", "value"], [(0, 2.0), (1, 1.5)]),
+        "finetune_held_out_loss": (["step", "value"], [(0, 2.2), (2, 1.6)]),
         "code_bits": (["kind", "block", "value"], [("q_proj", 0, 1.75), ("up_proj", 0, 1.5), ("q_proj", 1, 1.25)]),
         "seconds": (["block", "value"], [(0, 1.5), (1, 1.6)]),
     }
@@ -73,6 +76,15 @@ def test_a_line_for_each_round_of_preprocessing() -> None:
     assert first.line.color == second.line.color and first.line.dash != second.line.dash
 
 
+def test_a_line_for_training_and_held_out_losses() -> None:
+    found = details("a")
+    losses = [found["finetune_loss"].assign(held_out=False), found["finetune_held_out_loss"].assign(held_out=True)]
+    trained, held_out = finetune_figure(pd.concat(losses)).data
+    assert (trained.name, list(trained.x), list(trained.y)) == ("a", [0, 1], [2.0, 1.5])
+    assert (held_out.name, list(held_out.x), list(held_out.y)) == ("a, held out", [0, 2], [2.2, 1.6])
+    assert trained.line.color == held_out.line.color and held_out.line.dash == "dot"
+
+
 def test_a_heat_map_for_each_run_on_one_scale() -> None:
     values = pd.concat([details("a")["output_error"], details("b", worst=0.9)["output_error"]])
     figure = heat_maps(values, "error", is_log=True)
@@ -94,7 +106,15 @@ def test_numbers_without_a_place_on_the_scale_are_left_out(worst: float) -> None
     assert color_bounds(found["output_error"], is_log=True) == (0.01, 0.01)
     run = Run(None, "a", "tiny", {}, {})
     shown = sections(results_of([run]), {"a": run}, found, [], [])
-    assert [section.key for section in shown] == ["loss", "preprocessing", "error", "salient", "plan", "cost"]
+    assert [section.key for section in shown] == [
+        "loss",
+        "preprocessing",
+        "finetuning",
+        "error",
+        "salient",
+        "plan",
+        "cost",
+    ]
     for section in shown:
         for figure in section.prints.values():
             assert render(figure)["png"].startswith(b"\x89PNG")

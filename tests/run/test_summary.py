@@ -29,6 +29,12 @@ MERGED = {"merged": {"ppl/boolq@64": 30.0, "bits_per_weight": 16.0}}
         # A packed checkpoint, or eval.full_precision=false.
         ({"full_precision": {}}, "Quantized", ["quantized"], ["40.00"]),
         ({"full_precision": {}, **MERGED}, "Merged against quantized", ["merged", "quantized"], ["30.00", "40.00"]),
+        (
+            {"before_finetune": {"ppl/boolq@64": 50.0, "bits_per_weight": 1.7}},
+            "Full precision and quantized against finetuned",
+            ["full precision", "quantized", "finetuned"],
+            ["20.00", "50.00", "40.00"],
+        ),
         # method=none
         ({"full_precision": RESULTS["metrics"]}, "Full precision", ["full precision"], ["40.00"]),
     ],

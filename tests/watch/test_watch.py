@@ -95,6 +95,7 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
         ({"name": "output_error", "value": 1.0, "linear": "12.self_attn.q_proj"}, "block 12"),
         ({"name": "seconds", "value": 1.0, "block": 4}, "block 4"),
         ({"name": "preprocess_lr", "value": 1.0, "round": 0, "step": 7}, "preprocess: step 7"),
+        ({"name": "finetune_held_out_loss", "value": 1.0, "step": 7}, "finetune: step 7"),
         ({"name": "preprocess_quantize_seconds", "value": 1.0, "round": 0, "block": 4}, "preprocess: block 4"),
         ({"name": "ppl/boolq@512", "value": 1.0, "model": "full precision"}, "full precision: ppl/boolq@512"),
         ({"name": "steps", "value": 1.0}, "steps"),
@@ -119,10 +120,11 @@ def test_blocks_are_shown_with_their_number(tmp_path: Path) -> None:
     assert only_row(tmp_path).progress == "block 3 of 30, epoch 1"
 
 
-def test_the_loss_of_a_training_is_shown(tmp_path: Path) -> None:
-    line = {"time": 1.0, "name": "preprocess_loss", "value": 5.5, "round": 0, "step": 3}
+@pytest.mark.parametrize("group", ["preprocess", "finetune"])
+def test_the_loss_of_a_training_is_shown(tmp_path: Path, group: str) -> None:
+    line = {"time": 1.0, "name": f"{group}_loss", "value": 5.5, "round": 0, "step": 3}
     write_metrics(write_run(tmp_path / "0", "running"), LOSS, line)
-    assert (only_row(tmp_path).progress, only_row(tmp_path).loss) == ("preprocess: step 3", 5.5)
+    assert (only_row(tmp_path).progress, only_row(tmp_path).loss) == (f"{group}: step 3", 5.5)
 
 
 def test_a_run_without_numbers_is_loading(tmp_path: Path) -> None:

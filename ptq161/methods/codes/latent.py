@@ -36,6 +36,7 @@ class LatentLinear(nn.Module):
         column_gain: parameter ``[1, in]``, of its column factors.
         scale_gain: parameter ``[out, 1]``, of the steps of ranged channels.
         mean_gain: parameter ``[out, 1]``, change of the grid's mean in units of the row factors; None without a mean.
+        softness: share in [0, 1] of the way from a code to its latent at which the weight is computed; 0 is the code.
 
     Example:
         >>> from ptq161.methods.codes.grid import fit_grid
@@ -60,6 +61,7 @@ class LatentLinear(nn.Module):
         self.column_gain = nn.Parameter(torch.zeros(1, in_features, device=device))
         self.scale_gain = nn.Parameter(torch.zeros(out_features, 1, device=device))
         self.mean_gain = None if grid.mean is None else nn.Parameter(torch.zeros(out_features, 1, device=device))
+        self.softness = 0.0
         self.levels = grid.levels
         self.offsets = grid.offsets().expand(out_features, in_features)
         self.ranged = grid.ranged.float()
@@ -89,7 +91,7 @@ class LatentLinear(nn.Module):
         column = grid.column * (1 + self.column_gain)
         columns = torch.cat([column * (grid.step * self.scaled), self.ranged.unsqueeze(0)])
         weight: Tensor = _LatentWeight.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            self.latent, rows, columns, self.levels, self.offsets, self.compute_dtype
+            self.latent, rows, columns, self.levels, self.offsets, self.softness, self.compute_dtype
         )
         mean = self._mean()
         if mean is not None:
@@ -115,9 +117,13 @@ class _LatentWeight(torch.autograd.Function):
         columns: Tensor,
         levels: Tensor,
         offsets: Tensor,
+        softness: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        centered = torch.minimum(latent.round().clamp_(min=0), levels).sub_(offsets)
+        centered = torch.minimum(latent.round().clamp_(min=0), levels)
+        if softness:
+            centered.lerp_(torch.minimum(latent.clamp(min=0), levels), softness)
+        centered.sub_(offsets)
         scales = rows @ columns
         ctx.save_for_backward(latent, rows, columns, levels, centered)
         return scales.mul_(centered).to(dtype)
@@ -130,4 +136,4 @@ class _LatentWeight(torch.autograd.Function):
         grad_rows, grad_columns = grad_scales @ columns.T, rows.T @ grad_scales
         outside = (latent < -_SLACK) | (latent > levels + _SLACK)
         grad_latent = (rows @ columns).mul_(grad).masked_fill_(outside, 0.0)
-        return grad_latent, grad_rows, grad_columns, None, None, None
+        return grad_latent, grad_rows, grad_columns, None, None, None, None

@@ -27,6 +27,8 @@ from ptq161.packed.weight import PackedWeight
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
 BETAS = (0.9, 0.95)
+_SHARP = 0.75
+"""Share of the steps after which softened codes are whole numbers."""
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
@@ -43,6 +45,8 @@ class Learning:
         code_lr: learning rate of the latents, in cells of the grid.
         factor_lr: learning rate of the factors, relative to them.
         held_out: share of the windows on which the best state is chosen; at least one window, if above zero.
+        softness: share of the way to their latents at which codes are when learning starts; it falls to zero over three
+            quarters of the steps (softened codes, as in CAT-Q). 0 learns whole numbers from the first step on.
         compute_dtype: of matrix products.
 
     Example:
@@ -56,6 +60,7 @@ class Learning:
     code_lr: float
     factor_lr: float
     held_out: float
+    softness: float
     compute_dtype: str
 
     def __post_init__(self) -> None:
@@ -64,6 +69,8 @@ class Learning:
         check_rate("method.factor_lr", self.factor_lr)
         if not 0 <= self.held_out <= 0.5:
             raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
+        if not 0 <= self.softness <= 1:
+            raise UserError(f"method.softness={self.softness}: use a share in [0, 1].")
 
     @classmethod
     def of(cls, method: Method) -> Self:
@@ -160,7 +167,12 @@ def learn_codes(
     def packed() -> dict[str, PackedWeight]:
         return {name: pack(name, layer) for name, layer in layers.items()}
 
+    def soften(done: int) -> None:
+        for layer in layers.values():
+            layer.softness = settings.softness * max(0.0, 1 - done / (_SHARP * steps))
+
     def held_out_loss(epoch: int) -> float:
+        soften(steps)  # what is stored are whole numbers
         with torch.no_grad():
             losses = [float(loss_of(batch)) * len(batch) for batch in held.split(size)]
         loss = sum(losses) / len(held)
@@ -174,6 +186,7 @@ def learn_codes(
             losses = []
             order = training[torch.randperm(len(training), generator=generator)]
             for batch in order[: len(order) // size * size].split(size):
+                soften(step)
                 loss = loss_of(batch)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):

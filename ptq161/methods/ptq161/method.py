@@ -78,6 +78,8 @@ class PTQ161:
         factor_lr: of the scales, angles and means beside learned codes, relative to them; ``scale_lr`` and
             ``angle_lr`` are of the other two.
         held_out: share of the calibration windows by which the best state of a block is chosen, of learned codes.
+        softness: share of the way to their latents at which learned codes begin; it falls to zero
+            (:class:`ptq161.methods.codes.Learning`).
         damping: share of the hessian's mean diagonal that is added to it before it is inverted, of codes that are not
             ``rounded``.
 
@@ -117,6 +119,7 @@ class PTQ161:
     code_lr: float = 1e-2
     factor_lr: float = 1e-3
     held_out: float = 0.0625
+    softness: float = 0.0
     damping: float = 0.01
 
     def __post_init__(self) -> None:

@@ -43,6 +43,8 @@ class Waterfill:
         code_lr: learning rate of the codes, in cells of the grid.
         factor_lr: learning rate of the grid's factors, relative to them.
         held_out: share of the calibration windows by which the best state of a block is chosen; 0 takes the last one.
+        softness: share of the way to their latents at which learned codes begin; it falls to zero
+            (:class:`ptq161.methods.codes.Learning`).
         damping: share of the hessian's mean diagonal that is added to it before it is inverted.
         batch_size: calibration sequences per step.
         block_size: consecutive decoder blocks learned together.
@@ -73,6 +75,7 @@ class Waterfill:
     code_lr: float = 1e-2
     factor_lr: float = 1e-3
     held_out: float = 0.0625
+    softness: float = 0.0
     damping: float = 0.01
     batch_size: int = 4
     block_size: int = 1

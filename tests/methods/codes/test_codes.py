@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ptq161
+from ptq161.errors import UserError
 from ptq161.methods.codes import CodeGrid, LatentLinear, compensated_codes, fit_grid
 from ptq161.methods.codes.learn import block_error, relative_errors
 from ptq161.packed.model import packed_linears, sha256_of_packed
@@ -130,6 +132,24 @@ def test_gradients_are_those_of_the_dense_expression(mean: bool) -> None:
     torch.testing.assert_close(layer.latent.grad, gradients[3] * grid.scales(), rtol=1e-4, atol=1e-5)
 
 
+def test_softened_codes_are_between_code_and_latent() -> None:
+    linear = nn.Linear(16, 6, bias=False)
+    weight = linear.weight.detach()
+    grid = grid_of(weight)
+    layer = LatentLinear(linear, grid, grid.nearest(weight), torch.float32)
+    hard, x = layer.codes(), torch.eye(16)
+    free = torch.minimum(layer.latent.detach().clamp(min=0), grid.levels)
+    for share in (0.0, 0.25, 1.0):
+        layer.softness = share
+        expected = grid.values(hard + share * (free - hard))
+        torch.testing.assert_close(layer(x).T, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(layer.codes(), hard)
+        layer.latent.grad = None
+        layer(x).sum().backward()
+        assert layer.latent.grad is not None
+        torch.testing.assert_close(layer.latent.grad, grid.scales().expand(6, 16), rtol=1e-4, atol=1e-5)
+
+
 def test_latents_far_outside_the_grid_do_not_learn() -> None:
     linear = nn.Linear(4, 2, bias=False)
     grid = fit_grid(linear.weight.detach(), torch.tensor([1, 1, 2, 4]))
@@ -178,6 +198,21 @@ def test_learning_lowers_the_held_out_loss(tiny_model: TinyModel) -> None:
     assert min(losses) < 0.9 * losses[0]
     training = block_losses(tiny_model("llama"), method, "loss")
     assert len(training) == 6 and training[-1] < 0.8 * training[0]
+
+
+def test_softened_codes_end_whole(tiny_model: TinyModel) -> None:
+    """What is held out is measured on whole codes, and what is stored is the best of these."""
+    soft = ptq161.Waterfill(level="linear", epochs=6, batch_size=2, held_out=0.1, softness=1.0)
+    losses = block_losses(tiny_model("llama"), soft, "held_out_loss")
+    plain = block_losses(tiny_model("llama"), dataclasses.replace(soft, softness=0.0), "held_out_loss")
+    assert losses[0] == plain[0] and min(losses) < 0.9 * losses[0]
+    assert losses[1:] != plain[1:]
+
+
+@pytest.mark.parametrize("softness", [-0.1, 1.1])
+def test_a_softness_that_is_no_share(softness: float) -> None:
+    with pytest.raises(UserError, match=rf"^method\.softness={softness}: use a share in \[0, 1\]\.$"):
+        ptq161.Waterfill(softness=softness)
 
 
 def test_the_best_state_is_kept(tiny_model: TinyModel) -> None:
