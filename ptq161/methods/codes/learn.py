@@ -6,22 +6,27 @@
    (Section 3.3), but relatively: all tokens together, which the few massive activations of a model decide, and each
    token alike. The first alone sees little else, the second alone may lose them.
 4. The state with the least loss on held-out windows is kept, that of the start included.
+
+Before that, the linears that are still float can absorb the errors of those that are not (:func:`absorb`).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, Window, check_rate
 from ptq161.methods.blockwise import replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
+from ptq161.methods.layerwise import collect_statistics
 from ptq161.packed.weight import PackedWeight
 
 CODES = ("rounded", "compensated", "learned")
@@ -33,6 +38,8 @@ _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
 Pack = Callable[[str, LatentLinear], PackedWeight]
+Start = Callable[[Sequence[str], Mapping[str, nn.Linear], Tensor], dict[str, LatentLinear]]
+"""``start(names, linears, hessian)``: linears that share an input, from compensated codes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Learning:
         held_out: share of the windows on which the best state is chosen; at least one window, if above zero.
         softness: share of the way to their latents at which codes are when learning starts; it falls to zero over three
             quarters of the steps (softened codes, as in CAT-Q). 0 learns whole numbers from the first step on.
+        absorb_epochs: passes in which the linears that are still float are trained, after each input group.
+        absorb_lr: learning rate of their weights, in units of their root mean square.
         compute_dtype: of matrix products.
 
     Example:
@@ -61,12 +70,16 @@ class Learning:
     factor_lr: float
     held_out: float
     softness: float
+    absorb_epochs: int
+    absorb_lr: float
     compute_dtype: str
 
     def __post_init__(self) -> None:
         """Reject rates that are negative or not finite, and a share that is out of range."""
         check_rate("method.code_lr", self.code_lr)
         check_rate("method.factor_lr", self.factor_lr)
+        check_rate("method.absorb_lr", self.absorb_lr)
+        check_at_least("method.absorb_epochs", self.absorb_epochs, 0)
         if not 0 <= self.held_out <= 0.5:
             raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
         if not 0 <= self.softness <= 1:
@@ -111,8 +124,67 @@ def block_error(output: Tensor, full: Tensor, homologous: Tensor) -> Tensor:
     return relative_errors(output, full) + _HOMOLOGOUS * relative_errors(output, homologous)
 
 
+def absorb(method: Method, window: Window, settings: Learning, start: Start, pack: Pack) -> dict[str, LatentLinear]:
+    """Start the linears of a window one input group after the other, each from what those before it have left.
+
+    After each group, codes and factors of the linears that have them are learned together with the weights of those
+    that are still float, so that these absorb the errors (as NanoQuant does with the layers of a block). The next group
+    starts from its trained weights and from the inputs that it now has. The window's own weights stay as they were.
+    ``on_metric`` receives ``absorb_loss`` of each epoch; that of the last group counts where several have one.
+
+    Args:
+        method: for the statistics of the inputs.
+        window: with the full-precision chain's outputs.
+        settings: how.
+        start: makes the linears of a group.
+        pack: packs a linear as learned so far.
+
+    Returns:
+        the linears to learn.
+
+    Raises:
+        UserError: an input or a loss is not finite.
+
+    Example:
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> found = []
+        >>> method = ptq161.Waterfill(level="linear", epochs=1, absorb_epochs=2, batch_size=1)  # calls it
+        >>> tokens = torch.arange(8).view(2, 4)
+        >>> on_metric = lambda name, value, **where: found.append(name)
+        >>> model = ptq161.quantize(model, tokens, method, on_metric=on_metric)
+        >>> found.count("absorb_loss")  # after q, k, v; after o; after gate and up
+        6
+    """
+
+    def prefixed(name: str, value: float, /, **where: int | str) -> None:
+        window.on_metric(f"absorb_{name}", value, **where)
+
+    quiet = dataclasses.replace(window, on_metric=prefixed)
+    brief = dataclasses.replace(settings, epochs=settings.absorb_epochs, held_out=0.0)
+    floats = {name: copy.deepcopy(linear).requires_grad_(True) for name, linear in window.linears.items()}
+    layers: dict[str, LatentLinear] = {}
+    groups = window.input_groups
+    for i, group in enumerate(groups):
+        rest = {name: floats[name] for later in groups[i:] for name in later}
+        with replaced_linears(window, {**layers, **rest}):
+            seen = dataclasses.replace(window, linears=rest, input_groups=groups[i:])
+            hessian = collect_statistics(method, seen)[group[0]].hessian
+        layers |= start(group, rest, hessian)
+        left = {name: linear for name, linear in rest.items() if name not in group}
+        if left:
+            learn_codes(quiet, layers, brief, pack, left)
+    return layers
+
+
 def learn_codes(
-    window: Window, layers: Mapping[str, LatentLinear], settings: Learning, pack: Pack
+    window: Window,
+    layers: Mapping[str, LatentLinear],
+    settings: Learning,
+    pack: Pack,
+    floats: Mapping[str, nn.Linear] | None = None,
 ) -> dict[str, PackedWeight]:
     """Learn the codes of a window's linears.
 
@@ -123,6 +195,7 @@ def learn_codes(
         layers: for each linear, from its compensated codes.
         settings: how.
         pack: packs a linear as learned so far.
+        floats: linears whose weights are learned as well, in place.
 
     Returns:
         the packed weights of the best state.
@@ -153,7 +226,8 @@ def learn_codes(
     n_held = size * min(n // size - 1, max(1, round(settings.held_out * n / size))) if settings.held_out > 0 else 0
     shuffled = torch.randperm(n, generator=generator)
     held, training = shuffled[:n_held], shuffled[n_held:]
-    optimizer = _optimizer(layers, settings)
+    floats = floats or {}
+    optimizer = _optimizer(layers, settings, floats)
     steps = settings.epochs * (len(training) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=max(1, steps), cycle_momentum=False
@@ -179,7 +253,7 @@ def learn_codes(
         window.on_metric("held_out_loss", loss, block=window.first_block, epoch=epoch)
         return loss
 
-    with replaced_linears(window, layers):
+    with replaced_linears(window, {**layers, **floats}):
         best, least = packed(), held_out_loss(-1) if n_held else math.inf
         step = 0
         for epoch in range(settings.epochs):
@@ -195,7 +269,7 @@ def learn_codes(
                 optimizer.zero_grad()
                 loss.backward()
                 if step == 0:
-                    damp(optimizer.param_groups[:-1])
+                    damp(optimizer.param_groups[: len(layers)])
                 step += 1
                 optimizer.step()
                 schedule.step()
@@ -208,10 +282,15 @@ def learn_codes(
         return best if n_held else packed()
 
 
-def _optimizer(layers: Mapping[str, LatentLinear], settings: Learning) -> torch.optim.Optimizer:
+def _optimizer(
+    layers: Mapping[str, LatentLinear], settings: Learning, floats: Mapping[str, nn.Linear]
+) -> torch.optim.Optimizer:
     groups: list[dict[str, Any]] = [{"params": [layer.latent], "lr": settings.code_lr} for layer in layers.values()]
     factors = [p for layer in layers.values() for p in layer.parameters() if p is not layer.latent]
     groups.append({"params": factors, "lr": settings.factor_lr})
+    for linear in floats.values():
+        size = float(linear.weight.detach().square().mean().sqrt())
+        groups.append({"params": [linear.weight], "lr": settings.absorb_lr * size})
     return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
 

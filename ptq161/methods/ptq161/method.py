@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
-from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, compensated_codes, learn_codes
+from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, absorb, compensated_codes, learn_codes
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
@@ -80,6 +80,9 @@ class PTQ161:
         held_out: share of the calibration windows by which the best state of a block is chosen, of learned codes.
         softness: share of the way to their latents at which learned codes begin; it falls to zero
             (:class:`ptq161.methods.codes.Learning`).
+        absorb_epochs: passes after each input group in which the linears of a block that are still float absorb the
+            errors of the others (:func:`ptq161.methods.codes.learn.absorb`), before all codes are learned; 0 for none.
+        absorb_lr: learning rate of their weights, in units of their root mean square.
         damping: share of the hessian's mean diagonal that is added to it before it is inverted, of codes that are not
             ``rounded``.
 
@@ -120,6 +123,8 @@ class PTQ161:
     factor_lr: float = 1e-3
     held_out: float = 0.0625
     softness: float = 0.0
+    absorb_epochs: int = 0
+    absorb_lr: float = 1e-2
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -181,32 +186,43 @@ class PTQ161:
     def _compensated(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, tuple[CodeGrid, Tensor]]:
         """Return the grid of each linear, and its codes with error compensation."""
         statistics = collect_statistics(self, window)
-        found = {}
-        for group in window.input_groups:
-            hessian = statistics.pop(group[0]).hessian
-            for name in group:
-                weight = window.linears[name].weight.detach().float()
-                settings = (self.salient_bits, self.salient_range, self.scale_dtype)
-                with prefix_errors(name):
-                    grid = binary_grid(weight, masks[name], *settings)
-                    found[name] = grid, compensated_codes(weight, grid, hessian, self.damping)
-        return found
+        return {
+            name: self._compensate(name, window.linears[name], masks[name], statistics[group[0]].hessian)
+            for group in window.input_groups
+            for name in group
+        }
+
+    def _compensate(self, name: str, linear: nn.Linear, mask: Tensor, hessian: Tensor) -> tuple[CodeGrid, Tensor]:
+        weight = linear.weight.detach().float()
+        with prefix_errors(name):
+            grid = binary_grid(weight, mask, self.salient_bits, self.salient_range, self.scale_dtype)
+            return grid, compensated_codes(weight, grid, hessian, self.damping)
 
     def _learn_codes(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, PackedWeight]:
-        layers = {}
-        for name, (grid, codes) in self._compensated(window, masks).items():
-            layer = LatentLinear(window.linears[name], grid, codes, COMPUTE_DTYPES[self.compute_dtype])
-            for gain in (layer.row_gain, layer.scale_gain):
-                gain.requires_grad_(self.learn_scale)
-            layer.column_gain.requires_grad_(self.learn_angles)
-            assert layer.mean_gain is not None, "binary_grid has a mean"
-            layer.mean_gain.requires_grad_(self.learn_mean)
-            layers[name] = layer
+        def start(names: Sequence[str], linears: Mapping[str, nn.Linear], hessian: Tensor) -> dict[str, LatentLinear]:
+            return {
+                name: self._latent(linears[name], *self._compensate(name, linears[name], masks[name], hessian))
+                for name in names
+            }
 
         def pack(_: str, layer: LatentLinear) -> PackedWeight:
             return pack_latent(layer, self.salient_bits, self.scale_dtype)
 
+        if self.absorb_epochs and self.epochs:
+            layers = absorb(self, window, Learning.of(self), start, pack)
+        else:
+            found = self._compensated(window, masks)
+            layers = {name: self._latent(window.linears[name], *found[name]) for name in found}
         return learn_codes(window, layers, Learning.of(self), pack)
+
+    def _latent(self, linear: nn.Linear, grid: CodeGrid, codes: Tensor) -> LatentLinear:
+        layer = LatentLinear(linear, grid, codes, COMPUTE_DTYPES[self.compute_dtype])
+        for gain in (layer.row_gain, layer.scale_gain):
+            gain.requires_grad_(self.learn_scale)
+        layer.column_gain.requires_grad_(self.learn_angles)
+        assert layer.mean_gain is not None, "binary_grid has a mean"
+        layer.mean_gain.requires_grad_(self.learn_mean)
+        return layer
 
     def _masks(self, window: Window) -> dict[str, Tensor]:
         """Choose each linear's salient channels; linears that share an input share their activation scale."""

@@ -9,16 +9,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
-from ptq161.methods.codes import CODES, LatentLinear, Learning, compensated_codes, fit_grid, learn_codes
+from ptq161.methods.codes import CODES, LatentLinear, Learning, absorb, compensated_codes, fit_grid, learn_codes
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.waterfill.allotment import allot, channel_energy, check_budget
@@ -45,6 +45,9 @@ class Waterfill:
         held_out: share of the calibration windows by which the best state of a block is chosen; 0 takes the last one.
         softness: share of the way to their latents at which learned codes begin; it falls to zero
             (:class:`ptq161.methods.codes.Learning`).
+        absorb_epochs: passes after each input group in which the linears of a block that are still float absorb the
+            errors of the others (:func:`ptq161.methods.codes.learn.absorb`), before all codes are learned; 0 for none.
+        absorb_lr: learning rate of their weights, in units of their root mean square.
         damping: share of the hessian's mean diagonal that is added to it before it is inverted.
         batch_size: calibration sequences per step.
         block_size: consecutive decoder blocks learned together.
@@ -76,6 +79,8 @@ class Waterfill:
     factor_lr: float = 1e-3
     held_out: float = 0.0625
     softness: float = 0.0
+    absorb_epochs: int = 0
+    absorb_lr: float = 1e-2
     damping: float = 0.01
     batch_size: int = 4
     block_size: int = 1
@@ -120,16 +125,16 @@ class Waterfill:
         Raises:
             UserError: an input or a loss is not finite.
         """
-        statistics = collect_statistics(self, window)
         bits: dict[str, Tensor] = {}
-        layers: dict[str, LatentLinear] = {}
-        for group in window.input_groups:
-            hessian = statistics.pop(group[0]).hessian
-            for name in group:
+
+        def start(names: Sequence[str], linears: Mapping[str, nn.Linear], hessian: Tensor) -> dict[str, LatentLinear]:
+            found = {}
+            for name in names:
                 with prefix_errors(name):
                     bits[name] = self._allotted(window, name, hessian)
-                    layers[name] = self._start(window, name, bits[name], hessian)
+                    found[name] = self._start(linears[name], bits[name], hessian)
                 window.on_metric("code_bits", float(bits[name].double().mean()), linear=name)
+            return found
 
         def pack(name: str, layer: LatentLinear) -> PackedWeight:
             grid = layer.grid()
@@ -137,7 +142,15 @@ class Waterfill:
             codes = layer.codes().to(torch.uint8)
             return AllottedWeight.pack(codes, bits[name], factors, tiers=list(self.tiers), scale_dtype=self.scale_dtype)
 
-        if self.codes == "learned" and self.epochs:  # 4
+        learns = self.codes == "learned" and self.epochs > 0
+        if learns and self.absorb_epochs:
+            layers = absorb(self, window, Learning.of(self), start, pack)
+        else:
+            statistics = collect_statistics(self, window)
+            layers = {}
+            for group in window.input_groups:
+                layers |= start(group, window.linears, statistics.pop(group[0]).hessian)
+        if learns:  # 4
             return learn_codes(window, layers, Learning.of(self), pack)
         return {name: pack(name, layer) for name, layer in layers.items()}
 
@@ -147,8 +160,7 @@ class Waterfill:
             return window.plan[name].long()
         return allot(channel_energy(window.linears[name].weight.detach(), hessian.diagonal()), self.bits, self.tiers)
 
-    def _start(self, window: Window, name: str, bits: Tensor, hessian: Tensor) -> LatentLinear:
-        linear = window.linears[name]
+    def _start(self, linear: nn.Linear, bits: Tensor, hessian: Tensor) -> LatentLinear:
         weight = linear.weight.detach().float()
         grid = fit_grid(weight, bits, self.scale_dtype)  # 2
         rounded = self.codes == "rounded"

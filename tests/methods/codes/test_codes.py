@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import ptq161
 from ptq161.errors import UserError
+from ptq161.methods.base import Method
 from ptq161.methods.codes import CodeGrid, LatentLinear, compensated_codes, fit_grid
 from ptq161.methods.codes.learn import block_error, relative_errors
 from ptq161.packed.model import packed_linears, sha256_of_packed
@@ -207,6 +208,34 @@ def test_softened_codes_end_whole(tiny_model: TinyModel) -> None:
     plain = block_losses(tiny_model("llama"), dataclasses.replace(soft, softness=0.0), "held_out_loss")
     assert losses[0] == plain[0] and min(losses) < 0.9 * losses[0]
     assert losses[1:] != plain[1:]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ptq161.Waterfill(level="linear", epochs=2, absorb_epochs=2, batch_size=2),
+        ptq161.PTQ161(codes="learned", epochs=2, absorb_epochs=2, batch_size=2, learn_mean=True),
+    ],
+    ids=["waterfill", "ptq161"],
+)
+def test_what_is_still_float_absorbs_errors(tiny_model: TinyModel, method: Method) -> None:
+    model = tiny_model("llama")
+    losses = block_losses(model, method, "absorb_loss")
+    assert len(losses) == 6  # two epochs after q, k and v, two after o, two after gate and up
+    absorbed = block_losses(tiny_model("llama"), method, "held_out_loss")
+    assert min(absorbed) <= absorbed[0]
+    plain = ptq161.quantize(tiny_model("llama"), MANY, dataclasses.replace(method, absorb_epochs=0))
+    assert sha256_of_packed(model) != sha256_of_packed(plain)
+    again = ptq161.quantize(tiny_model("llama"), MANY, method)
+    assert sha256_of_packed(model) == sha256_of_packed(again)
+
+
+def test_absorption_leaves_the_weights_of_the_window(tiny_model: TinyModel) -> None:
+    """The full-precision chain goes on with the weights as they were: with no step, nothing is absorbed."""
+    still = ptq161.Waterfill(level="linear", epochs=1, absorb_epochs=1, absorb_lr=0.0, code_lr=0.0, factor_lr=0.0)
+    still = dataclasses.replace(still, batch_size=2)
+    losses = block_losses(tiny_model("llama"), still, "held_out_loss")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("softness", [-0.1, 1.1])
