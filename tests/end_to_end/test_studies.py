@@ -87,6 +87,22 @@ STUDIES = {
         x="preprocess",
         overrides=("++preprocess.steps=1",),
     ),
+    "waterfill": Study(
+        {
+            "method": [
+                "ptq161",
+                "compensated",
+                "learned",
+                "allotted",
+                "waterfill",
+                "waterfill+finetuning",
+                "waterfill+finetuning",
+            ],
+            "finetune": ["none"] * 5 + ["scales", "codes"],
+        },
+        x="method",
+        overrides=("method.epochs=1",),
+    ),
     "calibration": Study(
         {
             "calib": ["squad", "coqa", "squad", "squad"],
@@ -111,14 +127,15 @@ def test_every_study_is_here_and_described() -> None:
 
 @pytest.fixture(scope="module")
 def small_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration itself, but that its preprocessing is a step on a local text."""
+    """The configuration itself, but that each of its trainings is a step on a local text."""
     folder = tmp_path_factory.mktemp("small")
     text, conf = folder / "text.txt", folder / "conf"
     text.write_text("A text that nothing is scored on. " * 40)
     shutil.copytree(ROOT / "conf", conf)
-    file = conf / "preprocess" / "restorative_lora.yaml"
     small = {"steps": 1, "batch_size": 1, "seq_len": 32, "corpora": ["text_file"], "text_file": str(text)}
-    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **small}))
+    for training in ("preprocess/restorative_lora", "finetune/scales", "finetune/codes"):
+        file = conf / f"{training}.yaml"
+        file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **small}))
     return conf
 
 
