@@ -241,12 +241,12 @@ def learn_codes(
     def packed() -> dict[str, PackedWeight]:
         return {name: pack(name, layer) for name, layer in layers.items()}
 
-    def soften(done: int) -> None:
+    def soften(share: float) -> None:
         for layer in layers.values():
-            layer.softness = settings.softness * max(0.0, 1 - done / (_SHARP * steps))
+            layer.softness = settings.softness * share
 
     def held_out_loss(epoch: int) -> float:
-        soften(steps)  # what is stored are whole numbers
+        soften(0.0)  # what is stored are whole numbers
         with torch.no_grad():
             losses = [float(loss_of(batch)) * len(batch) for batch in held.split(size)]
         loss = sum(losses) / len(held)
@@ -260,7 +260,7 @@ def learn_codes(
             losses = []
             order = training[torch.randperm(len(training), generator=generator)]
             for batch in order[: len(order) // size * size].split(size):
-                soften(step)
+                soften(max(0.0, 1 - step / (_SHARP * steps)))
                 loss = loss_of(batch)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
