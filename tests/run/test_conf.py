@@ -92,6 +92,26 @@ def test_every_method_takes_the_default_preprocessing(option):
     assert run_config(f"method={option}", "preprocess=restorative_lora").preprocess is not None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["method=none", "finetune=scales"],
+            "finetune=scales: method=none quantizes nothing; choose a method, or finetune=none.",
+        ),
+        (
+            ["method=rtn", "finetune=codes"],
+            "finetune.update=codes: the codes of method=rtn (format uniform) cannot be learned; use finetune=scales, "
+            "or a method of another format, such as waterfill or ptq161.",
+        ),
+    ],
+)
+def test_a_finetuning_that_cannot_be(overrides, sentence):
+    with pytest.raises(UserError) as caught:
+        run_config(*overrides)
+    assert str(caught.value) == sentence
+
+
 def test_a_smoke_run_is_small():
     trained = run_config("debug=smoke", "preprocess=restorative_lora").preprocess
     assert trained is not None and trained.sequences * trained.seq_len <= 2048
