@@ -114,11 +114,7 @@ def quantization(
         "calibration": calibration,
         "method": describe(method),
         "salient_masks": salient_masks,
-        "seed": seed,
-        "device": _device_name(device),
-        # The order of sums, and so the last bits of a result, depend on it.
-        "threads": torch.get_num_threads(),
-        **_code(*_LIBRARY),
+        **_computed(seed, device, *_LIBRARY),
     }
 
 
@@ -158,10 +154,7 @@ def distillation(
         "full_precision": full_precision,
         "tokens": tokens,
         "finetune": {key: value for key, value in describe(settings).items() if key not in _WITHOUT_EFFECT},
-        "seed": seed,
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        **_code(*_LIBRARY, *_TRAINING),
+        **_computed(seed, device, *_LIBRARY, *_TRAINING),
     }
 
 
@@ -195,10 +188,7 @@ def sampled_text(
         "seq_len": seq_len,
         "first": first,
         "dtype": dtype,
-        "seed": seed,
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        **_code(*_LIBRARY),
+        **_computed(seed, device, *_LIBRARY),
     }
 
 
@@ -237,6 +227,17 @@ def describe(settings: Any) -> dict[str, Any]:
     if cls.__module__.partition(".")[0] != __name__.partition(".")[0]:
         name["source"] = sha256_of_file(inspect.getfile(cls))
     return name | {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+
+
+def _computed(seed: int, device: torch.device, *packages: str) -> dict[str, Any]:
+    """Return what the last bits of tensors depend on, beside what they are computed from."""
+    return {
+        "seed": seed,
+        "device": _device_name(device),
+        # The order of sums depends on it.
+        "threads": torch.get_num_threads(),
+        **_code(*packages),
+    }
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ptq161.data.assets import cache_dir
+from ptq161.tracking.read import RunData, read_run
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 SECONDS = 300  # after which a run hangs
@@ -65,6 +67,23 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
         )
+
+
+def killed_and_typed_again(program: Program, command: list[str], *marks: str) -> tuple[RunData, RunData]:
+    """Kill a run when its metrics have all ``marks``, type it again, and run it undisturbed: the records of both."""
+    process = program.start(*command, "hydra.run.dir=killed")
+    metrics = program.folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + SECONDS
+    while not (metrics.exists() and all(mark in metrics.read_text() for mark in marks)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ended = program(*command, "hydra.run.dir=resumed")
+    assert ended.status == 0, ended.stderr
+    whole = program(*command, "cache=false", "hydra.run.dir=whole")
+    assert whole.status == 0, whole.stderr
+    return read_run(program.folder / "resumed"), read_run(program.folder / "whole")
 
 
 def command(*arguments: str) -> list[str]:

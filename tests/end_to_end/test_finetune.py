@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from ptq161.report.collect import collect
 from ptq161.report.results import results_of
 from ptq161.tracking.read import read_run
-from tests.end_to_end.conftest import SECONDS, Ended, Program
+from tests.end_to_end.conftest import Ended, Program, killed_and_typed_again
 
 pytestmark = pytest.mark.slow
 
@@ -80,19 +78,7 @@ def test_the_checkpoint_is_the_finetuned_model(finetuned: tuple[Ended, Path, lis
 def test_a_killed_finetuning_goes_on(finetuned: tuple[Ended, Path, list[str]], program: Program) -> None:
     """To the same bytes, and without training again what was done."""
     command = [*finetuned[2], "tracker=none", "seed=1"]
-    process = program.start(*command, "hydra.run.dir=killed")
-    metrics = program.folder / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + SECONDS
-    while not (metrics.exists() and '"finetune_loss"' in metrics.read_text() and '"step": 2' in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    ended = program(*command, "hydra.run.dir=resumed")
-    assert ended.status == 0, ended.stderr
-    whole = program(*command, "cache=false", "hydra.run.dir=whole")
-    assert whole.status == 0, whole.stderr
-    found, same = (read_run(program.folder / name) for name in ("resumed", "whole"))
+    found, same = killed_and_typed_again(program, command, '"finetune_loss"', '"step": 2')
     assert found.manifest["checkpoint_sha256"] == same.manifest["checkpoint_sha256"]
     losses = [[m["value"] for m in run.metrics if m["name"] == "finetune_loss"] for run in (found, same)]
     assert losses[0] == losses[1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptq161.tracking.read import read_run
-from tests.end_to_end.conftest import SECONDS, Ended, Program
+from tests.end_to_end.conftest import Ended, Program, killed_and_typed_again
 from tests.tracking.wandb_file import read_wandb_file
 
 pytestmark = pytest.mark.slow
@@ -89,19 +87,7 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
     _, run_dir, overrides = restored
     expected = read_run(run_dir).manifest["merged_sha256"]
     command = [*overrides, "tracker=none", "seed=1"]
-    process = program.start(*command, "hydra.run.dir=killed")
-    metrics = program.folder / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + SECONDS
-    while not (metrics.exists() and '"round": 1, "step": 2' in metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    ended = program(*command, "hydra.run.dir=resumed")
-    assert ended.status == 0, ended.stderr
-    whole = program(*command, "cache=false", "hydra.run.dir=whole")
-    assert whole.status == 0, whole.stderr
-    found, same = (read_run(program.folder / name) for name in ("resumed", "whole"))
+    found, same = killed_and_typed_again(program, command, '"round": 1, "step": 2')
     assert found.manifest["merged_sha256"] == same.manifest["merged_sha256"] != expected
     losses = [[m["value"] for m in run.metrics if m["name"] == "preprocess_loss"] for run in (found, same)]
     assert losses[0] == losses[1]
