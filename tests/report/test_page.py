@@ -24,7 +24,7 @@ from ptq161.report.__main__ import main
 from tests.report.browser import chromium
 from tests.report.synthetic import N_BLOCKS, write_records
 
-N_RUNS, SECONDS = 1000, 10
+N_RUNS, SECONDS_TO_LOAD = 1000, 10
 SECTIONS = ["results", "bits", "sweeps", "loss", "preprocessing", "error", "salient", "cost", "problems", "runs"]
 
 
@@ -182,19 +182,24 @@ def test_charts_are_what_plotly_knows(page_file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_runs_are_a_page_in_ten_seconds(tmp_path: Path, browser: Chrome) -> None:
-    write_records(tmp_path / "sweep", N_RUNS, with_metrics=100)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "ptq161.report", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
-    subprocess.run(command, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # The processor's seconds: others' work beside the test must not count.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+def test_a_thousand_runs_are_a_page_in_no_more_than_three_times_ten_runs(tmp_path: Path, browser: Chrome) -> None:
+    write_records(tmp_path / "few", 10, with_metrics=10)
+    write_records(tmp_path / "many", N_RUNS, with_metrics=100)
+    # The processor's seconds, beside those of a small page: what else a machine does, and how fast it is, count twice.
+    few = seconds_of_a_report(tmp_path / "few", tmp_path / "small")
+    assert seconds_of_a_report(tmp_path / "many", tmp_path / "out") < 3 * few
     file = tmp_path / "out" / "index.html"
     assert file.stat().st_size < 8e6
     browser.get(file.as_uri())
     drawn(browser, "bits")
     load = "return performance.getEntriesByType('navigation')[0].loadEventEnd"
-    assert browser.execute_script(load) < 1000 * SECONDS
+    assert browser.execute_script(load) < 1000 * SECONDS_TO_LOAD
     assert browser.find_element(By.ID, "shown").text == "334 of 334 results"
     assert browser.get_log("browser") == []
+
+
+def seconds_of_a_report(runs: Path, out: Path) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "ptq161.report", str(runs), "--out", str(out)], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
