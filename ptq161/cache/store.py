@@ -24,10 +24,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ptq161.data.assets import cache_dir
 from ptq161.files.atomic import write_atomically, writing
 from ptq161.files.checksums import SUMS, files_of, sums_of, what_is_wrong
 from ptq161.files.fingerprints import FINGERPRINT, Fingerprint, claim, key_of
+from ptq161.files.paths import cache_dir
 from ptq161.files.strict_json import decode_json, encode_json
 
 log = logging.getLogger(__name__)

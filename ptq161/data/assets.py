@@ -19,17 +19,16 @@ import fnmatch
 import hashlib
 import importlib.util
 import logging
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from ptq161.errors import UserError
+from ptq161.files.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +89,6 @@ ASSETS = {
         "eval.text_file=FILE)",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Return the folder that holds the assets: ``$PTQ161_CACHE``, else the platform's user cache."""
-    return Path(os.environ.get("PTQ161_CACHE") or platformdirs.user_cache_path("ptq161")).expanduser().absolute()
 
 
 def fetch(name: str) -> Path:

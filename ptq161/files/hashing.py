@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # a report hashes files alone: torch takes a second to import
     from torch import Tensor
 
 PACKAGE = Path(__file__).resolve().parents[1]
-_SOURCES = (".py", ".yaml", ".json")
+_SOURCES = (".py", ".cpp", ".h", ".yaml", ".json")
 _NOT_HASHED = ("__main__.py", "conf", "replay", "report", "search", "sweep", "watch")
 """Rooms that start runs and show them: no module that computes a number imports them (a test reads the import graph).
 

@@ -5,7 +5,7 @@ and names. Two computations with one fingerprint have the same result, so the se
 result is not part of it: where it is written and mirrored, and the display names of models and methods.
 
 The number of threads changes the last bits of a result. It is part of a quantization, which continues from finished
-blocks only with the same number of threads, and not part of a run.
+blocks only with the same number of threads, and not part of a run. So may the C++ compiler, which a record names.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import platformdirs
+
 from ptq161.errors import UserError
 
 
@@ -25,3 +27,8 @@ def absolute_path(setting: str, path: str | Path, base: str | Path = ".") -> Pat
         home = str(path).partition("/")[0]
         raise UserError(f"{setting}={path}: no home folder is known for {home}; give an absolute path.")
     return Path(base, expanded).absolute()
+
+
+def cache_dir() -> Path:
+    """Return the folder of what is fetched and made once for a user: ``$PTQ161_CACHE``, else the platform's cache."""
+    return Path(os.environ.get("PTQ161_CACHE") or platformdirs.user_cache_path("ptq161")).expanduser().absolute()

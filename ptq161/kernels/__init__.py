@@ -1,7 +1,7 @@
-"""Arithmetic that is faster here than in torch: causal attention, matrix products, sorting, selection by a mask.
+"""Arithmetic that is faster here than in torch: attention, products, sorting, learned weights, divergences.
 
-Functions of tensors alone. They import nothing of this package but the ground floor, and every room from ``data`` up
-may import them.
+Functions of tensors alone, some of them compiled from C++ (``native``). They import nothing of this package but
+``files`` and the ground floor, and every room from ``data`` up may import them.
 """
 
-__all__ = ["attention", "matmul", "sorting", "where"]
+__all__ = ["attention", "divergence", "latent", "matmul", "native", "sorting", "where"]

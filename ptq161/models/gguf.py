@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from ptq161.data import assets
 from ptq161.files.hashing import sha256_of_file
+from ptq161.files.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def dense_folder(asset: str) -> Path:
     gguf = sorted(assets.fetch(asset).rglob("*.gguf"))[0]
     # The converted model depends on the version of transformers.
     name = f"{asset}-{assets.ASSETS[asset].version}-transformers-{transformers.__version__}"
-    folder = assets.cache_dir() / "dense" / name
+    folder = cache_dir() / "dense" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not _intact(folder):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ptq161.files.identity import SOURCES
+from ptq161.kernels import native
 
 _PACKAGES = ("ptq161", "torch", "transformers", "lm-eval", "datasets", "hydra-core", "wandb", "peft", "numpy")
 THREAD_VARIABLES = ("OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_")
@@ -45,13 +46,17 @@ def _git_state(source: Path = Path(__file__)) -> dict[str, Any] | None:
 
 
 def _package_versions() -> dict[str, str | None]:
-    """Return the versions of the packages that a result may depend on; None for one that is not installed."""
+    """Return the versions of what a result may depend on; None for what is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
+    try:
+        versions["c++"] = native.compiler_version()
+    except (OSError, subprocess.SubprocessError):
+        versions["c++"] = None  # torch's own operators serve then
     return versions
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq161.kernels.divergence import divergence
+
 _CHUNK_TOKENS = 128
-_ROWS = 16
-"""Tokens whose logits stay in a processor's cache while a loss is computed."""
 
 LossSum = Callable[..., Tensor]
 
@@ -28,7 +28,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 def divergence_sum(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Return the sum over tokens of KL(teacher || student), in nats; both ``[n, vocabulary]`` in any dtype.
 
-    Differentiable in ``logits``. The gradient, the difference of the two distributions, is computed beside the value.
+    Differentiable in ``logits``. The gradient is computed beside the value.
     """
     # Function.apply has no annotations.
     total: Tensor = _Divergence.apply(logits, teacher_logits)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -68,14 +68,7 @@ def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        gradient = torch.empty_like(logits)
-        total = torch.zeros((), device=logits.device)
-        for start in range(0, len(logits), _ROWS):
-            part = slice(start, start + _ROWS)
-            log_q, log_p = (x[part].float().log_softmax(-1) for x in (logits, teacher_logits))
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum()
-            gradient[part] = log_q.exp_().sub_(p)
+        total, gradient = divergence(logits, teacher_logits)
         ctx.save_for_backward(gradient)
         return total
 

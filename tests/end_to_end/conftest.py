@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ptq161.data.assets import cache_dir
+from ptq161.files.paths import cache_dir
 from ptq161.tracking.read import RunData, read_run
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"

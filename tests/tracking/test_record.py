@@ -67,7 +67,7 @@ def test_the_manifest_says_what_ran_where(tmp_path: Path, open_record: OpenRecor
     start, end = (datetime.fromisoformat(manifest[key]) for key in ("start", "end"))
     assert start.utcoffset() is not None and start <= end
     assert manifest["duration_seconds"] == pytest.approx((end - start).total_seconds(), abs=0.5)
-    assert set(manifest["versions"]) == {"python", *_PACKAGES} and None not in manifest["versions"].values()
+    assert set(manifest["versions"]) == {"python", "c++", *_PACKAGES} and None not in manifest["versions"].values()
     assert manifest["threads"]["torch"] >= 1 and manifest["hardware"]["ram_bytes"] > 2**28
     assert manifest["command"][0] == sys.executable
 

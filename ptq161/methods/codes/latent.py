@@ -1,21 +1,16 @@
 """A linear whose codes are learned: latent weights in units of the grid's cells, rounded straight through.
 
-The weight is ``scale * (code - offset) + shift`` with ``code = clamp(round(latent))``; scale, offset and shift follow
-from a few factors per row and column. Given the gradient ``G = g^T x`` of the weight, that of the latents is
-``G * scale`` where they lie on the grid or little outside; those of the factors are sums of ``G * (code - offset)``.
+Its weight and the gradients are :func:`ptq161.kernels.latent.latent_weight`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from ptq161.kernels.latent import Columns, latent_weight
 from ptq161.methods.codes.grid import CodeGrid
 
-_SLACK = 0.75
-"""Cells beyond the ends of the grid within which a latent still has a gradient."""
 _MARGIN = 0.02
 """Cells that a latent starts inside of its code's cell, at least."""
 
@@ -62,10 +57,7 @@ class LatentLinear(nn.Module):
         self.scale_gain = nn.Parameter(torch.zeros(out_features, 1, device=device))
         self.mean_gain = None if grid.mean is None else nn.Parameter(torch.zeros(out_features, 1, device=device))
         self.softness = 0.0
-        self.levels = grid.levels
-        self.offsets = grid.offsets().expand(out_features, in_features)
-        self.ranged = grid.ranged.float()
-        self.scaled = 1 - self.ranged
+        self._columns = Columns(grid.levels, grid.center, grid.ranged.float(), grid.step)
 
     def grid(self) -> CodeGrid:
         """Return the grid as learned so far."""
@@ -75,65 +67,31 @@ class LatentLinear(nn.Module):
                 row=grid.row * (1 + self.row_gain),
                 column=grid.column * (1 + self.column_gain[0]),
                 scale=grid.scale * (1 + self.scale_gain),
-                mean=self._mean(),
+                mean=None if grid.mean is None else self._mean(grid.mean),
             )
 
     def codes(self) -> Tensor:
         """Return the present codes: ``[out, in]`` float32 whole numbers."""
         with torch.no_grad():
-            return torch.minimum(self.latent.round().clamp_(min=0), self.levels)
+            return torch.minimum(self.latent.round().clamp_(min=0), self._columns.levels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` of ``compute_dtype``."""
         grid = self._grid
-        # Scales are a product of two small matrices: a column of row factors and one of the ranged channels' steps.
-        rows = torch.cat([grid.row * (1 + self.row_gain), grid.scale * (1 + self.scale_gain)], dim=1)
-        column = grid.column * (1 + self.column_gain)
-        columns = torch.cat([column * (grid.step * self.scaled), self.ranged.unsqueeze(0)])
-        weight: Tensor = _LatentWeight.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            self.latent, rows, columns, self.levels, self.offsets, self.softness, self.compute_dtype
+        weight = latent_weight(
+            self.latent,
+            self._columns,
+            grid.column * (1 + self.column_gain[0]),
+            grid.row * (1 + self.row_gain),
+            grid.scale * (1 + self.scale_gain),
+            grid.zero_point,
+            torch.zeros_like(grid.row) if grid.mean is None else self._mean(grid.mean),
+            softness=self.softness,
+            dtype=self.compute_dtype,
         )
-        mean = self._mean()
-        if mean is not None:
-            weight = weight + (mean * (column * self.scaled)).to(weight.dtype)
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(self.compute_dtype), weight, bias)
 
-    def _mean(self) -> Tensor | None:
-        if self._grid.mean is None or self.mean_gain is None:
-            return None
-        return self._grid.mean + self._grid.row * self.mean_gain
-
-
-class _LatentWeight(torch.autograd.Function):
-    """The quantized weight in the compute dtype, with gradients of latents and factors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        latent: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        levels: Tensor,
-        offsets: Tensor,
-        softness: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        centered = torch.minimum(latent.round().clamp_(min=0), levels)
-        if softness:
-            centered.lerp_(torch.minimum(latent.clamp(min=0), levels), softness)
-        centered.sub_(offsets)
-        scales = rows @ columns
-        ctx.save_for_backward(latent, rows, columns, levels, centered)
-        return scales.mul_(centered).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        latent, rows, columns, levels, centered = ctx.saved_tensors
-        grad = grad.float()
-        grad_scales = grad * centered
-        grad_rows, grad_columns = grad_scales @ columns.T, rows.T @ grad_scales
-        outside = (latent < -_SLACK) | (latent > levels + _SLACK)
-        grad_latent = (rows @ columns).mul_(grad).masked_fill_(outside, 0.0)
-        return grad_latent, grad_rows, grad_columns, None, None, None, None
+    def _mean(self, start: Tensor) -> Tensor:
+        return start if self.mean_gain is None else start + self._grid.row * self.mean_gain
