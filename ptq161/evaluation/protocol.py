@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.data.corpora import Corpus, load_corpus
 from ptq161.evaluation.checks import check_prompt, check_tokens
-from ptq161.evaluation.perplexity import Perplexity, check_windows, perplexity
+from ptq161.evaluation.likelihood import Perplexity, check_windows, perplexity
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.evaluation.zero_shot import (
     OpenTasks,

@@ -6,29 +6,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
-from ptq161.methods.base import Method
 from ptq161.methods.coded import LEARNABLE
 from ptq161.models.architectures import decoder_blocks
 from ptq161.models.checks import as_tokens, check_head, check_quantizable
 from ptq161.packed.model import packed_linears
-
-
-def check_learnable(method: Method, name: str) -> None:
-    """Check that the codes of a method can be learned, as far as it names its format: before anything is loaded.
-
-    Args:
-        method: hyperparameters.
-        name: of the method, in the error.
-
-    Raises:
-        UserError: they cannot.
-    """
-    stored = getattr(method, "format", None)
-    if stored is not None and stored not in LEARNABLE:
-        raise UserError(
-            f"finetune.update=codes: the codes of method={name} (format {stored}) cannot be learned; use "
-            "finetune=scales, or a method of another format, such as waterfill or ptq161."
-        )
 
 
 def check_formats(packed: PreTrainedModel) -> None:

@@ -1,10 +1,13 @@
-"""The hyperparameters of finetuning."""
+"""The hyperparameters of finetuning, and which methods they fit."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ptq161.checks import check_at_least, check_choice
+from ptq161.errors import UserError
+from ptq161.methods.base import Method
+from ptq161.methods.coded import LEARNABLE
 from ptq161.training.settings import Names, check_counts, check_positive, check_training
 
 _UPDATES = ("scales", "codes")
@@ -98,3 +101,21 @@ class Distillation:
     def sequences(self) -> int:
         """Sequences of the training, and those held out."""
         return self.steps * self.accumulation * self.batch_size + self.held_out
+
+
+def check_learnable(method: Method, name: str) -> None:
+    """Check that the codes of a method can be learned, as far as it names its format: before anything is loaded.
+
+    Args:
+        method: hyperparameters.
+        name: of the method, in the error.
+
+    Raises:
+        UserError: they cannot.
+    """
+    stored = getattr(method, "format", None)
+    if stored is not None and stored not in LEARNABLE:
+        raise UserError(
+            f"finetune.update=codes: the codes of method={name} (format {stored}) cannot be learned; use "
+            "finetune=scales, or a method of another format, such as waterfill or ptq161."
+        )

@@ -19,8 +19,7 @@ from ptq161.checks import check_at_least, check_choice
 from ptq161.data.settings import CalibConfig
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
-from ptq161.finetune.checks import check_learnable
-from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.distillation import Distillation, check_learnable
 from ptq161.methods.base import Method
 from ptq161.methods.ptq161.saliency import check_mask_ratio
 from ptq161.models.settings import ModelConfig

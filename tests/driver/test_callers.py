@@ -18,7 +18,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
 import ptq161
 from ptq161.errors import UserError
-from ptq161.evaluation.perplexity import perplexity
+from ptq161.evaluation.likelihood import perplexity
 from ptq161.packed.model import packed_linears, sha256_of_packed
 from tests.conftest import every_method
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ptq161.errors import UserError
-from ptq161.evaluation.perplexity import check_windows, perplexity
+from ptq161.evaluation.likelihood import check_windows, perplexity
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import ptq161
 import ptq161.packed
-from ptq161.evaluation.perplexity import perplexity
+from ptq161.evaluation.likelihood import perplexity
 from ptq161.methods.awq import AWQ
 from ptq161.methods.base import Method
 from ptq161.methods.billm import BiLLM
@@ -48,7 +48,7 @@ OPEN = """
 import json, sys
 import torch, transformers
 import ptq161
-from ptq161.evaluation.perplexity import perplexity
+from ptq161.evaluation.likelihood import perplexity
 from ptq161.packed.model import sha256_of_packed
 
 folder, dense, tokens = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
