@@ -103,6 +103,18 @@ STUDIES = {
         x="method",
         overrides=("method.epochs=1",),
     ),
+    "finetune": Study(
+        {"finetune": ["scales", "scales", "codes", "codes"], "finetune.steps": [1, 2, 1, 2]},
+        x="finetune.steps",
+        overrides=("method.epochs=0", "finetune.steps=1,2"),
+    ),
+    "equal_bytes": Study(
+        {
+            "method": ["ptq161", "ptq161+finetuning", "learned", "waterfill+finetuning", "billm"],
+            "finetune": ["none", "scales", "none", "codes", "none"],
+        },
+        overrides=("+study/equal_bytes=released,scales,learned,distilled,billm",),
+    ),
     "calibration": Study(
         {
             "calib": ["squad", "coqa", "squad", "squad"],
