@@ -31,7 +31,7 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
 from typing import TYPE_CHECKING
 
 from ptq161.errors import UserError
-from ptq161.lazy import lazy_attributes
+from ptq161.lazy import import_after, lazy_attributes
 
 if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
@@ -83,6 +83,9 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.waterfill": ["Waterfill"],
     },
 )
+
+# from_pretrained of transformers opens a packed checkpoint after this.
+import_after("transformers.quantizers.auto", "ptq161.packed.pretrained")
 
 
 def __dir__() -> list[str]:

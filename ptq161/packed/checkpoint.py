@@ -11,9 +11,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -40,6 +41,7 @@ WEIGHTS_FILE = "packed.safetensors"
 """Name of the file of tensors in a checkpoint folder."""
 GENERATION_FILE = "generation_config.json"
 ADVICE = "choose another folder"
+ADVICE_AGAIN = "get the checkpoint again"
 
 _SCHEMA_VERSION = 1
 _PLACES = ("_name_or_path", "name_or_path")
@@ -49,8 +51,9 @@ _PLACES = ("_name_or_path", "name_or_path")
 _CARD = """The linears of this model are stored packed; everything else is as in a plain Hugging Face folder.
 
     import ptq161
+    from transformers import AutoModelForCausalLM
 
-    model, tokenizer = ptq161.load(FOLDER)
+    model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or, with the tokenizer: ptq161.load(FOLDER)
     ptq161.export(FOLDER, OUT)  # a dense folder, for programs that do not know ptq161"""
 
 
@@ -165,10 +168,9 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         True
     """
     folder = Path(folder).expanduser()
-    with reading(folder, "get the checkpoint again"):
+    with reading(folder, ADVICE_AGAIN):
         if not is_packed_folder(folder):
             raise UserError(f"{folder}: no packed checkpoint (config.json with quant_method={PACKED_FORMAT}) is there.")
-        check_sums(folder, required=("config.json", WEIGHTS_FILE))
         model = _load_model(folder)
         try:
             return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -179,9 +181,7 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _load_model(folder: Path) -> PreTrainedModel:
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = raw.pop("quantization_config")
-    layout = quantization.get("schema_version")
-    if layout != _SCHEMA_VERSION:
-        raise UserError(f"{folder} has checkpoint layout {layout}; this version reads {_SCHEMA_VERSION}.")
+    check_layout(folder, quantization.get("schema_version"))
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -197,6 +197,46 @@ def _load_model(folder: Path) -> PreTrainedModel:
     own_save(model)
     model.eval()
     return model
+
+
+def check_layout(folder: Path, version: object) -> None:
+    """Check a checkpoint folder's files, and that its layout is the present one.
+
+    Raises:
+        UserError: a file is damaged, or the layout is another one.
+
+    Example:
+        >>> check_layout(Path("checkpoint"), 0)
+        Traceback (most recent call last):
+        ptq161.errors.UserError: checkpoint has checkpoint layout 0; this version reads 1.
+    """
+    if version != _SCHEMA_VERSION:
+        raise UserError(f"{folder} has checkpoint layout {version}; this version reads {_SCHEMA_VERSION}.")
+    check_sums(folder, required=("config.json", WEIGHTS_FILE))
+
+
+def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], file: Path) -> None:
+    """Put packed linears without values into a model without values, for tensors that are loaded by name afterwards.
+
+    Args:
+        model: on the meta device; changed in place.
+        linears: settings of each packed weight, by module path.
+        file: of the tensors, from which shapes and dtypes are read.
+
+    Raises:
+        UserError: the file is not one of this model's tensors.
+    """
+    with safe_open(file, framework="pt") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+        empty = {
+            name: torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta") for name, part in slices.items()
+        }
+    stored = set(empty)
+    split_experts(model)
+    _install_packed(model, linears, empty)
+    wrong = set(model.state_dict()) - set(model.all_tied_weights_keys) ^ stored
+    if wrong:
+        raise UserError(f"{file.parent} is damaged: tensor {min(wrong)} is missing or not of this model.")
 
 
 def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:
