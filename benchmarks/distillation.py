@@ -2,6 +2,7 @@
 
     python benchmarks/distillation.py                               # the embedded model, 4 x 256 tokens a step
     python benchmarks/distillation.py --blocks 6 --updates codes    # its first blocks alone, where time is short
+    python benchmarks/distillation.py --operators compiled torch    # the operators in C++ against torch's
 
 The model is quantized without learning, which changes no timing. A step is a teacher's forward pass, a student's
 forward and backward pass, the divergence over the whole vocabulary, and the optimizer. The floor is the time that the
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from transformers import PreTrainedModel
 import ptq161
 from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.student import make_student
+from ptq161.kernels import native
 from ptq161.models.loading import load_model
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import COMPUTE_DTYPES, resolve_dtype
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=6, help="steps that are timed, after three that warm up")
     parser.add_argument("--updates", nargs="+", choices=("scales", "codes"), default=["scales", "codes"])
+    parser.add_argument("--operators", nargs="+", choices=("compiled", "torch"), default=["compiled"])
     options = parser.parse_args()
     dtype = resolve_dtype("auto", CPU)[0]
     full, tokenizer = load_model(ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=options.blocks))
@@ -56,11 +61,12 @@ def main() -> None:
     teacher = frozen_copy(full, COMPUTE_DTYPES[dtype], CPU)
     floor = floor_per_token(packed) * tokens.numel()
     print(f"{options.batch_size} x {options.seq_len} tokens a step, {dtype}, {torch.get_num_threads()} threads")
-    for update in options.updates:
+    for update, operators in itertools.product(options.updates, options.operators):
         settings = Distillation(update=update, steps=1, compute_dtype=dtype)
-        seconds, share = step_seconds(packed, teacher, tokens, settings, options.steps)
+        with mock.patch.object(native, "usable", native.usable if operators == "compiled" else lambda *_: False):
+            seconds, share = step_seconds(packed, teacher, tokens, settings, options.steps)
         print(
-            f"{update:8} {tokens.numel() / seconds:6.0f} tokens/s, {seconds:.2f} s a step, "
+            f"{update:8} {operators:8} {tokens.numel() / seconds:6.0f} tokens/s, {seconds:.2f} s a step, "
             f"{100 * share:.0f} % in matrix products; floor {tokens.numel() / floor:.0f} tokens/s, {floor:.2f} s a step"
         )
 
