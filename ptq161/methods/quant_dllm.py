@@ -303,25 +303,38 @@ def fit_block(block: Tensor, salient: Tensor, orders: Tensor, scale_dtype: str) 
         >>> fit.values().round(decimals=2).tolist()
         [[3.0, -6.0], [1.0, 2.0]]
     """
-    terms = range(int(orders.max()))
-    takes_part = [(orders > k).float().unsqueeze(0) for k in terms]
+    n_terms = int(orders.max())
+    takes_part = [(orders > k).float().unsqueeze(0) for k in range(n_terms)]
     signs, rows, columns = _greedy_start(block, takes_part)
     weights = salient.float().mul_(_SALIENT_WEIGHT - 1).add_(1)
+    counted = [weights * sign.square() for sign in signs]  # without the zeros of the start
+    aligned = (block * signs[0]).mul_(weights)
     for _ in range(_ROUNDS):
-        for k in terms:
-            target = block
-            for other in terms:
-                if other != k:
-                    target = target - rows[other] * columns[other] * signs[other]
-            aligned, counted = weights * target * signs[k], weights * signs[k].square()
-            rows[k] = (aligned @ columns[k].T) / (counted @ columns[k].square().T + 1e-8)
-            columns[k] = (rows[k].T @ aligned) / (rows[k].square().T @ counted + 1e-8) * takes_part[k]
-        if len(terms) > 1:
-            signs = _nearest_signs(block, [row * column for row, column in zip(rows, columns, strict=True)])
+        for k in range(n_terms):
+            if n_terms > 1:
+                aligned = _without_others(block, k, signs, rows, columns).mul_(signs[k]).mul_(weights)
+            rows[k] = (aligned @ columns[k].T) / (counted[k] @ columns[k].square().T + 1e-8)
+            columns[k] = (rows[k].T @ aligned) / (rows[k].square().T @ counted[k] + 1e-8) * takes_part[k]
+        if n_terms > 1:
+            signs = _nearest_signs(block, _sizes(rows, columns))
+            counted = [weights] * n_terms
     rows, columns = ([stored_scale(part, scale_dtype).float() for part in parts] for parts in (rows, columns))
-    if len(terms) > 1:
-        signs = _nearest_signs(block, [row * column for row, column in zip(rows, columns, strict=True)])
+    if n_terms > 1:
+        signs = _nearest_signs(block, _sizes(rows, columns))
     return BlockFit(torch.stack(signs) >= 0, torch.stack(rows), torch.stack(columns))
+
+
+def _sizes(rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
+    return [row * column for row, column in zip(rows, columns, strict=True)]
+
+
+def _without_others(block: Tensor, k: int, signs: list[Tensor], rows: list[Tensor], columns: list[Tensor]) -> Tensor:
+    """Return what is left of a block for term ``k`` of several: ``[out, columns]``."""
+    rest = block
+    for other in range(len(signs)):
+        if other != k:
+            rest = torch.addcmul(rest, rows[other] * columns[other], signs[other], value=-1)
+    return rest
 
 
 def _greedy_start(block: Tensor, takes_part: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -347,21 +360,21 @@ def _nearest_signs(block: Tensor, terms: list[Tensor]) -> list[Tensor]:
     """
     *others, last = terms
     size = last.abs()
-    best_rest = best_error = torch.empty(0)
-    best = torch.empty(0, dtype=torch.long)
-    for index, combination in enumerate(itertools.product((-1.0, 1.0), repeat=len(others))):
+    plus = [torch.zeros_like(block, dtype=torch.bool) for _ in others]
+    least = size
+    for index, combination in enumerate(itertools.product((-1, 1), repeat=len(others))):
         rest = block
         for sign, term in zip(combination, others, strict=True):
-            rest = rest - sign * term
-        error = (rest.abs() - size).abs_()
+            rest = torch.sub(rest, term, alpha=sign)
+        error = rest.abs().sub_(size).abs_()
         if not index:
-            best_rest, best_error, best = rest, error, torch.zeros_like(rest, dtype=torch.long)
+            least = error
             continue
-        nearer = error < best_error
-        best_rest = torch.where(nearer, rest, best_rest)
-        best_error = torch.minimum(error, best_error)
-        best = best.masked_fill_(nearer, index)
-    n = len(others)
-    chosen = [((best >> (n - 1 - k)) & 1).float().mul_(2).sub_(1) for k in range(n)]
-    chosen.append((best_rest * last > 0).float().mul_(2).sub_(1))
-    return chosen
+        nearer = error < least
+        least = torch.minimum(error, least)
+        plus = [old | nearer if sign > 0 else old & ~nearer for old, sign in zip(plus, combination, strict=True)]
+    signs = [plane.float().mul_(2).sub_(1) for plane in plus]
+    rest = block
+    for other, term in zip(signs, others, strict=True):
+        rest = torch.addcmul(rest, other, term, value=-1)
+    return [*signs, (rest * last > 0).float().mul_(2).sub_(1)]
