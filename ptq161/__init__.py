@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ptq161.methods.omniquant import OmniQuant
     from ptq161.methods.pb_llm import PBLLM
     from ptq161.methods.ptq161 import PTQ161
+    from ptq161.methods.quant_dllm import QuantDLLM
     from ptq161.methods.quip import QuIP
     from ptq161.methods.rtn import RTN
     from ptq161.methods.waterfill import Waterfill
@@ -56,6 +57,7 @@ __all__ = [
     "BiLLM",
     "OmniQuant",
     "QuIP",
+    "QuantDLLM",
     "UserError",
     "Waterfill",
     "export",
@@ -78,6 +80,7 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.omniquant": ["OmniQuant"],
         "ptq161.methods.pb_llm": ["PBLLM"],
         "ptq161.methods.ptq161": ["PTQ161"],
+        "ptq161.methods.quant_dllm": ["QuantDLLM"],
         "ptq161.methods.quip": ["QuIP"],
         "ptq161.methods.rtn": ["RTN"],
         "ptq161.methods.waterfill": ["Waterfill"],

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptq161.data.embedded import passages
 from ptq161.data.hub_text import HUB_TEXTS, hub_documents
+from ptq161.data.masking import mask_linearly
 from ptq161.data.settings import CalibConfig
 from ptq161.data.text import BLANK_LINE, encode, read_text
 from ptq161.errors import UserError
@@ -28,7 +29,7 @@ CALIBRATION_JOINERS = {"wikitext2": BLANK_LINE, "ptb": " "}
 def calibration_tokens(
     tokenizer: PreTrainedTokenizerBase, config: CalibConfig, seed: int, *, hub_root: Path | None = None
 ) -> Tensor:
-    """Draw calibration windows at random starts; overlap is allowed (GPTQ's ``datautils.py``).
+    """Draw calibration windows at random starts; overlap is allowed (GPTQ's ``datautils.py``), masked if wanted.
 
     The embedded sets, ``wikitext2``, ``ptb`` and ``text_file`` are tokenized as one text. ``c4`` (its first training
     shard) and ``redpajama`` are sampled by documents: a window lies in a random document that is longer than
@@ -36,7 +37,7 @@ def calibration_tokens(
 
     Args:
         tokenizer: called with its defaults, so it adds BOS where its model wants it, once per tokenized text.
-        config: the set, the number of windows and their length.
+        config: the set, the number of windows, their length, and whether they are masked.
         seed: of the run; the draw depends on nothing else.
         hub_root: local copy in place of the hub (see :func:`ptq161.data.hub_text.hub_documents`).
 
@@ -46,6 +47,18 @@ def calibration_tokens(
     Raises:
         UserError: the text cannot be fetched or read, or is shorter than one window.
     """
+    tokens = _visible_tokens(tokenizer, config, seed, hub_root)
+    if config.masking == "none":
+        return tokens
+    assert config.mask_token is not None, "CalibConfig refuses masking without a mask token"
+    return mask_linearly(
+        tokens, config.mask_token, config.masking_prefix, lambda i: stage_generator(seed, "calibration masking", i)
+    )
+
+
+def _visible_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: CalibConfig, seed: int, hub_root: Path | None
+) -> Tensor:
     generator = stage_generator(seed, "calibration")
     if config.name in HUB_TEXTS:
         rows = hub_documents(config.name, "train", CALIBRATION_INSTEAD, hub_root)

@@ -19,6 +19,7 @@ __all__ = [
     "omniquant",
     "pb_llm",
     "ptq161",
+    "quant_dllm",
     "quip",
     "rtn",
     "waterfill",

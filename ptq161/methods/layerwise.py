@@ -124,6 +124,64 @@ class LayerwiseMethod(ABC):
         return packed
 
 
+def quantize_sequentially(method: LayerwiseMethod, window: Window) -> dict[str, PackedWeight]:
+    """Quantize the linears of a window input by input, each on statistics that the quantized ones before it leave.
+
+    This is what released code calls ``true_sequential``. The window's linears are in their places again afterwards.
+
+    Args:
+        method: one that needs statistics.
+        window: of one decoder block.
+
+    Returns:
+        a packed weight for each linear.
+
+    Raises:
+        UserError: an input is NaN or infinite, or the method refuses a weight.
+
+    Example:
+        >>> from ptq161.methods.base import ignore_metric
+        >>> from ptq161.methods.gptq import GPTQ
+        >>> block = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        >>> window = Window(
+        ...     first_block=0,
+        ...     blocks=[block],
+        ...     input_groups=[["0.0"], ["0.1"]],
+        ...     linears={"0.0": block[0], "0.1": block[1]},
+        ...     quant_inputs=torch.tensor([[[1.0, -2.0], [3.0, 0.0]]]),
+        ...     full_outputs=None,
+        ...     activations={},
+        ...     salient_masks=None,
+        ...     run_block=lambda i, hidden: block(hidden),
+        ...     generator=lambda stage: torch.Generator(),
+        ...     on_metric=ignore_metric,
+        ...     device=torch.device("cpu"),
+        ... )
+        >>> sorted(quantize_sequentially(GPTQ(bits=2), window)), block[0] is window.linears["0.0"]
+        (['0.0', '0.1'], True)
+    """
+    packed: dict[str, PackedWeight] = {}
+    try:
+        for group in window.input_groups:
+            statistics = collect_statistics(method, dataclasses.replace(window, input_groups=[group]))
+            weights = {name: window.linears[name].weight.detach().float() for name in group}
+            packed.update(method.quantize_group(weights, statistics[group[0]], window))
+            for name in group:
+                window.replace(name, _with_weight(window.linears[name], packed[name].dequantize()))
+    finally:
+        for name in packed:
+            window.replace(name, window.linears[name])
+    return packed
+
+
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """Return a linear with the bias of another."""
+    other: nn.Linear = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, bias=False)
+    other.weight = nn.Parameter(weight, requires_grad=False)
+    other.bias = linear.bias
+    return other
+
+
 @dataclasses.dataclass(frozen=True)
 class UniformMethod(LayerwiseMethod):
     """A layer-wise method that rounds weights to uniform grids.

@@ -103,7 +103,7 @@ def _model_content(config: ModelConfig, sha256: _HashFile = sha256_of_file) -> d
 
 def _calibration(config: CalibConfig, sha256: _HashFile) -> dict[str, Any]:
     text = _text(config.name, config.text_file, "train", CALIBRATION_INSTEAD, sha256)
-    return {"text": text, "n_samples": config.n_samples, "seq_len": config.seq_len}
+    return {"text": text, "n_samples": config.n_samples, "seq_len": config.seq_len, **config.masking_identity()}
 
 
 def _training(config: Training, sha256: _HashFile) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ptq161.cache.results import CHECKPOINT, MERGED
 from ptq161.data.calibration import calibration_tokens
+from ptq161.data.masking import check_mask_token
 from ptq161.driver.quantization import quantize
 from ptq161.evaluation.checks import check_tokens, vocabulary_of
 from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
@@ -120,6 +121,8 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
     """Draw the calibration tokens: ``[n_samples, seq_len]`` int64."""
     config = session.config
     check_seq_len("calib.seq_len", config.calib.seq_len, texts.longest)
+    if config.calib.masking != "none":
+        check_mask_token(config.calib.mask_token, texts.vocabulary)
     drawn = identity.tokens(model=session.identity["model"], text=session.identity["calibration"], seed=config.seed)
     tokens = session.stages.tensor(
         "tokens", drawn, lambda: calibration_tokens(texts.tokenizer, config.calib, config.seed)

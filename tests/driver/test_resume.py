@@ -25,6 +25,7 @@ from ptq161.methods.gptq import GPTQ
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
 from ptq161.methods.waterfill import Waterfill
@@ -42,6 +43,7 @@ METHODS = {
     "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),
     "billm": BiLLM(batch_size=2),
+    "quant_dllm": QuantDLLM(order=1, batch_size=2),
     "ptq161": PTQ161(epochs=1, batch_size=2, compute_dtype="bfloat16"),
     "windows of 2": PTQ161(epochs=1, batch_size=2, block_size=2),
     "learned codes": PTQ161(codes="learned", epochs=1, batch_size=2),

@@ -24,6 +24,7 @@ from ptq161.methods.gptq import GPTQ
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
 from ptq161.methods.waterfill import Waterfill
@@ -39,6 +40,7 @@ METHODS: list[Method] = [
     Waterfill(epochs=1),
     PBLLM(),
     BiLLM(),
+    QuantDLLM(column_block=24, mixed_ratio=0.25, allocation="columns"),
     PTQ161(epochs=1),
 ]
 SEQ_LEN = 32

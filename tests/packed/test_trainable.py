@@ -23,6 +23,7 @@ METHODS = every_method(bits=3, epochs=0) | {
     "rtn, symmetric": ptq161.RTN(bits=3, symmetric=True),
     "gptq, in another order": ptq161.GPTQ(bits=2, group_size=16, act_order=True),
     "quip, hadamard": ptq161.QuIP(bits=2, rotation="hadamard"),
+    "quant_dllm, by columns": ptq161.QuantDLLM(mixed_ratio=0.2, allocation="columns"),
     "waterfill, ranged": ptq161.Waterfill(level="linear", epochs=0, batch_size=2, tiers=[1, 2, 4]),
     "ptq161, float32": ptq161.PTQ161(epochs=0, scale_dtype="float32"),
 }

@@ -160,7 +160,21 @@ def test_every_key_is_needed(key: str) -> None:
         ({"calib.n_samples": 0}, "calib.n_samples=0: use at least 1."),
         ({"calib.n_samples": None}, "calib.n_samples=None: use a value of type int."),
         ({"calib.seq_len": 1}, "calib.seq_len=1: use at least 2."),
-        ({"calib.seqlen": 16}, "unknown key calib.seqlen: known are name, n_samples, seq_len, text_file."),
+        (
+            {"calib.seqlen": 16},
+            "unknown key calib.seqlen: known are name, n_samples, seq_len, text_file, masking, mask_token, "
+            "masking_prefix.",
+        ),
+        ({"calib.masking": "cosine"}, "calib.masking=cosine: use one of none, linear."),
+        (
+            {"calib.masking": "linear"},
+            "calib.masking=linear needs the id of the model's mask token: set calib.mask_token=ID.",
+        ),
+        ({"calib.masking": "linear", "calib.mask_token": -1}, "calib.mask_token=-1: use at least 0."),
+        (
+            {"calib.masking_prefix": 1.0},
+            "calib.masking_prefix=1.0: use a value in [0, 1), the share that is never masked.",
+        ),
         ({"preprocess.name": "lora"}, "preprocess.name=lora: use one of none."),
         ({"eval.corpora": ["enwik8"]}, "eval.corpora=enwik8: use one of boolq,"),
         ({"eval.corpora": "boolq"}, "eval.corpora='boolq': use a value of type list."),
