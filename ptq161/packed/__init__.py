@@ -4,8 +4,19 @@ Importing this package registers every storage format, so that any checkpoint lo
 ``models``, ``kernels``, ``files`` and the ground floor; ``methods``, the driver and every room above may import it.
 """
 
-from ptq161.packed import allotted, awq, billm, pb_llm, quip, structured_binary, uniform
+from ptq161.packed import allotted, awq, billm, pb_llm, quip, structured_binary, uniform, vector
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import PackedWeight
 
-__all__ = ["PackedLinear", "PackedWeight", "allotted", "awq", "billm", "pb_llm", "quip", "structured_binary", "uniform"]
+__all__ = [
+    "PackedLinear",
+    "PackedWeight",
+    "allotted",
+    "awq",
+    "billm",
+    "pb_llm",
+    "quip",
+    "structured_binary",
+    "uniform",
+    "vector",
+]
