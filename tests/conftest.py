@@ -57,6 +57,7 @@ def every_method(bits: int, epochs: int) -> dict[str, Method]:
         "omniquant": ptq161.OmniQuant(bits=bits, epochs=epochs),
         "pb_llm": ptq161.PBLLM(),
         "billm": ptq161.BiLLM(),
+        "vptq": ptq161.VPTQ(vector_length=2, centroids=4**bits, iterations=5),
         "ptq161": ptq161.PTQ161(epochs=epochs, scale_lr=1e-3, angle_lr=1e-2),
         "waterfill": ptq161.Waterfill(level="linear", epochs=epochs, batch_size=2),
     }

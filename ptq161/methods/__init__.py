@@ -21,5 +21,6 @@ __all__ = [
     "ptq161",
     "quip",
     "rtn",
+    "vptq",
     "waterfill",
 ]
