@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.compensation import inverse_factor, weighted_error
 from ptq161.methods.vptq import VPTQ, kmeans, nearest, quantize_weight
 from ptq161.methods.vptq.kmeans import draw_centroids
 from ptq161.methods.vptq.method import regularized, weighted_vectors
+from ptq161.packed.model import packed_linears as packed_of
 from ptq161.packed.vector import VectorWeight
 from tests.conftest import TINY
 from tests.methods.layers import assert_golden, layer, packed_linears
@@ -262,6 +265,40 @@ def test_every_architecture(architecture: str, tiny_model: Callable[..., PreTrai
     assert first and all(torch.equal(first[name].dequantize(), second[name].dequantize()) for name in first)
 
 
+def test_the_refit_lowers_the_loss_and_leaves_indices_and_bytes(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    losses: list[float] = []
+
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
+        if name == "loss" and where["block"] == 0:
+            losses.append(value)
+
+    tokens = torch.randint(3, 256, (6, 32), generator=torch.Generator().manual_seed(0))
+    plain = VPTQ(vector_length=4, centroids=32, row_scales=True, batch_size=2)
+    method = dataclasses.replace(plain, refit_steps=14, refit_lr=1e-2)
+    assert method.needs_full_chain and not plain.needs_full_chain
+    before, after = (ptq161.quantize(tiny_model("llama"), tokens, m, on_metric=on_metric) for m in (plain, method))
+    assert len(losses) == 5 and losses[-1] < 0.8 * losses[0]  # 3 steps an epoch, and 2 in the last
+    for name, a in packed_of(before).items():
+        if name.startswith("model.layers.0"):  # the inputs of the other differ
+            b = packed_of(after)[name]
+            assert a.packed.nbytes == b.packed.nbytes and a.packed.settings() == b.packed.settings()
+            assert torch.equal(a.indices, b.indices) and not torch.equal(a.centroids, b.centroids)
+            assert not torch.equal(a.row_scale, b.row_scale)
+
+
+def test_a_refit_is_deterministic(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    method = VPTQ(vector_length=4, centroids=16, normalize=True, residual_centroids=4, batch_size=2, refit_steps=3)
+    first, second = (packed_linears(tiny_model("llama"), method) for _ in range(2))
+    assert all(torch.equal(first[name].dequantize(), second[name].dequantize()) for name in first)
+
+
+def test_a_loss_that_is_not_finite_names_the_block(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    with pytest.raises(UserError, match=r"in block 0, epoch \d+: lower the method's learning rates"):
+        packed_linears(
+            tiny_model("llama"), VPTQ(vector_length=4, centroids=16, batch_size=2, refit_steps=9, refit_lr=1e30)
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -270,6 +307,8 @@ def test_every_architecture(architecture: str, tiny_model: Callable[..., PreTrai
         ({"groups": 0}, "method.groups=0: use at least 1"),
         ({"iterations": -1}, "method.iterations=-1: use at least 0"),
         ({"tolerance": -1.0}, "method.tolerance=-1.0: use at least 0"),
+        ({"refit_steps": -1}, "method.refit_steps=-1: use at least 0"),
+        ({"refit_lr": float("nan")}, "method.refit_lr=nan: use a finite learning rate"),
         ({"centroids": 1}, "method.centroids=1: use 2 to 65536 centroids"),
         ({"centroids": 65537}, "method.centroids=65537: use 2 to 65536 centroids"),
         ({"residual_centroids": 1}, "method.residual_centroids=1: use 2 to 65536 centroids"),

@@ -10,7 +10,9 @@ numbered as in the code below:
 4. a codebook for each group, by k-means over its vectors weighted by the hessian's diagonal (Section 3.2.1);
 5. column by column, each vector takes the nearest centroid in plain distance, as a column's loss has one factor for
    all of its rows (Section 3.1); the loss is made good in the columns to the right;
-6. optional: a residual codebook, by k-means on what the columns missed, and the loop again with both codebooks.
+6. optional: a residual codebook, by k-means on what the columns missed, and the loop again with both codebooks;
+7. optional: the codebooks of a block are trained against its full-precision output
+   (:mod:`ptq161.methods.vptq.refit`). The released code has no such step; the paper describes it in Section 4.
 
 Differences: k-means is deterministic, from a start drawn with the run's seed; codebooks are rounded to the stored dtype
 before step 5, so that indices are chosen against what is stored. This project's own: step 3 with the hessian scaled to
@@ -30,7 +32,7 @@ from torch.nn import functional as F
 
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
-from ptq161.methods.base import Window
+from ptq161.methods.base import Window, check_rate
 from ptq161.methods.compensation import (
     CompensatedMethod,
     InverseFactor,
@@ -39,6 +41,7 @@ from ptq161.methods.compensation import (
     inverse_factor,
 )
 from ptq161.methods.vptq.kmeans import draw_centroids, kmeans, nearest
+from ptq161.methods.vptq.refit import refit
 from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook, look_up
 from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
 
@@ -65,6 +68,10 @@ class VPTQ(CompensatedMethod):
         row_scales: divide each row by its root mean square (this project's own).
         iterations: of k-means, at most.
         tolerance: k-means ends when its error falls by less than this share of itself.
+        refit_steps: steps in which the centroids and scales of a block are trained against the full-precision block; 0
+            for none, as released.
+        refit_lr: learning rate of the centroids, in units of their root mean square, and of the scales, relative to
+            them.
 
     Example:
         >>> VPTQ(vector_length=4, centroids=64).nominal_bits()
@@ -90,6 +97,8 @@ class VPTQ(CompensatedMethod):
     row_scales: bool = False
     iterations: int = 100
     tolerance: float = 1e-5
+    refit_steps: int = 0
+    refit_lr: float = 2e-3
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
@@ -100,8 +109,10 @@ class VPTQ(CompensatedMethod):
             ("groups", 1),
             ("iterations", 0),
             ("tolerance", 0),
+            ("refit_steps", 0),
         ):
             check_at_least(f"method.{name}", getattr(self, name), least)
+        check_rate("method.refit_lr", self.refit_lr)
         check_codebook("method.centroids", self.centroids)
         for name in ("residual_centroids", "outlier_centroids"):
             if getattr(self, name):
@@ -116,6 +127,11 @@ class VPTQ(CompensatedMethod):
         if self.match_hessian and not self.normalize:
             raise UserError("method.match_hessian=true: there is nothing to match; set method.normalize=true.")
 
+    @property
+    def needs_full_chain(self) -> bool:  # type: ignore[override]  # of other layer-wise methods none needs it
+        """Whether the refit compares with the full-precision chain."""
+        return self.refit_steps > 0
+
     def nominal_bits(self) -> float:
         """Bits of the indices of a weight that is no outlier; codebooks, scales and column labels are not counted."""
         residual = math.log2(self.residual_centroids) if self.residual_centroids else 0.0
@@ -124,6 +140,24 @@ class VPTQ(CompensatedMethod):
     def factorize(self, hessian: Tensor) -> InverseFactor:
         """Factorize the regularized hessian, with its columns in the order of quantization."""
         return inverse_factor(regularized(hessian), self.damping, act_order=self.permute)
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Quantize every linear of the window, then refit the codebooks of all of them together.
+
+        Raises:
+            UserError: an input or a loss is not finite, or a linear cannot be quantized.
+        """
+        packed = super().quantize_window(window)
+        if not self.refit_steps:
+            return packed
+        return refit(  # 7
+            window,
+            packed,
+            steps=self.refit_steps,
+            lr=self.refit_lr,
+            batch_size=self.batch_size,
+            compute_dtype=self.compute_dtype,
+        )
 
     def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:
         """Quantize a linear with the window's generator for it."""
