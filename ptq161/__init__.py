@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from ptq161.methods.quant_dllm import QuantDLLM
     from ptq161.methods.quip import QuIP
     from ptq161.methods.rtn import RTN
+    from ptq161.methods.vptq import VPTQ
     from ptq161.methods.waterfill import Waterfill
     from ptq161.packed.checkpoint import load, save
     from ptq161.packed.export import export
@@ -54,6 +55,7 @@ __all__ = [
     "PBLLM",
     "PTQ161",
     "RTN",
+    "VPTQ",
     "BiLLM",
     "OmniQuant",
     "QuIP",
@@ -83,6 +85,7 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.quant_dllm": ["QuantDLLM"],
         "ptq161.methods.quip": ["QuIP"],
         "ptq161.methods.rtn": ["RTN"],
+        "ptq161.methods.vptq": ["VPTQ"],
         "ptq161.methods.waterfill": ["Waterfill"],
     },
 )

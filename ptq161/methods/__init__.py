@@ -22,5 +22,6 @@ __all__ = [
     "quant_dllm",
     "quip",
     "rtn",
+    "vptq",
     "waterfill",
 ]

@@ -221,11 +221,12 @@ class Method(Protocol):
         (1, False, 2.0)
     """
 
-    needs_full_chain: ClassVar[bool]
-    """Whether the window has to bring the full-precision chain's outputs and activation scales."""
-
     takes_salient_masks: ClassVar[bool]
     """Whether the method has salient input channels, which the caller may give (``Window.salient_masks``)."""
+
+    @property
+    def needs_full_chain(self) -> bool:
+        """Whether the window has to bring the full-precision chain's outputs and activation scales."""
 
     @property
     def block_size(self) -> int:

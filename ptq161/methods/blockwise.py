@@ -22,6 +22,7 @@ def optimize(
     epochs: int,
     batch_size: int,
     compute_dtype: str,
+    steps: int | None = None,
 ) -> None:
     """Run the window on the quantized chain's inputs, epoch by epoch, and step on the loss of each batch.
 
@@ -35,6 +36,7 @@ def optimize(
         epochs: passes over the samples, in their order.
         batch_size: samples per step.
         compute_dtype: dtype of matrix products; the loss is computed outside autocast.
+        steps: at most so many in all; None is no limit.
 
     Raises:
         UserError: a loss is not finite.
@@ -64,9 +66,13 @@ def optimize(
         loss 1.0 {'block': 0, 'epoch': 0}
         loss 0.0 {'block': 0, 'epoch': 1}
     """
+    taken = 0
     for epoch in range(epochs):
-        losses = []
+        losses: list[float] = []
         for batch in window.batches(batch_size):
+            if taken == steps:
+                break
+            taken += 1
             with window.autocast(compute_dtype):
                 output = window.run(window.to_device(window.quant_inputs[batch]))
             loss = loss_of(output.float(), *(window.to_device(target[batch]) for target in targets))
@@ -78,7 +84,8 @@ def optimize(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        window.on_metric("loss", sum(losses) / len(losses), block=window.first_block, epoch=epoch)
+        if losses:
+            window.on_metric("loss", sum(losses) / len(losses), block=window.first_block, epoch=epoch)
 
 
 @contextmanager

@@ -51,16 +51,18 @@ class InverseFactor:
             weights as zero.
         damping: the share of the mean diagonal with which the factorization succeeded.
         order: ``[in]``, which original column stands at each place; None is the original order.
+        diagonal: ``[in]`` float32, of the hessian before damping, in the factor's order: zero where a column is dead.
 
     Example:
         >>> factor = inverse_factor(torch.diag(torch.tensor([4.0, 1.0, 0.0])))
-        >>> factor.upper.shape, factor.dead.tolist(), factor.damping
-        (torch.Size([3, 3]), [False, False, True], 0.01)
+        >>> factor.upper.shape, factor.dead.tolist(), factor.damping, factor.diagonal.tolist()
+        (torch.Size([3, 3]), [False, False, True], 0.01, [4.0, 1.0, 0.0])
     """
 
     upper: Tensor
     dead: Tensor
     damping: float
+    diagonal: Tensor
     order: Tensor | None = None
 
 
@@ -109,8 +111,12 @@ class CompensatedMethod(LayerwiseMethod):
         packed: dict[str, PackedWeight] = {}
         for name, weight in weights.items():
             with prefix_errors(name):
-                packed[name] = self.quantize_linear(weight, factor)
+                packed[name] = self.quantize_named(name, weight, factor, window)
         return packed
+
+    def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:
+        """Quantize the linear ``name`` of a window: a method that draws at random takes its generator from there."""
+        return self.quantize_linear(weight, factor)
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = False) -> InverseFactor:
@@ -142,11 +148,12 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = 
     if act_order:  # an option of the released code; the paper quantizes in the given order (its Step 1)
         order = torch.argsort(diagonal, descending=True)
         hessian, dead = hessian[order][:, order], dead[order]
+    kept = hessian.diagonal().masked_fill(dead, 0.0)
     # Line 3. The authors add 1 % of the mean diagonal (Step 3) and fail where that is too little; here it rises.
     for share in _dampings(damping):
         upper = _inverse_cholesky(hessian, share)
         if upper is not None:
-            return InverseFactor(upper, dead, share, order)
+            return InverseFactor(upper, dead, share, kept, order)
     raise UserError(
         f"the hessian is not positive definite, even with method.damping={_LARGEST_DAMPING:g}; "
         "it has to be 2/n X^T X of the calibration inputs X."

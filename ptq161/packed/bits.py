@@ -1,7 +1,8 @@
-"""Codes of 1, 2, 3, 4 and 8 bits in bytes: the innermost layer of every packed weight.
+"""Codes of 1, 2, 3, 4 and 8 bits in bytes, and indices of up to 16: the innermost layer of every packed weight.
 
 A row of ``n`` codes of ``b`` bits takes ``ceil(n * b / 8)`` bytes; each row starts on a byte. Bits are
-written in the order of the codes, the least significant bit of a code and of a byte first.
+written in the order of the codes, the least significant bit of a code and of a byte first. Indices of other widths are
+cut into parts of these widths.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 CODE_BITS = (1, 2, 3, 4, 8)
+INDEX_BITS = 16
+"""Bits of the widest index."""
 
 
 def packed_width(n: int, bits: int) -> int:
@@ -113,6 +116,69 @@ def unpack_plane(packed: Tensor, n: int) -> Tensor:
     return unpack_codes(packed, n, 1).bool()
 
 
+def index_bits(count: int) -> int:
+    """Return the bits of an index into ``count`` entries: none where there is nothing to choose.
+
+    Example:
+        >>> index_bits(1), index_bits(24), index_bits(32)
+        (0, 5, 5)
+    """
+    return (count - 1).bit_length()
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Pack indices of any width in exactly ``bits`` bits each: parts of 8, 4, 2 and 1 bits, the lowest first.
+
+    Args:
+        indices: any shape and integer dtype, each below ``2**bits``.
+        bits: from 0 to ``INDEX_BITS``.
+
+    Returns:
+        uint8, one row of bytes for all indices: each part is filled up to whole bytes.
+
+    Raises:
+        ValueError: an index does not fit in ``bits`` bits, or ``bits`` is not supported.
+
+    Example:
+        >>> pack_indices(torch.tensor([[5, 31], [16, 0]]), bits=5).tolist()  # low halves 5, 15, 0, 0; high bits 0b0110
+        [245, 0, 6]
+    """
+    widths = _index_widths(bits)
+    flat = indices.flatten().to(torch.int64)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
+        raise ValueError(f"indices must lie in [0, {2**bits}) to be packed to {bits} bits")
+    parts = [pack_codes((flat >> shift) & (2**width - 1), width) for shift, width in widths]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8, device=indices.device)
+
+
+def unpack_indices(packed: Tensor, n: int, bits: int) -> Tensor:
+    """Undo :func:`pack_indices`.
+
+    Args:
+        packed: uint8, one row.
+        n: number of indices.
+        bits: from 0 to ``INDEX_BITS``.
+
+    Returns:
+        ``[n]`` int64.
+
+    Raises:
+        ValueError: the bytes are not those of ``n`` indices, or ``bits`` is not supported.
+
+    Example:
+        >>> unpack_indices(torch.tensor([245, 0, 6], dtype=torch.uint8), n=4, bits=5).tolist()
+        [5, 31, 16, 0]
+    """
+    widths = _index_widths(bits)
+    sizes = [packed_width(n, width) for _, width in widths]
+    if packed.shape != (sum(sizes),):
+        raise ValueError(f"{n} indices of {bits} bits take {sum(sizes)} bytes, not {list(packed.shape)}")
+    indices = torch.zeros(n, dtype=torch.int64, device=packed.device)
+    for part, (shift, width) in zip(packed.split(sizes), widths, strict=True):
+        indices |= unpack_codes(part, n, width).long() << shift
+    return indices
+
+
 def merge_columns(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the columns of several tensors in one: ``[out, in]`` float32.
 
@@ -128,6 +194,18 @@ def merge_columns(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     # Many times as fast as assigning to the columns under each mask, with gradients or without.
     order = torch.cat([columns.nonzero().flatten() for _, columns in parts])
     return torch.cat([part.float() for part, _ in parts], dim=1).index_select(1, order.argsort())
+
+
+def _index_widths(bits: int) -> list[tuple[int, int]]:
+    """Return shift and width of each part of an index, the lowest first."""
+    if not 0 <= bits <= INDEX_BITS:
+        raise ValueError(f"indices have 0 to {INDEX_BITS} bits, not {bits}")
+    widths, shift = [], 0
+    while shift < bits:
+        width = next(w for w in (8, 4, 2, 1) if w <= bits - shift)
+        widths.append((shift, width))
+        shift += width
+    return widths
 
 
 def _check_bits(bits: int) -> None:

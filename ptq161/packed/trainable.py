@@ -30,7 +30,8 @@ def gain_sizes(packed: PackedWeight) -> dict[str, Tensor]:
     """Return by how much a gain of one changes each value: float32, of the shapes of :func:`scale_tensors`.
 
     A factor changes by its own magnitude, so that zero stays zero; an offset, which may cross zero, by the root mean
-    square of its kind over the rows; and nothing changes in a row whose weights are all zero.
+    square of its kind over the rows, or over the codebook that it belongs to; and nothing changes in a row whose
+    weights are all zero.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -45,9 +46,9 @@ def gain_sizes(packed: PackedWeight) -> dict[str, Tensor]:
     for name, tensor in scale_tensors(packed).items():
         size = tensor.float().abs()
         if name in packed.offsets:
-            size = size.square().mean((-2, -1), keepdim=True).sqrt().expand_as(size)
-        # In every format a tensor of two or more dimensions is [..., out, groups], and others have no rows.
-        sizes[name] = size * has_weights if size.ndim > 1 else size
+            size = size.square().mean((-2, -1)[-size.ndim :], keepdim=True).sqrt().expand_as(size)
+        # A tensor of two or more dimensions is [..., out, groups], unless its format shares it among the rows.
+        sizes[name] = size * has_weights if size.ndim > 1 and name not in packed.shared else size
     return sizes
 
 

@@ -25,8 +25,9 @@ class PackedWeight(ABC):
     """A linear's weight ``[out_features, in_features]`` as it is stored.
 
     Subclasses set ``format`` (the name in checkpoints), ``version`` (raised when the layout of the stored tensors
-    changes) and ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied),
-    and are registered by being defined. They implement :meth:`values`, differentiable in every float tensor.
+    changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied) and
+    ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks), and are
+    registered by being defined. They implement :meth:`values`, differentiable in every float tensor.
 
     Attributes:
         out_features: rows.
@@ -49,6 +50,7 @@ class PackedWeight(ABC):
     format: ClassVar[str]
     version: ClassVar[int] = 1
     offsets: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
 
     out_features: int
     in_features: int

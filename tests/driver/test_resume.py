@@ -28,6 +28,7 @@ from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
+from ptq161.methods.vptq import VPTQ
 from ptq161.methods.waterfill import Waterfill
 from ptq161.packed.linear import PackedLinear
 
@@ -40,6 +41,7 @@ METHODS = {
     "awq": AWQ(bits=4, group_size=32, batch_size=2),
     "quip": QuIP(bits=2, batch_size=2),
     "omniquant": OmniQuant(bits=2, epochs=1, batch_size=2),
+    "vptq": VPTQ(vector_length=4, centroids=16, residual_centroids=4, batch_size=2),
     "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),
     "billm": BiLLM(batch_size=2),

@@ -95,8 +95,15 @@ def zero_columns(weight: Tensor) -> Tensor:
 
 
 # QuIP rotates the weight; GPTQ makes good in a zero column what it lost in others; a row of PB-LLM's binary weights has
-# two values.
-NOT_KEPT = [("quip", zero_rows), ("quip", zero_columns), ("gptq", zero_columns), ("pb_llm", zero_columns)]
+# two values; a vector of VPTQ spans several rows, and a codebook need not hold zeros.
+NOT_KEPT = [
+    ("quip", zero_rows),
+    ("quip", zero_columns),
+    ("gptq", zero_columns),
+    ("pb_llm", zero_columns),
+    ("vptq", zero_rows),
+    ("vptq", zero_columns),
+]
 
 
 @pytest.mark.parametrize(

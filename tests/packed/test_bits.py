@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq161.packed.bits import CODE_BITS, pack_codes, pack_plane, packed_width, unpack_codes, unpack_plane
+from ptq161.packed.bits import (
+    CODE_BITS,
+    INDEX_BITS,
+    pack_codes,
+    pack_indices,
+    pack_plane,
+    packed_width,
+    unpack_codes,
+    unpack_indices,
+    unpack_plane,
+)
 
 BITS = st.sampled_from(CODE_BITS)
 DTYPES = st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64])
@@ -104,3 +114,21 @@ def test_a_row_of_the_wrong_width_is_refused(n: int, bits: int, error: int) -> N
     width = packed_width(n, bits) + error
     with pytest.raises(ValueError, match=rf"{n} codes of {bits} bits take {width - error} bytes a row, not {width}"):
         unpack_codes(torch.zeros(2, width, dtype=torch.uint8), n, bits)
+
+
+@given(st.data(), st.integers(0, INDEX_BITS))
+def test_indices_of_any_width(data: st.DataObject, bits: int) -> None:
+    indices = data.draw(codes_of(bits)).long() if bits in CODE_BITS else torch.randint(0, 2**bits, (3, 7))
+    packed = pack_indices(indices, bits)
+    assert packed.dtype == torch.uint8 and packed.ndim == 1
+    assert len(packed) - indices.numel() * bits / 8 < 4  # each of at most four parts is filled up to whole bytes
+    assert torch.equal(unpack_indices(packed, indices.numel(), bits), indices.flatten())
+
+
+def test_indices_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="packed to 5 bits"):
+        pack_indices(torch.tensor([32]), 5)
+    with pytest.raises(ValueError, match="0 to 16 bits"):
+        pack_indices(torch.tensor([0]), 17)
+    with pytest.raises(ValueError, match="take 3 bytes"):
+        unpack_indices(torch.zeros(2, dtype=torch.uint8), n=4, bits=5)

@@ -1,0 +1,466 @@
+"""VPTQ on one linear: codebooks by weighted k-means, then indices in GPTQ's loop over columns.
+
+Follows microsoft/VPTQ, branch ``algorithm``: ``fast_vector_quant`` and ``vptq`` in ``vptq/vptq.py``,
+``NPVectorQuantizer`` in ``vptq/quantizer.py``, ``utils/hessian.py``. The steps (Algorithms 1 and 2 of the paper),
+numbered as in the code below:
+
+1. the hessian over its mean diagonal plus a ridge of 0.01, then factorized with a damping of 0.01;
+2. outlier columns and groups of columns, in the order of falling diagonal where the columns are permuted;
+3. optional: each column less its minimum and over its range;
+4. a codebook for each group, by k-means over its vectors weighted by the hessian's diagonal (Section 3.2.1);
+5. column by column, each vector takes the nearest centroid in plain distance, as a column's loss has one factor for
+   all of its rows (Section 3.1); the loss is made good in the columns to the right;
+6. optional: a residual codebook, by k-means on what the columns missed, and the loop again with both codebooks;
+7. optional: the codebooks of a block are trained against its full-precision output
+   (:mod:`ptq161.methods.vptq.refit`). The released code has no such step; the paper describes it in Section 4.
+
+Differences: k-means is deterministic, from a start drawn with the run's seed; codebooks are rounded to the stored dtype
+before step 5, so that indices are chosen against what is stored. This project's own: step 3 with the hessian scaled to
+match, and rows divided by their root mean square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptq161.checks import check_at_least
+from ptq161.errors import UserError
+from ptq161.methods.base import Window, check_rate
+from ptq161.methods.compensation import (
+    CompensatedMethod,
+    InverseFactor,
+    check_hessian,
+    compensate_columns,
+    inverse_factor,
+)
+from ptq161.methods.vptq.kmeans import draw_centroids, kmeans, nearest
+from ptq161.methods.vptq.refit import refit
+from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook, look_up
+from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
+
+_RIDGE = 1e-2
+# Enough for k-means to come to rest, which comparisons with other implementations need.
+_TO_THE_END = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class VPTQ(CompensatedMethod):
+    """VPTQ. The defaults are the paper's for 2 bits on models of 7B and 13B.
+
+    Attributes:
+        vector_length: output rows of a vector.
+        centroids: vectors in a codebook.
+        residual_centroids: vectors in the residual codebook; 0 for none.
+        outlier_share: share of the input channels that are outliers.
+        outlier_vector_length: output rows of an outlier's vector.
+        outlier_centroids: vectors in the outliers' codebook; 0 for no outliers.
+        groups: groups of columns with a codebook each.
+        permute: take the columns in the order of falling hessian diagonal.
+        normalize: subtract each column's minimum and divide it by its range.
+        match_hessian: scale the hessian and the weights of the k-means with a normalized column (this project's own).
+        row_scales: divide each row by its root mean square (this project's own).
+        iterations: of k-means, at most.
+        tolerance: k-means ends when its error falls by less than this share of itself.
+        refit_steps: steps in which the centroids and scales of a block are trained against the full-precision block; 0
+            for none, as released.
+        refit_lr: learning rate of the centroids, in units of their root mean square, and of the scales, relative to
+            them.
+
+    Example:
+        >>> VPTQ(vector_length=4, centroids=64).nominal_bits()
+        1.5
+        >>> VPTQ(vector_length=0)
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: method.vector_length=0: use at least 1.
+    """
+
+    format: ClassVar[str] = "vector"
+
+    vector_length: int = 6
+    centroids: int = 4096
+    residual_centroids: int = 0
+    outlier_share: float = 0.0
+    outlier_vector_length: int = 4
+    outlier_centroids: int = 0
+    groups: int = 1
+    permute: bool = False
+    normalize: bool = False
+    match_hessian: bool = False
+    row_scales: bool = False
+    iterations: int = 100
+    tolerance: float = 1e-5
+    refit_steps: int = 0
+    refit_lr: float = 2e-3
+
+    def __post_init__(self) -> None:
+        """Reject values out of range."""
+        super().__post_init__()
+        for name, least in (
+            ("vector_length", 1),
+            ("outlier_vector_length", 1),
+            ("groups", 1),
+            ("iterations", 0),
+            ("tolerance", 0),
+            ("refit_steps", 0),
+        ):
+            check_at_least(f"method.{name}", getattr(self, name), least)
+        check_rate("method.refit_lr", self.refit_lr)
+        check_codebook("method.centroids", self.centroids)
+        for name in ("residual_centroids", "outlier_centroids"):
+            if getattr(self, name):
+                check_codebook(f"method.{name}", getattr(self, name))
+        if not 0 <= self.outlier_share < 1:
+            raise UserError(f"method.outlier_share={self.outlier_share}: use a share in [0, 1), such as 0.02.")
+        if self.outlier_share and not self.outlier_centroids:
+            raise UserError(
+                f"method.outlier_share={self.outlier_share}: outliers need a codebook of their own; set "
+                "method.outlier_centroids, or method.outlier_share=0."
+            )
+        if self.match_hessian and not self.normalize:
+            raise UserError("method.match_hessian=true: there is nothing to match; set method.normalize=true.")
+
+    @property
+    def needs_full_chain(self) -> bool:  # type: ignore[override]  # of other layer-wise methods none needs it
+        """Whether the refit compares with the full-precision chain."""
+        return self.refit_steps > 0
+
+    def nominal_bits(self) -> float:
+        """Bits of the indices of a weight that is no outlier; codebooks, scales and column labels are not counted."""
+        residual = math.log2(self.residual_centroids) if self.residual_centroids else 0.0
+        return (math.log2(self.centroids) + residual) / self.vector_length
+
+    def factorize(self, hessian: Tensor) -> InverseFactor:
+        """Factorize the regularized hessian, with its columns in the order of quantization."""
+        return inverse_factor(regularized(hessian), self.damping, act_order=self.permute)
+
+    def quantize_window(self, window: Window) -> dict[str, PackedWeight]:
+        """Quantize every linear of the window, then refit the codebooks of all of them together.
+
+        Raises:
+            UserError: an input or a loss is not finite, or a linear cannot be quantized.
+        """
+        packed = super().quantize_window(window)
+        if not self.refit_steps:
+            return packed
+        return refit(  # 7
+            window,
+            packed,
+            steps=self.refit_steps,
+            lr=self.refit_lr,
+            batch_size=self.batch_size,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:
+        """Quantize a linear with the window's generator for it."""
+        return self.quantize_linear(weight, factor, generator=window.generator(f"vptq/{name}"))
+
+    def quantize_linear(
+        self,
+        weight: Tensor,
+        factor: InverseFactor,
+        *,
+        generator: torch.Generator | None = None,
+        initial_centroids: Mapping[str, Tensor] | None = None,
+    ) -> VectorWeight:
+        """Quantize one weight ``[out, in]`` with the factor of its inputs' hessian.
+
+        Args:
+            weight: ``[out, in]``.
+            factor: from :meth:`factorize`.
+            generator: for the start of the k-means; None is that of seed 0.
+            initial_centroids: see :func:`quantize_weight`.
+
+        Raises:
+            UserError: the shapes do not match, the groups do not divide the columns, or a weight is not finite.
+        """
+        check_magnitude(weight, self.scale_dtype)
+        check_hessian(factor.upper, weight.shape[1])
+        weight = weight.float()
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError("a weight is NaN or infinite; check the model's checkpoint.")
+        parts = self._parts(weight.shape[1])
+        norm, weight = self._normalized(weight)  # 3
+        order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
+        if self.match_hessian and norm.column_scale is not None:
+            factor = matched(factor, norm.column_scale.float()[order])
+        books = _Codebooks(self, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
+        indices = books.quantize(weight[:, order].masked_fill(factor.dead, 0.0), factor)
+        return self._pack(weight, books, indices, parts, order, norm)
+
+    def _parts(self, in_features: int) -> list[slice]:
+        """2. Return the outlier columns, then the groups, as places in the order of quantization."""
+        outliers = math.ceil(round(self.outlier_share * in_features, 6))
+        rest = (in_features - outliers) % self.groups
+        if (rest and not self.outlier_centroids) or in_features - outliers < self.groups:
+            raise UserError(
+                f"method.groups={self.groups}: {in_features - outliers} columns do not fall into as many equal groups; "
+                "use a divisor, or set method.outlier_centroids, whose codebook takes what is left."
+            )
+        outliers += rest
+        width = (in_features - outliers) // self.groups
+        starts = [outliers + i * width for i in range(self.groups)]
+        return [slice(0, outliers), *(slice(start, start + width) for start in starts)]
+
+    def _normalized(self, weight: Tensor) -> tuple[Norm, Tensor]:
+        row_scale = column_scale = column_offset = None
+        if self.row_scales:
+            row_scale = stored_scale(weight.square().mean(1, keepdim=True).sqrt(), self.scale_dtype)
+            weight = weight / row_scale.float().masked_fill(row_scale == 0, 1.0)
+        if self.normalize:
+            least, largest = weight.amin(0), weight.amax(0)
+            column_offset = stored_scale(least, self.scale_dtype)
+            column_scale = stored_scale(largest - least, self.scale_dtype)
+            column_scale = column_scale.masked_fill(column_scale == 0, 1.0)
+            weight = (weight - column_offset.float()) / column_scale.float()
+        return Norm(column_scale, column_offset, row_scale), weight
+
+    def _pack(
+        self,
+        weight: Tensor,
+        books: _Codebooks,
+        indices: Sequence[Tensor],
+        parts: Sequence[slice],
+        order: Tensor,
+        norm: Norm,
+    ) -> VectorWeight:
+        """Bring the indices of ``order`` back to the columns of the weight."""
+        labels = torch.empty_like(order)
+        for label, part in enumerate((*parts[1:], parts[0])):
+            labels[order[part]] = label
+        main = parts[0].stop
+        places = torch.argsort(order)
+        is_outlier = labels == self.groups
+        inner, outer = places[~is_outlier] - main, places[is_outlier]
+        coded = [
+            Coded(torch.stack(stage[1:]), found[:, inner])
+            for stage, found in zip(books.stages, indices[1:], strict=True)
+        ]
+        outlier = None
+        if main:
+            outlier = Coded(books.stages[0][0].unsqueeze(0), indices[0][:, outer])
+        return VectorWeight.pack(
+            coded[0],
+            weight.shape,
+            residual=coded[1] if len(coded) > 1 else None,
+            outlier=outlier,
+            labels=labels,
+            norm=norm,
+            scale_dtype=self.scale_dtype,
+        )
+
+
+class _Codebooks:
+    """The codebooks of a linear, stage by stage, made in turn with the indices that use them.
+
+    Attributes:
+        stages: for the first codebooks and the residual ones a list of tensors ``[k, v]`` by part, of which the first
+            is the outliers'; an empty tensor where a part has none.
+    """
+
+    def __init__(
+        self,
+        method: VPTQ,
+        parts: Sequence[slice],
+        generator: torch.Generator,
+        initial: Mapping[str, Tensor],
+    ) -> None:
+        self.method = method
+        self.parts = parts
+        self.generator = generator
+        self.initial = initial
+        self.stages: list[list[Tensor]] = []
+
+    def quantize(self, weight: Tensor, factor: InverseFactor) -> list[Tensor]:
+        """Return the indices of the outliers, then those of each stage: ``[ceil(out / v), columns]`` int64."""
+        method = self.method
+        self._add(weight, factor.diagonal, "init", method.centroids)  # 4
+        indices, missed = self._loop(weight, factor)  # 5
+        if method.residual_centroids:  # 6
+            self._add(missed, factor.diagonal, "res_init", method.residual_centroids)
+            indices, _ = self._loop(weight, factor)
+        return indices
+
+    def _add(self, values: Tensor, diagonal: Tensor, name: str, count: int) -> None:
+        """Make the codebooks of a stage for ``values [out, in]``."""
+        method, stage = self.method, []
+        for i, part in enumerate(self.parts):
+            length, size = (method.vector_length, count) if i else (method.outlier_vector_length, self._outlier_size)
+            if part.start == part.stop or not size:
+                stage.append(values.new_zeros(0, length))
+                continue
+            vectors, weights = weighted_vectors(values[:, part], diagonal[part], length)
+            given = self.initial.get(f"{name}_{i}")
+            start = draw_centroids(vectors, weights, size, self.generator) if given is None else given.to(vectors)
+            found = kmeans(vectors, weights, start, iterations=method.iterations, tolerance=method.tolerance)
+            stage.append(stored_scale(found, method.scale_dtype).float())
+        self.stages.append(stage)
+
+    @property
+    def _outlier_size(self) -> int:
+        """Outliers have no residual codebook."""
+        return 0 if self.stages else self.method.outlier_centroids
+
+    def _loop(self, weight: Tensor, factor: InverseFactor) -> tuple[list[Tensor], Tensor]:
+        out_features, in_features = weight.shape
+        method, first = self.method, self.parts[0].stop
+        width = self.parts[1].stop - self.parts[1].start
+        rows, outlier_rows = (-(-out_features // v) for v in (method.vector_length, method.outlier_vector_length))
+        shapes = [(outlier_rows, first), *((rows, in_features - first) for _ in self.stages)]
+        indices = [torch.empty(shape, dtype=torch.int64, device=weight.device) for shape in shapes]
+        missed = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
+
+        def quantize_column(column: Tensor, j: int, _: Tensor) -> Tensor:
+            part = 0 if j < first else 1 + (j - first) // width
+            rest = column
+            for i, stage in enumerate(self.stages):
+                if not len(stage[part]):
+                    continue
+                vectors = _in_vectors(rest, stage[part].shape[1])
+                found = nearest(vectors, stage[part])
+                indices[1 + i if part else 0][:, j - first if part else j] = found
+                rest = rest - look_up(stage[part], found.unsqueeze(1), out_features).flatten()
+            missed[j] = rest
+            return column - rest
+
+        compensate_columns(weight, factor, quantize_column, method.column_block)
+        return indices, missed.T
+
+
+def quantize_weight(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    vector_length: int,
+    n_centroids: int,
+    residual_centroids: int = 0,
+    outlier_share: float = 0.0,
+    outlier_vector_length: int = 4,
+    outlier_centroids: int = 0,
+    groups: int = 1,
+    permute: bool = False,
+    normalize: bool = False,
+    damping: float = 0.01,
+    column_block: int = 128,
+    initial_centroids: Mapping[str, Tensor] | None = None,
+    scale_dtype: str = "float16",
+    generator: torch.Generator | None = None,
+    match_hessian: bool = False,
+    row_scales: bool = False,
+) -> VectorWeight:
+    """Quantize a weight with VPTQ; k-means runs until it comes to rest.
+
+    Args:
+        weight: ``[out, in]``.
+        hessian: ``[in, in]``, of usual scale and regularized: :func:`regularized` of 2/n X^T X.
+        vector_length: output rows of a vector.
+        n_centroids: vectors in each codebook, 2 to 65536.
+        residual_centroids: vectors in each residual codebook; 0 for none.
+        outlier_share: share of the columns, rounded up, that have a codebook of their own.
+        outlier_vector_length: output rows of an outlier's vector.
+        outlier_centroids: vectors in the outliers' codebook, which also takes the columns that do not fall into equal
+            groups; 0 for none.
+        groups: groups of columns with a codebook each.
+        permute: take the columns in the order of falling hessian diagonal.
+        normalize: subtract each column's minimum and divide it by its range.
+        damping: added to the hessian's diagonal, as a share of its mean; raised where the factorization fails.
+        column_block: columns per block of the compensation.
+        initial_centroids: starts ``[k, v]`` of the k-means: ``init_0`` of the outliers, ``init_1``, ``init_2``, ... of
+            the groups, ``res_init_1``, ... of the residual codebooks; those that are missing are drawn.
+        scale_dtype: dtype of stored centroids and scales.
+        generator: on the CPU, for the starts that are drawn; None is that of seed 0.
+        match_hessian: scale the hessian with a normalized column.
+        row_scales: divide each row by its root mean square.
+
+    Raises:
+        UserError: a setting is out of range, the groups do not divide the columns, or weight or hessian is not finite.
+
+    Example:
+        >>> weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+        >>> packed = quantize_weight(weight, torch.eye(32), vector_length=2, n_centroids=16)
+        >>> packed.nbytes  # 4 * 32 indices of 4 bits, 16 * 2 centroids of 16 bits
+        128
+        >>> float((packed.dequantize() - weight).norm() / weight.norm()) < 0.4
+        True
+    """
+    method = VPTQ(
+        vector_length=vector_length,
+        centroids=n_centroids,
+        residual_centroids=residual_centroids,
+        outlier_share=outlier_share,
+        outlier_vector_length=outlier_vector_length,
+        outlier_centroids=outlier_centroids,
+        groups=groups,
+        permute=permute,
+        normalize=normalize,
+        damping=damping,
+        column_block=column_block,
+        scale_dtype=scale_dtype,
+        match_hessian=match_hessian,
+        row_scales=row_scales,
+        iterations=_TO_THE_END,
+        tolerance=0.0,
+    )
+    factor = inverse_factor(hessian, damping, act_order=permute)
+    return method.quantize_linear(weight, factor, generator=generator, initial_centroids=initial_centroids)
+
+
+def regularized(hessian: Tensor) -> Tensor:
+    """1. Return a hessian over its mean diagonal, plus 0.01 on the diagonal (``utils/hessian.py``).
+
+    Example:
+        >>> regularized(torch.diag(torch.tensor([3.0, 1.0]))).diagonal()
+        tensor([1.5100, 0.5100])
+    """
+    mean = hessian.diagonal().mean()
+    scaled = hessian.float() / torch.where(mean > 0, mean, 1.0)
+    scaled.diagonal().add_(_RIDGE)
+    return scaled
+
+
+def matched(factor: InverseFactor, scale: Tensor) -> InverseFactor:
+    """Return the factor of ``S H S`` for the factor of H: that of weights whose columns are divided by ``scale [in]``.
+
+    Example:
+        >>> hessian, scale = torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([3.0, 0.5])
+        >>> expected = inverse_factor(scale * hessian * scale.unsqueeze(1), damping=0.0).upper
+        >>> torch.allclose(matched(inverse_factor(hessian, damping=0.0), scale).upper, expected)
+        True
+    """
+    return dataclasses.replace(factor, upper=factor.upper / scale, diagonal=factor.diagonal * scale.square())
+
+
+def weighted_vectors(values: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cut columns into vectors and weigh them.
+
+    Args:
+        values: ``[out, in]``.
+        weights: ``[in]``, of the columns.
+        length: rows of a vector; zeros fill the last one of a column up.
+
+    Returns:
+        vectors ``[in * ceil(out / length), length]``, column by column, and their weights: the mean of those of their
+        rows, zero for a row that was filled up.
+
+    Example:
+        >>> vectors, weights = weighted_vectors(torch.tensor([[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]), torch.ones(2), 2)
+        >>> vectors.tolist(), weights.tolist()
+        ([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0], [6.0, 0.0]], [1.0, 0.5, 1.0, 0.5])
+    """
+    missing = -len(values) % length
+    vectors = F.pad(values.T, (0, missing)).reshape(-1, length)
+    share = F.pad(torch.ones(len(values), device=values.device), (0, missing)).view(-1, length).mean(1)
+    return vectors, (weights.unsqueeze(1) * share).flatten()
+
+
+def _in_vectors(column: Tensor, length: int) -> Tensor:
+    missing = -len(column) % length
+    return (F.pad(column, (0, missing)) if missing else column).view(-1, length)
