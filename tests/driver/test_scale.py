@@ -94,12 +94,13 @@ def zero_columns(weight: Tensor) -> Tensor:
     return weight * (torch.arange(weight.shape[1]) % 3 > 0)
 
 
-# QuIP rotates the weight; GPTQ makes good in a zero column what it lost in others; a row of PB-LLM's binary weights has
-# two values; a vector of VPTQ spans several rows, and a codebook need not hold zeros.
+# QuIP rotates the weight; GPTQ, and Quant-dLLM after its first block, make good in a zero column what others lost; a
+# row of PB-LLM's binary weights has two values; a vector of VPTQ spans several rows, and a codebook need not hold zeros.
 NOT_KEPT = [
     ("quip", zero_rows),
     ("quip", zero_columns),
     ("gptq", zero_columns),
+    ("quant_dllm", zero_columns),
     ("pb_llm", zero_columns),
     ("vptq", zero_rows),
     ("vptq", zero_columns),

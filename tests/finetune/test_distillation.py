@@ -8,8 +8,7 @@ import pytest
 
 import ptq161
 from ptq161.errors import UserError
-from ptq161.finetune.checks import check_learnable
-from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.distillation import Distillation, check_learnable
 
 
 @pytest.mark.parametrize(
