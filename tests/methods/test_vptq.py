@@ -17,8 +17,9 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.compensation import inverse_factor, weighted_error
 from ptq161.methods.vptq import VPTQ, kmeans, nearest, quantize_weight
+from ptq161.methods.vptq.codebooks import weighted_vectors
 from ptq161.methods.vptq.kmeans import draw_centroids
-from ptq161.methods.vptq.method import regularized, weighted_vectors
+from ptq161.methods.vptq.method import regularized
 from ptq161.packed.model import packed_linears as packed_of
 from ptq161.packed.vector import VectorWeight
 from tests.conftest import TINY

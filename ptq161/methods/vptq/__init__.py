@@ -1,6 +1,6 @@
 """VPTQ (Liu et al. 2024, arXiv 2409.17066): vectors of weights as entries of learned codebooks.
 
-``method`` quantizes a linear, ``kmeans`` makes its codebooks, ``refit`` trains those of a block. Other rooms import
+``method`` quantizes a linear with its ``codebooks``, which ``kmeans`` makes and ``refit`` trains. Other rooms import
 from here alone.
 """
 

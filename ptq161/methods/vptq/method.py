@@ -28,7 +28,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
@@ -37,12 +36,11 @@ from ptq161.methods.compensation import (
     CompensatedMethod,
     InverseFactor,
     check_hessian,
-    compensate_columns,
     inverse_factor,
 )
-from ptq161.methods.vptq.kmeans import draw_centroids, kmeans, nearest
+from ptq161.methods.vptq.codebooks import Codebooks
 from ptq161.methods.vptq.refit import refit
-from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook, look_up
+from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook
 from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
 
 _RIDGE = 1e-2
@@ -192,7 +190,7 @@ class VPTQ(CompensatedMethod):
         order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
         if self.match_hessian and norm.column_scale is not None:
             factor = matched(factor, norm.column_scale.float()[order])
-        books = _Codebooks(self, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
+        books = Codebooks(self, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
         indices = books.quantize(weight[:, order].masked_fill(factor.dead, 0.0), factor)
         return self._pack(weight, books, indices, parts, order, norm)
 
@@ -226,7 +224,7 @@ class VPTQ(CompensatedMethod):
     def _pack(
         self,
         weight: Tensor,
-        books: _Codebooks,
+        books: Codebooks,
         indices: Sequence[Tensor],
         parts: Sequence[slice],
         order: Tensor,
@@ -256,83 +254,6 @@ class VPTQ(CompensatedMethod):
             norm=norm,
             scale_dtype=self.scale_dtype,
         )
-
-
-class _Codebooks:
-    """The codebooks of a linear, stage by stage, made in turn with the indices that use them.
-
-    Attributes:
-        stages: for the first codebooks and the residual ones a list of tensors ``[k, v]`` by part, of which the first
-            is the outliers'; an empty tensor where a part has none.
-    """
-
-    def __init__(
-        self,
-        method: VPTQ,
-        parts: Sequence[slice],
-        generator: torch.Generator,
-        initial: Mapping[str, Tensor],
-    ) -> None:
-        self.method = method
-        self.parts = parts
-        self.generator = generator
-        self.initial = initial
-        self.stages: list[list[Tensor]] = []
-
-    def quantize(self, weight: Tensor, factor: InverseFactor) -> list[Tensor]:
-        """Return the indices of the outliers, then those of each stage: ``[ceil(out / v), columns]`` int64."""
-        method = self.method
-        self._add(weight, factor.diagonal, "init", method.centroids)  # 4
-        indices, missed = self._loop(weight, factor)  # 5
-        if method.residual_centroids:  # 6
-            self._add(missed, factor.diagonal, "res_init", method.residual_centroids)
-            indices, _ = self._loop(weight, factor)
-        return indices
-
-    def _add(self, values: Tensor, diagonal: Tensor, name: str, count: int) -> None:
-        """Make the codebooks of a stage for ``values [out, in]``."""
-        method, stage = self.method, []
-        for i, part in enumerate(self.parts):
-            length, size = (method.vector_length, count) if i else (method.outlier_vector_length, self._outlier_size)
-            if part.start == part.stop or not size:
-                stage.append(values.new_zeros(0, length))
-                continue
-            vectors, weights = weighted_vectors(values[:, part], diagonal[part], length)
-            given = self.initial.get(f"{name}_{i}")
-            start = draw_centroids(vectors, weights, size, self.generator) if given is None else given.to(vectors)
-            found = kmeans(vectors, weights, start, iterations=method.iterations, tolerance=method.tolerance)
-            stage.append(stored_scale(found, method.scale_dtype).float())
-        self.stages.append(stage)
-
-    @property
-    def _outlier_size(self) -> int:
-        """Outliers have no residual codebook."""
-        return 0 if self.stages else self.method.outlier_centroids
-
-    def _loop(self, weight: Tensor, factor: InverseFactor) -> tuple[list[Tensor], Tensor]:
-        out_features, in_features = weight.shape
-        method, first = self.method, self.parts[0].stop
-        width = self.parts[1].stop - self.parts[1].start
-        rows, outlier_rows = (-(-out_features // v) for v in (method.vector_length, method.outlier_vector_length))
-        shapes = [(outlier_rows, first), *((rows, in_features - first) for _ in self.stages)]
-        indices = [torch.empty(shape, dtype=torch.int64, device=weight.device) for shape in shapes]
-        missed = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
-
-        def quantize_column(column: Tensor, j: int, _: Tensor) -> Tensor:
-            part = 0 if j < first else 1 + (j - first) // width
-            rest = column
-            for i, stage in enumerate(self.stages):
-                if not len(stage[part]):
-                    continue
-                vectors = _in_vectors(rest, stage[part].shape[1])
-                found = nearest(vectors, stage[part])
-                indices[1 + i if part else 0][:, j - first if part else j] = found
-                rest = rest - look_up(stage[part], found.unsqueeze(1), out_features).flatten()
-            missed[j] = rest
-            return column - rest
-
-        compensate_columns(weight, factor, quantize_column, method.column_block)
-        return indices, missed.T
 
 
 def quantize_weight(
@@ -436,31 +357,3 @@ def matched(factor: InverseFactor, scale: Tensor) -> InverseFactor:
         True
     """
     return dataclasses.replace(factor, upper=factor.upper / scale, diagonal=factor.diagonal * scale.square())
-
-
-def weighted_vectors(values: Tensor, weights: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Cut columns into vectors and weigh them.
-
-    Args:
-        values: ``[out, in]``.
-        weights: ``[in]``, of the columns.
-        length: rows of a vector; zeros fill the last one of a column up.
-
-    Returns:
-        vectors ``[in * ceil(out / length), length]``, column by column, and their weights: the mean of those of their
-        rows, zero for a row that was filled up.
-
-    Example:
-        >>> vectors, weights = weighted_vectors(torch.tensor([[1.0, 4.0], [2.0, 5.0], [3.0, 6.0]]), torch.ones(2), 2)
-        >>> vectors.tolist(), weights.tolist()
-        ([[1.0, 2.0], [3.0, 0.0], [4.0, 5.0], [6.0, 0.0]], [1.0, 0.5, 1.0, 0.5])
-    """
-    missing = -len(values) % length
-    vectors = F.pad(values.T, (0, missing)).reshape(-1, length)
-    share = F.pad(torch.ones(len(values), device=values.device), (0, missing)).view(-1, length).mean(1)
-    return vectors, (weights.unsqueeze(1) * share).flatten()
-
-
-def _in_vectors(column: Tensor, length: int) -> Tensor:
-    missing = -len(column) % length
-    return (F.pad(column, (0, missing)) if missing else column).view(-1, length)
