@@ -42,9 +42,10 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(_METHOD)
-class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers leaves it untyped
+class PackedQuantizer(HfQuantizer):
     """Puts packed linears into an empty model; transformers then loads their tensors as those of any other."""
 
+    quantization_config: PackedConfig
     requires_calibration = True
     """A model is not packed while it is loaded."""
 
@@ -89,6 +90,6 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers leaves
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from ptq161.packed.model import cast_rest, densify
 
-        cast_rest(model, dtype or model.config.dtype)
+        cast_rest(model, dtype or model.dtype)
         densify(model)
         return model

@@ -95,7 +95,7 @@ def zero_columns(weight: Tensor) -> Tensor:
 
 
 # QuIP rotates the weight; GPTQ, and Quant-dLLM after its first block, make good in a zero column what others lost; a
-# row of PB-LLM's binary weights has two values; a vector of VPTQ spans several rows, and a codebook need not hold zeros.
+# row of PB-LLM's binary weights has two values; a vector of VPTQ spans several rows, and a codebook may have no zeros.
 NOT_KEPT = [
     ("quip", zero_rows),
     ("quip", zero_columns),

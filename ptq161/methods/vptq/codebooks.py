@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,24 @@ from ptq161.methods.vptq.kmeans import draw_centroids, kmeans, nearest
 from ptq161.packed.vector import look_up
 from ptq161.packed.weight import stored_scale
 
-if TYPE_CHECKING:
-    from ptq161.methods.vptq.method import VPTQ
+
+class Sizes(NamedTuple):
+    """The method's hyperparameters that codebooks depend on, with its names.
+
+    Example:
+        >>> Sizes(2, 4, 0, 2, 0, 100, 1e-5, 128, "float16").centroids
+        4
+    """
+
+    vector_length: int
+    centroids: int
+    residual_centroids: int
+    outlier_vector_length: int
+    outlier_centroids: int
+    iterations: int
+    tolerance: float
+    column_block: int
+    scale_dtype: str
 
 
 class Codebooks:
@@ -28,7 +44,7 @@ class Codebooks:
 
     def __init__(
         self,
-        method: VPTQ,
+        method: Sizes,
         parts: Sequence[slice],
         generator: torch.Generator,
         initial: Mapping[str, Tensor],

@@ -38,7 +38,7 @@ from ptq161.methods.compensation import (
     check_hessian,
     inverse_factor,
 )
-from ptq161.methods.vptq.codebooks import Codebooks
+from ptq161.methods.vptq.codebooks import Codebooks, Sizes
 from ptq161.methods.vptq.refit import refit
 from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook
 from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
@@ -190,7 +190,8 @@ class VPTQ(CompensatedMethod):
         order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
         if self.match_hessian and norm.column_scale is not None:
             factor = matched(factor, norm.column_scale.float()[order])
-        books = Codebooks(self, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
+        sizes = Sizes(**{name: getattr(self, name) for name in Sizes._fields})
+        books = Codebooks(sizes, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
         indices = books.quantize(weight[:, order].masked_fill(factor.dead, 0.0), factor)
         return self._pack(weight, books, indices, parts, order, norm)
 
