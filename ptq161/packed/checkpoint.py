@@ -225,6 +225,22 @@ def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], fi
 
     Raises:
         UserError: the file is not one of this model's tensors.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
+        >>> tokens = torch.zeros(1, 2, dtype=torch.long)
+        >>> model = ptq161.quantize(LlamaForCausalLM(config), tokens, ptq161.RTN(bits=2))
+        >>> with torch.device("meta"):
+        ...     empty = LlamaForCausalLM(config)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     linears = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
+        ...     install_empty(empty, linears, save(model, None, folder))
+        >>> empty.model.layers[0].mlp.up_proj.codes.device.type
+        'meta'
     """
     with safe_open(file, framework="pt") as opened:
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping

@@ -30,6 +30,10 @@ class PackedConfig(QuantizationConfigMixin):
         linears: settings of each packed weight, by module path.
         schema_version: of the checkpoint's layout.
         nominal_bits_per_weight: bits as the method's paper counts them.
+
+    Example:
+        >>> PackedConfig(linears={}, schema_version=1).to_dict()["quant_method"]
+        'ptq161'
     """
 
     def __init__(
@@ -43,7 +47,21 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts packed linears into an empty model; transformers then loads their tensors as those of any other."""
+    """Puts packed linears into an empty model; transformers then loads their tensors as those of any other.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = ptq161.save(model, None, folder)
+        ...     again = LlamaForCausalLM.from_pretrained(folder)
+        >>> type(again.hf_quantizer).__name__, type(again.model.layers[0].mlp.up_proj).__name__
+        ('PackedQuantizer', 'PackedLinear')
+    """
 
     quantization_config: PackedConfig
     requires_calibration = True

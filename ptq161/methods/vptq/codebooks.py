@@ -40,6 +40,15 @@ class Codebooks:
     Attributes:
         stages: for the first codebooks and the residual ones a list of tensors ``[k, v]`` by part, of which the first
             is the outliers'; an empty tensor where a part has none.
+
+    Example:
+        >>> from ptq161.methods.compensation import inverse_factor
+        >>> sizes = Sizes(2, 2, 0, 2, 0, 100, 1e-5, 128, "float16")
+        >>> books = Codebooks(sizes, [slice(0, 0), slice(0, 4)], torch.Generator().manual_seed(0), {})
+        >>> weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [2.0, -2.0, 2.0, -2.0]])  # vectors of two kinds
+        >>> _, indices = books.quantize(weight, inverse_factor(torch.eye(4)))
+        >>> (books.stages[0][1][indices[0]].flatten().tolist() == weight.T.flatten().tolist())
+        True
     """
 
     def __init__(
