@@ -13,6 +13,10 @@ from ptq161.report.seeds import GROUPS
 
 _UNREAD = ("seed", "tracker", "hydra", "debug")
 """Keys, and groups of keys, that tell no results apart."""
+_WITHOUT_EFFECT = ("finetune.score_before", "finetune.checkpoint_every", "preprocess.checkpoint_every")
+"""Keys that change no result."""
+_BEFORE: dict[str, Any] = {"calib.masking": "none", "calib.masking_prefix": 0.25}
+"""What runs did that were recorded before a key existed."""
 _NAMES = ("method", "model", "method._target_")
 """Keys whose values stand beside the differing ones anyway."""
 _OWN = ("method", "mask_ratio", "block_size")
@@ -31,6 +35,8 @@ def config_of(runs: Sequence[Run], index: pd.Index) -> pd.DataFrame:
     names = {f"{group}.name": group for group in GROUPS}
     keys = dict.fromkeys(names.get(key, key) for run in runs for key in (*_OWN, *run.config))
     columns = {key: pd.Series([run.value(key) for run in runs], index, dtype=object) for key in keys}
+    for key in _BEFORE.keys() & columns.keys():
+        columns[key] = columns[key].map(lambda value, key=key: _BEFORE[key] if value is None else value)
     return pd.DataFrame(columns, index)
 
 
@@ -44,7 +50,7 @@ def differing_keys(config: pd.DataFrame) -> list[str]:
     found: list[str] = []
     for key in sorted(texts.columns[texts.nunique() > 1], key=lambda key: "." in key):
         group = key.partition(".")[0]
-        if group in _UNREAD or key in _NAMES:
+        if group in _UNREAD or key in (*_NAMES, *_WITHOUT_EFFECT):
             continue
         # Without a group, None says that the method does not read the key.
         is_read = config[key].notna() | (group != key)

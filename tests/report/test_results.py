@@ -87,6 +87,15 @@ def test_settings_of_different_methods_are_no_difference(write_run: WriteRun) ->
     assert list(found.rows.label) == ["rtn bits=2", "billm", "ptq161", "rtn bits=3"]
 
 
+def test_a_key_that_older_runs_lack_and_one_without_effect_are_no_difference(write_run: WriteRun) -> None:
+    calib = {"name": "squad", "n_samples": 8, "seq_len": 512}
+    old = write_run("old", calib=calib)
+    new = write_run("new", calib=calib | {"masking": "none", "mask_token": None, "masking_prefix": 0.25})
+    masked = write_run("masked", calib=calib | {"masking": "linear", "mask_token": 7, "masking_prefix": 0.25})
+    assert differing_keys(results(old, new).quantized.config) == []
+    assert "calib.masking" in differing_keys(results(old, masked).quantized.config)
+
+
 def test_a_swept_group_is_named_by_its_option(write_run: WriteRun) -> None:
     found = results(write_run("squad"), write_run("c4", calib={"name": "c4", "n_samples": 128})).quantized
     assert differing_keys(found.config) == ["calib"]
