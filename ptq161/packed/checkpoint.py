@@ -210,9 +210,9 @@ def check_layout(folder: Path, version: object) -> None:
         Traceback (most recent call last):
         ptq161.errors.UserError: checkpoint has checkpoint layout 0; this version reads 1.
     """
+    check_sums(folder, required=("config.json", WEIGHTS_FILE))
     if version != _SCHEMA_VERSION:
         raise UserError(f"{folder} has checkpoint layout {version}; this version reads {_SCHEMA_VERSION}.")
-    check_sums(folder, required=("config.json", WEIGHTS_FILE))
 
 
 def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], file: Path) -> None:
@@ -250,7 +250,7 @@ def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], fi
     stored = set(empty)
     split_experts(model)
     _install_packed(model, linears, empty)
-    wrong = set(model.state_dict()) - set(model.all_tied_weights_keys) ^ stored
+    wrong = (set(model.state_dict()) - set(model.all_tied_weights_keys)) ^ stored
     if wrong:
         raise UserError(f"{file.parent} is damaged: tensor {min(wrong)} is missing or not of this model.")
 
