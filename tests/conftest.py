@@ -36,6 +36,20 @@ TINY = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt", *M
 """What ``tiny_model`` can make: one model at least of every row in the table of architectures."""
 SLIDING_WINDOW = 24
 
+VPTQ_WITH_ALL = ptq161.VPTQ(
+    vector_length=3,
+    centroids=40,
+    residual_centroids=9,
+    outlier_share=0.05,
+    outlier_centroids=6,
+    groups=2,
+    permute=True,
+    normalize=True,
+    row_scales=True,
+    iterations=5,
+)
+"""VPTQ with every part of its format."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     skips.pytest_configure(config)

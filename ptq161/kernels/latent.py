@@ -98,7 +98,7 @@ class _LatentWeight(torch.autograd.Function):
             weight: Tensor = torch.ops.ptq161.latent_weight(*arguments)
             return weight
         cell, offset, shift = _grid(columns, column, *rows)
-        code = _codes(latent, columns.levels, softness)
+        code = codes_of(latent, columns.levels, softness)
         return (cell * (code - offset) + shift).to(dtype)
 
     @staticmethod
@@ -115,7 +115,7 @@ class _LatentWeight(torch.autograd.Function):
         cell, offset, _ = _grid(columns, column, *rows)
         grad = grad.float()
         outside = (latent < -SLACK) | (latent > columns.levels + SLACK)
-        by_cell = grad * (_codes(latent, columns.levels, ctx.softness) - offset)
+        by_cell = grad * (codes_of(latent, columns.levels, ctx.softness) - offset)
         scaled, shifted = by_cell * (1 - columns.ranged), grad * (1 - columns.ranged)
         return (
             (grad * cell).masked_fill_(outside, 0.0),
@@ -132,7 +132,8 @@ def _compiled(*tensors: Tensor) -> bool:
     return plain and native.usable("latent", *tensors)
 
 
-def _codes(latent: Tensor, levels: Tensor, softness: float) -> Tensor:
+def codes_of(latent: Tensor, levels: Tensor, softness: float = 0.0) -> Tensor:
+    """Return the codes of latents, or with softness what lies between both: ``[out, in]`` float32."""
     soft = torch.minimum(latent.clamp(min=0), levels)
     code = soft.round()
     return code + softness * (soft - code) if softness else code

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ptq161.errors import UserError
 from ptq161.kernels.matmul import linear
 from ptq161.methods.base import Method, Window, check_common, not_finite
+from ptq161.models.linears import linear_of
 from ptq161.packed.uniform import check_uniform
 from ptq161.packed.weight import PackedWeight
 
@@ -79,7 +80,6 @@ class LayerwiseMethod(ABC):
         ptq161.errors.UserError: block_size=2: EightBits quantizes one block at a time; use block_size=1.
     """
 
-    needs_full_chain: ClassVar[bool] = False
     takes_salient_masks: ClassVar[bool] = False
     needs_statistics: ClassVar[bool] = True
 
@@ -94,6 +94,11 @@ class LayerwiseMethod(ABC):
         if self.block_size != 1:
             raise UserError(f"block_size={self.block_size}: {name} quantizes one block at a time; use block_size=1.")
         check_common(self.batch_size, self.compute_dtype, self.scale_dtype)
+
+    @property
+    def needs_full_chain(self) -> bool:
+        """No statistics are taken on the full-precision chain."""
+        return False
 
     @abstractmethod
     def nominal_bits(self) -> float:
@@ -167,19 +172,11 @@ def quantize_sequentially(method: LayerwiseMethod, window: Window) -> dict[str, 
             weights = {name: window.linears[name].weight.detach().float() for name in group}
             packed.update(method.quantize_group(weights, statistics[group[0]], window))
             for name in group:
-                window.replace(name, _with_weight(window.linears[name], packed[name].dequantize()))
+                window.replace(name, linear_of(packed[name].dequantize(), window.linears[name].bias))
     finally:
         for name in packed:
             window.replace(name, window.linears[name])
     return packed
-
-
-def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
-    """Return a linear with the bias of another."""
-    other: nn.Linear = nn.utils.skip_init(nn.Linear, linear.in_features, linear.out_features, bias=False)
-    other.weight = nn.Parameter(weight, requires_grad=False)
-    other.bias = linear.bias
-    return other
 
 
 @dataclasses.dataclass(frozen=True)

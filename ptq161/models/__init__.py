@@ -9,7 +9,7 @@ from ptq161.lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "ptq161.models.settings": ["ModelConfig"],
+        "ptq161.models.settings": ["PACKED_FORMAT", "ModelConfig"],
         "ptq161.models.architectures": [
             "ARCHITECTURES",
             "Architecture",
@@ -23,7 +23,6 @@ __getattr__ = lazy_attributes(
         "ptq161.models.checks": ["as_tokens", "check_model", "check_quantizable"],
         "ptq161.models.experts": ["fuse_experts", "split_experts"],
         "ptq161.models.loading": [
-            "PACKED_FORMAT",
             "hub_commit",
             "is_packed_folder",
             "load_model",

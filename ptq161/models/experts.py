@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.models.architectures import decoder_blocks
+from ptq161.models.linears import linear_of
 
 _FUSED = ("gate_up_proj", "down_proj")
 
@@ -30,7 +31,7 @@ class Expert(nn.Module):
     def __init__(self, gate_up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         gate, up = gate_up.chunk(2)
-        self.gate_proj, self.up_proj, self.down_proj = _linear(gate), _linear(up), _linear(down)
+        self.gate_proj, self.up_proj, self.down_proj = linear_of(gate), linear_of(up), linear_of(down)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,9 +119,3 @@ def _weight(expert: nn.Module, path: str) -> Tensor:
     linear = expert.get_submodule(path)
     assert isinstance(linear, nn.Linear)
     return linear.weight.detach()
-
-
-def _linear(weight: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight)
-    return linear

@@ -33,12 +33,9 @@ from ptq161.models.architectures import (
 )
 from ptq161.models.checks import check_not_quantized
 from ptq161.models.gguf import dense_folder
-from ptq161.models.settings import ModelConfig
+from ptq161.models.settings import PACKED_FORMAT, ModelConfig
 
 log = logging.getLogger(__name__)
-
-PACKED_FORMAT = "ptq161"
-"""The ``quant_method`` of this project's own checkpoints."""
 
 
 def is_packed_folder(folder: str | Path) -> bool:

@@ -8,6 +8,9 @@ from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.files.paths import absolute_path
 
+PACKED_FORMAT = "ptq161"
+"""The ``quant_method`` of this project's own checkpoints."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:

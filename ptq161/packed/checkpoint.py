@@ -30,7 +30,8 @@ from ptq161.files.checksums import SUMS, check_sums, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.files.reading import reading
 from ptq161.models.experts import split_experts
-from ptq161.models.loading import PACKED_FORMAT, is_packed_folder
+from ptq161.models.loading import is_packed_folder
+from ptq161.models.settings import PACKED_FORMAT
 from ptq161.numerics import plain_torch
 from ptq161.packed.card import CARD, is_ours, write_card
 from ptq161.packed.linear import PackedLinear

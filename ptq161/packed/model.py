@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_tensors
+from ptq161.models.linears import linear_of
 from ptq161.packed.linear import PackedLinear
 
 
@@ -129,10 +130,7 @@ def densify(model: PreTrainedModel) -> None:
     """
     dtype = next(model.get_input_embeddings().parameters()).dtype
     for name, layer in packed_linears(model).items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        dense.weight = nn.Parameter(layer.dequantize().to(dtype))
-        dense.register_parameter("bias", layer.bias)
-        model.set_submodule(name, dense)
+        model.set_submodule(name, linear_of(layer.dequantize().to(dtype), layer.bias))
     # A packed model saves itself as a packed one (ptq161.packed.checkpoint.own_save).
     vars(model).pop("save_pretrained", None)
 

@@ -16,13 +16,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ptq161.models.settings import PACKED_FORMAT
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_METHOD = "ptq161"
 
-
-@register_quantization_config(_METHOD)
+@register_quantization_config(PACKED_FORMAT)
 class PackedConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a packed checkpoint.
 
@@ -39,13 +39,13 @@ class PackedConfig(QuantizationConfigMixin):
     def __init__(
         self, linears: dict[str, Any], schema_version: int, nominal_bits_per_weight: float | None = None, **_: Any
     ) -> None:
-        self.quant_method = _METHOD  # type: ignore[assignment]  # transformers' own methods are an enumeration
+        self.quant_method = PACKED_FORMAT  # type: ignore[assignment]  # transformers' own methods are an enumeration
         self.linears = linears
         self.schema_version = schema_version
         self.nominal_bits_per_weight = nominal_bits_per_weight
 
 
-@register_quantizer(_METHOD)
+@register_quantizer(PACKED_FORMAT)
 class PackedQuantizer(HfQuantizer):
     """Puts packed linears into an empty model; transformers then loads their tensors as those of any other.
 

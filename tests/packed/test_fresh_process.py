@@ -27,10 +27,10 @@ from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
-from ptq161.methods.vptq import VPTQ
 from ptq161.methods.waterfill import Waterfill
 from ptq161.packed.model import sha256_of_packed
 from ptq161.packed.weight import PackedWeight
+from tests.conftest import VPTQ_WITH_ALL
 
 METHODS: list[Method] = [
     RTN(),
@@ -38,17 +38,7 @@ METHODS: list[Method] = [
     AWQ(bits=2),
     QuIP(),
     OmniQuant(epochs=1),
-    VPTQ(
-        vector_length=4,
-        centroids=24,
-        residual_centroids=8,
-        outlier_share=0.05,
-        outlier_centroids=8,
-        groups=3,
-        permute=True,
-        normalize=True,
-        row_scales=True,
-    ),
+    VPTQ_WITH_ALL,
     Waterfill(epochs=1),
     PBLLM(),
     BiLLM(),

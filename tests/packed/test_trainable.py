@@ -15,7 +15,7 @@ from ptq161.models.architectures import quantized_linears
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.trainable import ScaledLinear, gain_sizes, scale_tensors
 from ptq161.packed.weight import _FORMATS, PackedWeight
-from tests.conftest import _tiny_model, every_method
+from tests.conftest import VPTQ_WITH_ALL, _tiny_model, every_method
 
 TOKENS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 METHODS = every_method(bits=3, epochs=0) | {
@@ -24,18 +24,7 @@ METHODS = every_method(bits=3, epochs=0) | {
     "gptq, in another order": ptq161.GPTQ(bits=2, group_size=16, act_order=True),
     "quip, hadamard": ptq161.QuIP(bits=2, rotation="hadamard"),
     "quant_dllm, by columns": ptq161.QuantDLLM(mixed_ratio=0.2, allocation="columns"),
-    "vptq, all options": ptq161.VPTQ(
-        vector_length=3,
-        centroids=40,
-        residual_centroids=9,
-        outlier_share=0.05,
-        outlier_centroids=6,
-        groups=2,
-        permute=True,
-        normalize=True,
-        row_scales=True,
-        iterations=5,
-    ),
+    "vptq, all options": VPTQ_WITH_ALL,
     "waterfill, ranged": ptq161.Waterfill(level="linear", epochs=0, batch_size=2, tiers=[1, 2, 4]),
     "ptq161, float32": ptq161.PTQ161(epochs=0, scale_dtype="float32"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ptq161.kernels.latent import Columns, latent_weight
+from ptq161.kernels.latent import Columns, codes_of, latent_weight
 from ptq161.methods.codes.grid import CodeGrid
 
 _MARGIN = 0.02
@@ -73,7 +73,7 @@ class LatentLinear(nn.Module):
     def codes(self) -> Tensor:
         """Return the present codes: ``[out, in]`` float32 whole numbers."""
         with torch.no_grad():
-            return torch.minimum(self.latent.round().clamp_(min=0), self._columns.levels)
+            return codes_of(self.latent, self._columns.levels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` of ``compute_dtype``."""

@@ -126,7 +126,7 @@ class VPTQ(CompensatedMethod):
             raise UserError("method.match_hessian=true: there is nothing to match; set method.normalize=true.")
 
     @property
-    def needs_full_chain(self) -> bool:  # type: ignore[override]  # of other layer-wise methods none needs it
+    def needs_full_chain(self) -> bool:
         """Whether the refit compares with the full-precision chain."""
         return self.refit_steps > 0
 
