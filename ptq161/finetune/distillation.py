@@ -23,12 +23,16 @@ class Distillation:
         update: ``scales``, all floating-point tensors that packed weights store, or ``codes``, these and the codes, for
             the formats in ``ptq161.methods.coded.LEARNABLE`` (zero points are theirs to keep then).
         train_norms: train the weights of the model's norms as well, which take no further byte.
+        train_embeddings: train the embeddings of the tokens as well, at the input and the output, in the dtype in which
+            they are stored.
         objective: ``kl``, the divergence of the next token's distribution from the full-precision model's;
             ``kl_hidden``, that and ``hidden_weight`` x the hidden states' relative error.
         hidden_weight: weight of the hidden states in ``kl_hidden``.
         lr: learning rate of scales, means, zero points and norms, as a share of their size, at the end of the warm-up;
             it falls to zero along a cosine.
         code_lr: learning rate of codes, in cells of their grid; without effect on ``scales``.
+        embedding_lr: learning rate of embeddings, in units of their root mean square; without effect unless
+            ``train_embeddings``.
         warmup_share: share of the steps over which the rates rise.
         max_grad_norm: gradients are scaled down to this norm.
         steps: optimizer steps at most.
@@ -48,10 +52,12 @@ class Distillation:
 
     update: str = "scales"
     train_norms: bool = True
+    train_embeddings: bool = False
     objective: str = "kl"
     hidden_weight: float = 1.0
     lr: float = 2e-3
     code_lr: float = 3e-3
+    embedding_lr: float = 1e-3
     warmup_share: float = 0.05
     max_grad_norm: float = 1.0
     steps: int = 60
@@ -77,7 +83,7 @@ class Distillation:
         check_counts(self, ("held_out_every",))
         check_at_least("finetune.held_out", self.held_out, 0)
         check_at_least("finetune.patience", self.patience, 1)
-        check_positive(self, ("lr", "code_lr"))
+        check_positive(self, ("lr", "code_lr", "embedding_lr"))
 
     @property
     def names(self) -> Names:

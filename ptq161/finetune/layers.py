@@ -1,4 +1,4 @@
-"""What is trained in a linear whose codes are learned, and in a norm."""
+"""What is trained in a linear whose codes are learned, in a norm and in an embedding."""
 
 from __future__ import annotations
 
@@ -73,3 +73,19 @@ class RelativeWeight(nn.Module):
     def forward(self, gain: Tensor) -> Tensor:
         """Return the weight in the compute dtype, so that activations keep it."""
         return self.value(gain).to(self.compute_dtype)
+
+
+class CastWeight(nn.Module):
+    """The weight of an embedding in the compute dtype: a parametrization whose trained tensor is the weight in float32.
+
+    Args:
+        compute_dtype: of the weight that the embedding uses.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight in the compute dtype."""
+        return weight.to(self.compute_dtype)

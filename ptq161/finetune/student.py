@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ptq161.driver.windows import moved
 from ptq161.finetune.distillation import Distillation
-from ptq161.finetune.layers import CodedLinear, RelativeWeight
+from ptq161.finetune.layers import CastWeight, CodedLinear, RelativeWeight
 from ptq161.methods.codes import BETAS
 from ptq161.models.architectures import blocks_path
 from ptq161.numerics import COMPUTE_DTYPES
@@ -21,6 +21,7 @@ from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.packed.trainable import ScaledLinear
 from ptq161.packed.weight import PackedWeight
+from ptq161.training.loop import trained_parameters
 
 _WEIGHT = "weight"
 
@@ -40,21 +41,27 @@ class Student:
         model: a copy of it, in the compute dtype, on the device of the training.
         linears: those in training, by module path.
         norms: the parametrization of each norm's weight, by the module path of the norm.
+        embeddings: the float32 weights of those in training, by module path; tied ones are one.
     """
 
     model: PreTrainedModel
     linears: dict[str, TrainedLinear]
     norms: dict[str, RelativeWeight]
+    embeddings: dict[str, nn.Parameter]
 
     def optimizer(self, distillation: Distillation) -> torch.optim.Optimizer:
-        """Return AdamW over all that is trained: gains in the first group, then the latents of a linear in each."""
+        """Return AdamW over all that is trained: gains in the first group, then a latent or an embedding in each."""
         gains: list[nn.Parameter] = []
-        latents: list[nn.Parameter] = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                (latents if name.endswith(".latent") else gains).append(parameter)
         groups: list[dict[str, Any]] = [{"params": gains, "lr": distillation.lr}]
-        groups += [{"params": [latent], "lr": distillation.code_lr} for latent in latents]
+        embeddings = {id(weight) for weight in self.embeddings.values()}
+        for name, parameter in trained_parameters(self.model).items():
+            if id(parameter) in embeddings:
+                size = float(parameter.detach().square().mean().sqrt())
+                groups.append({"params": [parameter], "lr": distillation.embedding_lr * size})
+            elif name.endswith(".latent"):
+                groups.append({"params": [parameter], "lr": distillation.code_lr})
+            else:
+                gains.append(parameter)
         return torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
     @torch.no_grad()
@@ -73,6 +80,8 @@ class Student:
         for name, relative in self.norms.items():
             gain = self.model.get_parameter(f"{name}.parametrizations.{_WEIGHT}.original")
             packed.get_submodule(name).get_parameter(_WEIGHT).copy_(relative.value(gain))
+        for name, embedding in self.embeddings.items():
+            packed.get_submodule(name).get_parameter(_WEIGHT).copy_(embedding)
 
 
 def make_student(
@@ -110,7 +119,20 @@ def make_student(
         norm.register_parameter(_WEIGHT, nn.Parameter(torch.zeros_like(norms[name].start)))  # the gain
         # unsafe: the weight has another dtype than the gain.
         parametrize.register_parametrization(norm, _WEIGHT, norms[name], unsafe=True)
-    return Student(model, linears, norms)
+    embeddings: dict[str, nn.Parameter] = {}
+    weights: dict[int, nn.Parameter] = {}  # by what they are in the quantized model: tied ones are one
+    for name, embedding in _embeddings(model).items() if distillation.train_embeddings else ():
+        stored = packed.get_submodule(name).get_parameter(_WEIGHT)
+        embeddings[name] = weights.setdefault(id(stored), nn.Parameter(stored.detach().to(device, torch.float32)))
+        embedding.register_parameter(_WEIGHT, embeddings[name])
+        parametrize.register_parametrization(embedding, _WEIGHT, CastWeight(dtype), unsafe=True)
+    return Student(model, linears, norms, embeddings)
+
+
+def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the embeddings of the tokens, at the model's input and output."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if module in ends}
 
 
 def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -40,6 +40,11 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def _trained_head(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Return what :func:`_logits` uses and is trained."""
+    return [parameter for parameter in model.get_output_embeddings().parameters() if parameter.requires_grad]
+
+
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Return a copy of a full-precision model in evaluation mode and without gradients: the teacher."""
     teacher = copy.deepcopy(model)
@@ -52,9 +57,11 @@ def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device
 
 def _next_token_loss(student: PreTrainedModel, tokens: Tensor) -> Tensor:
     hidden, _ = _run(student, tokens)
-    hidden = hidden[:, :-1].flatten(0, 1)
     return chunked_mean(
-        lambda h, labels: cross_entropy_sum(_logits(student, h), labels), hidden, tokens[:, 1:].flatten()
+        lambda h, labels: cross_entropy_sum(_logits(student, h), labels),
+        hidden[:, :-1].flatten(0, 1),
+        tokens[:, 1:].flatten(),
+        parameters=_trained_head(student),
     )
 
 
@@ -66,6 +73,7 @@ def _distillation_loss(student: PreTrainedModel, teacher: PreTrainedModel, token
         lambda h, t: divergence_sum(_logits(student, h), _without_gradient(teacher, t)),
         hidden.flatten(0, 1),
         teacher_hidden.flatten(0, 1),
+        parameters=_trained_head(student),
     )
     if not weight:
         return loss

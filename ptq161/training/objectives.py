@@ -6,7 +6,7 @@ logits is computed a few tokens at a time, together with its gradient (:func:`ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -49,19 +49,27 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (difference / size.clamp(min=torch.finfo(torch.float32).tiny)).mean()
 
 
-def chunked_mean(loss_sum: LossSum, hidden: Tensor, *targets: Tensor, chunk: int = _CHUNK_TOKENS) -> Tensor:
+def chunked_mean(
+    loss_sum: LossSum,
+    hidden: Tensor,
+    *targets: Tensor,
+    parameters: Iterable[Tensor] = (),
+    chunk: int = _CHUNK_TOKENS,
+) -> Tensor:
     """Return the mean over tokens of a loss that is a sum over tokens, with a few tokens in memory at a time.
 
     The gradient is computed chunk by chunk in the forward pass, so that no chunk is computed twice and none is kept.
 
     Args:
-        loss_sum: ``loss_sum(hidden, *targets)`` of ``n`` tokens is a scalar; only ``hidden`` gets a gradient.
+        loss_sum: ``loss_sum(hidden, *targets)`` of ``n`` tokens is a scalar, differentiable in ``hidden`` and in
+            ``parameters``.
         hidden: ``[tokens, hidden]``.
         targets: each ``[tokens, ...]``.
+        parameters: that ``loss_sum`` uses.
         chunk: tokens at a time.
     """
     # Function.apply has no annotations.
-    mean: Tensor = _ChunkedMean.apply(hidden, loss_sum, targets, chunk)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    mean: Tensor = _ChunkedMean.apply(loss_sum, targets, chunk, hidden, *parameters)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return mean
 
 
@@ -80,8 +88,11 @@ class _Divergence(torch.autograd.Function):
 
 class _ChunkedMean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss_sum: LossSum, targets: tuple[Tensor, ...], chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, loss_sum: LossSum, targets: tuple[Tensor, ...], chunk: int, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
         gradient = torch.empty_like(hidden)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
         total = torch.zeros((), device=hidden.device)
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
@@ -89,13 +100,15 @@ class _ChunkedMean(torch.autograd.Function):
             with torch.enable_grad():
                 loss = loss_sum(leaf, *(target[part] for target in targets))
             total += loss.detach()
-            (gradient[part],) = torch.autograd.grad(loss, leaf)
-        ctx.save_for_backward(gradient)
+            gradient[part], *found = torch.autograd.grad(loss, (leaf, *parameters))
+            for parameter_sum, one in zip(sums, found, strict=True):
+                parameter_sum += one
+        ctx.save_for_backward(gradient, *sums)
         ctx.n_tokens = hidden.shape[0]
         mean: Tensor = total / ctx.n_tokens
         return mean
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * (grad / ctx.n_tokens), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grad / ctx.n_tokens
+        return None, None, None, *(gradient * scale for gradient in ctx.saved_tensors)

@@ -20,7 +20,7 @@ from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.student import make_student
 from ptq161.finetune.training import distil
 from ptq161.methods.coded import coded_weight
-from ptq161.packed.model import packed_linears, sha256_of_packed
+from ptq161.packed.model import measure, packed_linears, sha256_of_packed
 from ptq161.packed.trainable import scale_tensors
 from ptq161.training.losses import objective
 from tests.conftest import TINY
@@ -110,6 +110,23 @@ def test_norms_are_trained_relative_to_their_factor(tiny_model: TinyModel) -> No
     assert len(student.norms) == 2 * 2 + 1
     kept = finetuned("rtn", short(train_norms=False))
     assert torch.equal(kept.model.norm.weight, packed_model("rtn").model.norm.weight)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_embeddings_are_trained_where_asked(tiny_model: TinyModel, architecture: str) -> None:
+    """Gemma's are one tensor, Llama's two here; without the setting they stay (test_every_architecture)."""
+    packed = ptq161.quantize(tiny_model(architecture), tokens()[:2], METHODS["rtn"])
+    ends = packed.get_input_embeddings(), packed.get_output_embeddings()
+    before, nbytes = [end.weight.detach().clone() for end in ends], measure(packed).other_bytes
+    settings = short(train_embeddings=True, embedding_lr=1e-2, held_out=0)
+    student = make_student(packed, tiny_model(architecture), settings, CPU)
+    assert len(student.optimizer(settings).param_groups) == 1 + (1 if ends[0].weight is ends[1].weight else 2)
+    distil(packed, tiny_model(architecture), tokens()[:8], settings)
+    for end, weight in zip(ends, before, strict=True):
+        step = (end.weight.detach() - weight).abs().max() / weight.square().mean().sqrt()
+        assert 0 < step <= 6 * 1e-2  # at most the rate, six times
+    assert measure(packed).other_bytes == nbytes
+    assert (ends[0].weight is ends[1].weight) == (architecture == "gemma2")
 
 
 def test_no_update_is_kept_where_none_helps() -> None:

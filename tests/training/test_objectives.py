@@ -28,19 +28,17 @@ def gradients(model: PreTrainedModel, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("chunk", [1, 7, 10, 64])
 def test_chunks_change_neither_the_loss_nor_its_gradient(chunk: int) -> None:
-    hidden, head = torch.randn(10, 6, requires_grad=True), torch.randn(20, 6)
+    hidden, head = torch.randn(10, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
     labels = torch.randint(20, (10,))
     whole = F.cross_entropy(hidden @ head.T, labels)
-    chunked = chunked_mean(lambda h, y: cross_entropy_sum(h @ head.T, y), hidden, labels, chunk=chunk)
+
+    def loss_sum(hidden: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy_sum(hidden @ head.T, labels)
+
+    chunked = chunked_mean(loss_sum, hidden, labels, parameters=[head], chunk=chunk)
     torch.testing.assert_close(chunked, whole)
     # The factor is what a later sum with another loss, or accumulation, multiplies it by.
-    for loss in (whole, chunked):
-        hidden.grad = None
-        (0.3 * loss).backward()
-        found = hidden.grad
-        assert found is not None
-        if loss is whole:
-            expected = found.clone()
+    expected, found = (torch.autograd.grad(0.3 * loss, (hidden, head)) for loss in (whole, chunked))
     torch.testing.assert_close(found, expected)
 
 
