@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import convert_file_size_to_int
 
 from ptq161.errors import UserError
 from ptq161.files.checksums import SUMS, check_sums, sums_of
@@ -305,7 +306,12 @@ def own_save(model: PreTrainedModel) -> None:
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]  # of this model alone
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | Path, **settings: Any) -> None:
+def _save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, *, max_shard_size: int | str | None = None, **settings: Any
+) -> None:
+    size = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    if max_shard_size is not None and size > convert_file_size_to_int(max_shard_size):
+        raise UserError(f"save_pretrained(max_shard_size={max_shard_size}): a packed model is one file, {size} bytes.")
     if given := [name for name, value in settings.items() if value not in (None, False)]:
         raise UserError(f"save_pretrained({given[0]}=...): a packed model is one file; use ptq161.save(...).")
     save(model, None, save_directory)

@@ -48,6 +48,11 @@ class PackedLinear(nn.Module):
         """The packed weight over this module's buffers."""
         return self._template.with_tensors(dict(self.named_buffers(recurse=False)))
 
+    @property
+    def qweight(self) -> Tensor:
+        """One of the packed tensors, under the name by which PEFT looks for the device of a quantized linear."""
+        return next(self.buffers(recurse=False))
+
     def dequantize(self) -> Tensor:
         """Return the weight that the stored bytes stand for: ``[out, in]`` float32."""
         return self.packed.dequantize()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, pipeline
+from transformers.utils import hub
 
 import ptq161
+from ptq161.errors import UserError
 from ptq161.packed.checkpoint import WEIGHTS_FILE
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import packed_linears
@@ -110,6 +116,7 @@ OPEN = """
 import sys
 {first}
 from transformers import AutoModelForCausalLM
+from transformers.utils import hub
 {second}
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(type(model.model.layers[0].mlp.up_proj).__name__)
@@ -187,3 +194,55 @@ def test_a_float_model_is_not_packed_while_it_is_loaded(tiny_model_dir: Path, fo
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     with pytest.raises(ValueError, match="require the model to be pre-quantized"):
         opened(tiny_model_dir, quantization_config=config)
+
+
+def test_lm_eval_scores_it_by_its_own_command(folder: Path, tmp_path: Path) -> None:
+    """The numbers are those of the model as ``ptq161.load`` has it, which the command does not know."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "the cat sat on the mat"}) + "\n")
+    task = {
+        "task": "one_line",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "output_type": "loglikelihood_rolling",
+        "test_split": "test",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    (tmp_path / "one_line.yaml").write_text(json.dumps(task))  # JSON is YAML
+    program = "import ptq161; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    options = ["--model", "hf", "--model_args", f"pretrained={folder},dtype=float32", "--tasks", "one_line"]
+    options += ["--device", "cpu", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "scores")]
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (found,) = (tmp_path / "scores").rglob("results*.json")
+    score = json.loads(found.read_text())["results"]["one_line"]["bits_per_byte,none"]
+    assert score == pytest.approx(bits_per_byte(folder, "the cat sat on the mat"), rel=1e-4)
+
+
+def bits_per_byte(folder: Path, text: str) -> float:
+    """By the definition: every token given those before it, the first given the one that begins a text."""
+    model, tokenizer = ptq161.load(folder)
+    assert tokenizer is not None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        logs = model(torch.tensor([[first, *ids]])).logits[0].log_softmax(-1)
+    return -sum(float(logs[i, token]) for i, token in enumerate(ids)) / math.log(2) / len(text.encode())
+
+
+def test_what_is_pushed_to_a_hub_is_opened_again(
+    folder: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, uploaded = opened(folder), tmp_path / "uploaded"
+    monkeypatch.setattr(
+        hub, "hf_api", lambda: SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="x"))
+    )
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\ntags: [mine]\n---\n"))
+    monkeypatch.setattr(model, "_upload_modified_files", lambda place, *_, **__: shutil.copytree(place, uploaded))
+    model.push_to_hub("x")
+    assert_same(opened(uploaded), model)
+    tiny_tokenizer.save_pretrained(uploaded)  # its own push_to_hub
+    assert_same(ptq161.load(uploaded)[0], model)
+    with pytest.raises(UserError, match="one file"):
+        model.save_pretrained(tmp_path / "shards", max_shard_size="1KB")
