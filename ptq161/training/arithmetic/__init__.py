@@ -1,0 +1,1 @@
+"""The arithmetic in which a training multiplies matrices."""
