@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
     from ptq161.methods.awq import AWQ
     from ptq161.methods.billm import BiLLM
+    from ptq161.methods.fp4 import FP4
+    from ptq161.methods.fp8 import FP8
     from ptq161.methods.gptq import GPTQ
     from ptq161.methods.omniquant import OmniQuant
     from ptq161.methods.pb_llm import PBLLM
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AWQ",
+    "FP4",
+    "FP8",
     "GPTQ",
     "PBLLM",
     "PTQ161",
@@ -78,6 +82,8 @@ __getattr__ = lazy_attributes(
         "ptq161.packed.export": ["export"],
         "ptq161.methods.awq": ["AWQ"],
         "ptq161.methods.billm": ["BiLLM"],
+        "ptq161.methods.fp4": ["FP4"],
+        "ptq161.methods.fp8": ["FP8"],
         "ptq161.methods.gptq": ["GPTQ"],
         "ptq161.methods.omniquant": ["OmniQuant"],
         "ptq161.methods.pb_llm": ["PBLLM"],

@@ -14,6 +14,8 @@ __all__ = [
     "blockwise",
     "codes",
     "compensation",
+    "fp4",
+    "fp8",
     "gptq",
     "layerwise",
     "omniquant",

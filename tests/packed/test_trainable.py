@@ -20,6 +20,7 @@ from tests.conftest import VPTQ_WITH_ALL, _tiny_model, every_method
 TOKENS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 METHODS = every_method(bits=3, epochs=0) | {
     "rtn, groups": ptq161.RTN(bits=4, group_size=24),
+    "fp8, groups": ptq161.FP8(group_size=24),
     "rtn, symmetric": ptq161.RTN(bits=3, symmetric=True),
     "gptq, in another order": ptq161.GPTQ(bits=2, group_size=16, act_order=True),
     "quip, hadamard": ptq161.QuIP(bits=2, rotation="hadamard"),
