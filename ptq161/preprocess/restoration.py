@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from ptq161.checks import check_choice
+from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
 _UPDATES = ("lora", "full")
@@ -54,6 +55,10 @@ class Restoration:
             first pass (the paper), or ``fresh``, selected anew. Without effect on methods without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         compute_dtype: of matrix products and frozen weights; trained parameters are always float32.
+        arithmetic: in which the trained linears multiply (:mod:`ptq161.training.arithmetic`): ``float`` or ``gse``.
+        bits: of an element of the arithmetic, its sign included; without effect on ``float``, like the next two.
+        group_size: elements that share an exponent.
+        stochastic_rounding: round output gradients up or down at random, to their value on average.
         checkpoint_every: steps between two checkpoints.
         save_merged: keep the restored full-precision model as a plain Hugging Face folder.
         score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
@@ -88,6 +93,10 @@ class Restoration:
     mask: str = "first"
     gradient_checkpointing: bool = False
     compute_dtype: str = "float32"
+    arithmetic: str = "float"
+    bits: int = 8
+    group_size: int = 32
+    stochastic_rounding: bool = False
     checkpoint_every: int = 100
     save_merged: bool = False
     score_merged: bool = True
@@ -99,6 +108,7 @@ class Restoration:
         check_choice("preprocess.mask", self.mask, _MASKS)
         check_list("preprocess.targets", self.targets, tuple(ROLES))
         check_training(self)
+        check_arithmetic(self.names.group, self)
         check_counts(self, ("rank", "rounds"))
         check_positive(self, ("alpha", "lr"))
         check_share(self, "dropout")

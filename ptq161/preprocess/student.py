@@ -17,6 +17,8 @@ from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, densify
 from ptq161.preprocess.restoration import ROLES, Restoration
+from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
+from ptq161.training.arithmetic.registry import FLOAT
 
 _ADAPTER = "default"
 
@@ -63,6 +65,9 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
     else:
         for name in names:
             _linear(student, name).weight = nn.Parameter(_packed_linear(packed, name).dequantize())
+    if restoration.arithmetic != FLOAT:
+        for name in names:
+            student.set_submodule(name, _in_arithmetic(student.get_submodule(name), restoration))
     nn.Module.to(student, device)
     student.config.use_cache = False
     if restoration.gradient_checkpointing:
@@ -89,6 +94,8 @@ def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restor
             if isinstance(trained, LoraLayer):
                 delta: Tensor = trained.get_delta_weight(_ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
                 linear.weight += delta.to(home)
+            elif isinstance(trained, LoraLinear):
+                linear.weight += trained.delta().to(home)
             else:
                 assert isinstance(trained, nn.Linear)
                 linear.weight.copy_(trained.weight)
@@ -113,6 +120,18 @@ def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Resto
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _in_arithmetic(trained: nn.Module, restoration: Restoration) -> nn.Module:
+    """Return a target linear, or peft's layer of one, as a module that computes in the training's arithmetic."""
+    if not isinstance(trained, LoraLayer):
+        assert isinstance(trained, nn.Linear)
+        return TrainedLinear(trained, restoration)
+    base = trained.get_base_layer()
+    assert isinstance(base, nn.Linear)
+    down, up = (trained.get_submodule(f"lora_{factor}.{_ADAPTER}").get_parameter("weight") for factor in "AB")
+    frozen = FrozenLinear(base.weight, base.bias, restoration, base.weight.dtype)
+    return LoraLinear(frozen, down, up, restoration.alpha / restoration.rank, restoration, restoration.dropout)
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:

@@ -169,6 +169,18 @@ def test_a_killed_training_ends_in_the_same_bytes(
     assert killed == whole[: len(killed)]
 
 
+def test_a_killed_training_in_an_arithmetic_ends_in_the_same_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Gradients that are rounded at random draw from the generator whose state a checkpoint keeps."""
+    model = tiny_model("llama")
+    restoration = short(steps=5, arithmetic="gse", bits=6, stochastic_rounding=True)
+    expected = restored(model, restoration)
+    with pytest.raises(KilledError):
+        restored(model, restoration, folder=tmp_path, on_metric=killing(3))
+    torch.manual_seed(99)
+    assert same(restored(model, restoration, folder=tmp_path), expected)
+    assert not same(restored(model, short(steps=5, arithmetic="gse", bits=6)), expected)
+
+
 def recording(emitted: list[Any]) -> Callable[..., None]:
     def on_metric(name: str, value: float, /, **where: int | str) -> None:
         if name in ("preprocess_loss", "preprocess_lr"):

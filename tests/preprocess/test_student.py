@@ -15,6 +15,7 @@ from ptq161.models.architectures import quantized_linears
 from ptq161.models.experts import split_experts
 from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.training.arithmetic.linears import LoraLinear, TrainedLinear
 from ptq161.training.loop import trained_parameters
 from tests.conftest import TINY
 from tests.preprocess.conftest import sequences, short
@@ -106,3 +107,37 @@ def test_targets_by_role(tiny_model: TinyModel, architecture: str, targets: list
     assert target_names(model, short(targets=targets)) == [f"{prefix}.{i}.{path}" for i in range(2) for path in paths]
     everything = target_names(model, short(targets=["q", "k", "v", "o", "gate", "up", "down"]))
     assert everything == [f"{prefix}.{name}" for name, _ in quantized_linears(model)]
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("update", ["lora", "full"])
+def test_an_arithmetic_is_under_every_trained_linear(tiny_model: TinyModel, architecture: str, update: str) -> None:
+    packed = packed_model(tiny_model, architecture)
+    restoration = short(update=update, arithmetic="gse", bits=8)
+    torch.manual_seed(0)
+    student = make_student(packed, restoration, CPU)
+    targets = target_names(packed, restoration)
+    kind = LoraLinear if update == "lora" else TrainedLinear
+    assert {name for name, module in student.named_modules() if isinstance(module, kind)} == set(targets)
+    assert len(trained_parameters(student)) == len(targets) * (2 if update == "lora" else 1)
+    torch.manual_seed(0)
+    plain = make_student(packed, short(update=update), CPU)
+    # Both start alike, but for the arithmetic.
+    for mine, theirs in zip(*(trained_parameters(s).values() for s in (student, plain)), strict=True):
+        assert torch.equal(mine, theirs)
+    found, expected = (s.eval()(TOKENS).logits for s in (student, plain))
+    # A router may send a token elsewhere for the least difference.
+    assert 0 < (found - expected).norm() < (0.3 if architecture == "mixtral" else 0.1) * expected.norm()
+
+
+def test_the_merged_update_of_an_arithmetic_is_that_of_the_factors(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    base = {name: layer.dequantize() for name, layer in packed_linears(packed).items()}
+    restoration = short(rank=3, alpha=12.0, arithmetic="gse", compute_dtype="bfloat16")
+    student = make_student(packed, restoration, CPU)
+    shake(student)
+    factors = {name: p.detach() for name, p in trained_parameters(student).items()}
+    merged = merge(packed, student, restoration)
+    for name in target_names(packed, restoration):
+        expected = base[name] + 4 * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-7)
