@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from ptq161.methods.awq import AWQ
     from ptq161.methods.billm import BiLLM
     from ptq161.methods.gptq import GPTQ
+    from ptq161.methods.gse import GSE
+    from ptq161.methods.nf4 import NF4
     from ptq161.methods.omniquant import OmniQuant
     from ptq161.methods.pb_llm import PBLLM
     from ptq161.methods.ptq161 import PTQ161
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AWQ",
     "GPTQ",
+    "GSE",
+    "NF4",
     "PBLLM",
     "PTQ161",
     "RTN",
@@ -79,6 +83,8 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.awq": ["AWQ"],
         "ptq161.methods.billm": ["BiLLM"],
         "ptq161.methods.gptq": ["GPTQ"],
+        "ptq161.methods.gse": ["GSE"],
+        "ptq161.methods.nf4": ["NF4"],
         "ptq161.methods.omniquant": ["OmniQuant"],
         "ptq161.methods.pb_llm": ["PBLLM"],
         "ptq161.methods.ptq161": ["PTQ161"],

@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 import ptq161
+from ptq161.methods import nf4
 from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
 from ptq161.models.experts import split_experts
 from ptq161.packed.model import cast_rest, packed_linears
-from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.preprocess.student import make_student, memory, merge, target_names
 from ptq161.training.arithmetic.linears import LoraLinear, TrainedLinear
 from ptq161.training.loop import trained_parameters
 from tests.conftest import TINY
@@ -141,3 +142,30 @@ def test_the_merged_update_of_an_arithmetic_is_that_of_the_factors(tiny_model: T
     for name in target_names(packed, restoration):
         expected = base[name] + 4 * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
         torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "gse"])
+def test_a_base_in_four_bits(tiny_model: TinyModel, arithmetic: str) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short(base="nf4", arithmetic=arithmetic, targets=["q", "down"])
+    before = {name: layer.dequantize() for name, layer in packed_linears(packed).items()}
+    student = make_student(packed, restoration, CPU)
+    found = memory(packed, student, restoration)
+    merged = merge(packed, student, restoration)  # the update is zero
+    targets = target_names(merged, restoration)
+    bases = {name: nf4.quantize_weight(before[name]) for name in targets}
+    for name, weight in before.items():
+        expected = bases[name].dequantize() if name in targets else weight
+        assert torch.equal(merged.get_submodule(name).weight, expected)
+    trained = sum(4 * (64 + n) * 4 for n in (64, 96)) * 2  # rank 4 in float32, of q and down in both blocks
+    assert found["trained_bytes"] == trained and found["optimizer_bytes"] == 2 * trained
+    assert found["base_bytes"] == sum(base.nbytes for base in bases.values())
+    dense = 4 * sum(weight.numel() for name, weight in before.items() if name in targets)
+    assert found["base_held_bytes"] == dense * (2 if arithmetic == "gse" else 1)
+
+
+def test_a_full_update_has_no_base(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short(update="full")
+    found = memory(packed, make_student(packed, restoration, CPU), restoration)
+    assert found["base_bytes"] == found["base_held_bytes"] == 0 < found["trained_bytes"]

@@ -1,9 +1,8 @@
-"""Group-shared-exponent integers (GSE; Zhou et al., Findings of ACL 2025, arXiv 2502.12913).
+"""The integers of GSQ-Tuning (Zhou et al., Findings of ACL 2025, arXiv 2502.12913) as an arithmetic.
 
-A group of ``group_size`` numbers shares the exponent ``e = floor(log2 max|x|)``. A number is ``mantissa * 2^(e - bits +
-2)`` with an integer mantissa of ``bits`` bits, its sign included: a group's part of a dot product is one of integers,
-and a power of two times it. What the paper leaves open is fixed here: mantissas are rounded to even and clamped to
-``+-(2^(bits-1) - 1)``; exponents take 5 bits below the largest one of a tensor, and a group below them takes the least.
+The numbers themselves are those of the storage format (:mod:`ptq161.packed.gse`). A training multiplies what they stand
+for in floating point: float32 holds each group's sum exactly, and :func:`integer_product`, which is the computation of
+an accelerator of integers, gives the same (its tests say how closely).
 """
 
 from __future__ import annotations
@@ -14,101 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq161.packed.gse import dequantize, quantize, round_to_grid
 from ptq161.training.arithmetic.base import Arithmetic, ArithmeticSettings
 
-LEAST_BITS = 2
-MOST_BITS = 8
-
-EXPONENT_SPAN = 31
-"""Exponents of a tensor lie at most so far below its largest: they are stored in 5 bits."""
-
-# The step of 8 bits is the least normal float32 there. The largest exponent of a tensor fits an int8, too.
-_LEAST_EXPONENT = -120
-_MOST_EXPONENT = 127
-
-
-def quantize(
-    x: Tensor,
-    bits: int,
-    group_size: int = 32,
-    *,
-    stochastic: bool = False,
-    generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize a tensor, with groups along its last dimension.
-
-    Args:
-        x: ``[..., n]`` of any float dtype, finite.
-        bits: of a mantissa, its sign included, 2 to 8.
-        group_size: numbers that share an exponent; the last group of a row may be shorter.
-        stochastic: round up or down at random, to the number itself on average, in place of to the nearest.
-        generator: of the random numbers, on the device of ``x``; None is torch's global one.
-
-    Returns:
-        mantissa ``[..., n]`` int16; exponent ``[..., groups]`` int16, ``e`` of each group; and base, int16 without
-        dimensions: the largest exponent, 0 where all numbers are zero.
-
-    Example:
-        >>> mantissa, exponent, base = quantize(torch.tensor([[1.0, -0.26, 0.0, 6.0]]), bits=5, group_size=2)
-        >>> mantissa.tolist(), exponent.tolist(), int(base)
-        ([[8, -2, 0, 12]], [[0, 2]], 2)
-    """
-    grouped = _grouped(x, x.ndim - 1, group_size)
-    exponent, base = _exponents(grouped.abs().amax(-1, keepdim=True))
-    scaled = grouped / power_of_two(exponent - bits + 2)
-    mantissa = _rounded(scaled, bits, stochastic, generator).flatten(-2)[..., : x.shape[-1]]
-    return mantissa.to(torch.int16), exponent.squeeze(-1).to(torch.int16), base.to(torch.int16)
-
-
-def dequantize(
-    mantissa: Tensor,
-    exponent: Tensor,
-    base: Tensor,
-    bits: int,
-    group_size: int = 32,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Return the numbers ``mantissa * 2^(exponent - bits + 2)``, exactly.
-
-    Args:
-        mantissa: ``[..., n]`` integers.
-        exponent: ``[..., groups]`` integers.
-        base: the largest exponent of the tensor; exponents more than ``EXPONENT_SPAN`` below it count as the least.
-        bits: of a mantissa.
-        group_size: numbers that share an exponent.
-        dtype: of the result, float32 or float64.
-
-    Returns:
-        ``[..., n]``.
-
-    Example:
-        >>> x = torch.tensor([[1.0, -0.26, 0.0, 6.0]])
-        >>> dequantize(*quantize(x, bits=5, group_size=2), bits=5, group_size=2)
-        tensor([[ 1.0000, -0.2500,  0.0000,  6.0000]])
-    """
-    stored = torch.maximum(exponent.int(), base.int() - EXPONENT_SPAN)
-    step = power_of_two(stored - bits + 2).to(dtype)
-    return mantissa.to(dtype) * step.repeat_interleave(group_size, -1)[..., : mantissa.shape[-1]]
-
-
-def round_to_grid(matrix: Tensor, dim: int, bits: int, group_size: int = 32, stochastic: bool = False) -> Tensor:
-    """Return what :func:`dequantize` gives of :func:`quantize`, with groups along any dimension.
-
-    Where a group has a number that is not finite, all of it becomes NaN: a training stops there. Random numbers come
-    from torch's global generator.
-
-    Example:
-        >>> round_to_grid(torch.tensor([[1.0], [-0.26]]), 0, bits=5).flatten()
-        tensor([ 1.0000, -0.2500])
-    """
-    if not matrix.numel():  # an expert that no token goes to
-        return matrix
-    grouped = _grouped(matrix, dim, group_size)
-    largest = grouped.abs().amax(dim + 1, keepdim=True)
-    step = power_of_two(_exponents(largest)[0] - bits + 2)
-    step = torch.where(largest.isfinite(), step, torch.nan).to(grouped.dtype)
-    values = _rounded(grouped / step, bits, stochastic, None).mul_(step)
-    return values.flatten(dim, dim + 1).narrow(dim, 0, matrix.shape[dim])
+__all__ = ["accumulate", "arithmetic", "dequantize", "integer_product", "quantize", "round_to_grid"]
 
 
 def arithmetic(settings: ArithmeticSettings, weight: Tensor) -> Arithmetic:
@@ -132,10 +40,11 @@ def accumulate(left: Tensor, right: Tensor, group_size: int = 32) -> Tensor:
         >>> accumulate(torch.tensor([[3, 1, 2]]), torch.tensor([[1, 1, 5]]), group_size=2)
         tensor([[[ 4, 10]]], dtype=torch.int32)
     """
-    a, b = (_grouped(x, 1, group_size).transpose(0, 1) for x in (left, right))
-    # Sums of so few integers of 15 bits at most are exact in float64; torch multiplies no integers on GPUs.
-    sums = a.double() @ b.double().transpose(1, 2)
-    return sums.permute(1, 2, 0).to(torch.int32)
+    missing = -left.shape[1] % group_size
+    a, b = (F.pad(x, (0, missing)).unflatten(1, (-1, group_size)).transpose(0, 1) for x in (left, right))
+    # float64 holds sums of so few integers of so few bits exactly; torch multiplies no int16 on GPUs.
+    sums: Tensor = (a.double() @ b.double().transpose(1, 2)).permute(1, 2, 0).to(torch.int32)
+    return sums
 
 
 def integer_product(
@@ -162,44 +71,3 @@ def integer_product(
     """
     exponents = left[1].int().unsqueeze(1) + right[1].int().unsqueeze(0) - sum(bits) + 4
     return (accumulate(left[0], right[0], group_size) * torch.exp2(exponents.double())).sum(-1)
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """Return ``2^exponent`` in float32, exactly, for integers from -126 to 127.
-
-    Example:
-        >>> power_of_two(torch.tensor([-1, 3]))
-        tensor([0.5000, 8.0000])
-    """
-    power: Tensor = ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-    return power
-
-
-def _grouped(x: Tensor, dim: int, group_size: int) -> Tensor:
-    """Return ``x`` in float32 or wider (integers as they are) with ``dim`` split in groups, zeros at the end."""
-    missing = -x.shape[dim] % group_size
-    if x.is_floating_point() and x.dtype != torch.float64:
-        x = x.float()
-    if missing:
-        x = F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing))
-    grouped: Tensor = x.unflatten(dim, (-1, group_size))
-    return grouped
-
-
-def _exponents(largest: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each group's exponent, int32, and the largest of them, from the groups' largest absolute values."""
-    exponent = torch.frexp(largest).exponent - 1
-    lowest = torch.full_like(exponent, _LEAST_EXPONENT)
-    exponent = torch.where(largest > 0, exponent.clamp(_LEAST_EXPONENT, _MOST_EXPONENT), lowest)
-    base = torch.where((largest > 0).any(), exponent.max(), 0)
-    return torch.maximum(exponent, (base - EXPONENT_SPAN).clamp(min=_LEAST_EXPONENT)), base
-
-
-def _rounded(scaled: Tensor, bits: int, stochastic: bool, generator: torch.Generator | None) -> Tensor:
-    if stochastic:
-        noise = torch.rand(scaled.shape, generator=generator, dtype=scaled.dtype, device=scaled.device)
-        rounded = scaled.add_(noise).floor_()
-    else:
-        rounded = scaled.round_()
-    most = 2 ** (bits - 1) - 1
-    return rounded.clamp_(-most, most)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ptq161.checks import check_choice
-from ptq161.errors import UserError
+from ptq161.packed.gse import check_gse
 from ptq161.training.arithmetic import gse
 from ptq161.training.arithmetic.base import Arithmetic, ArithmeticSettings
 
@@ -39,7 +39,4 @@ def check_arithmetic(group: str, settings: ArithmeticSettings) -> None:
         UserError: the name is not known, or a value is out of range.
     """
     check_choice(f"{group}.arithmetic", settings.arithmetic, NAMES)
-    if not gse.LEAST_BITS <= settings.bits <= gse.MOST_BITS:
-        raise UserError(f"{group}.bits={settings.bits}: use {gse.LEAST_BITS} to {gse.MOST_BITS}.")
-    if settings.group_size < 1:
-        raise UserError(f"{group}.group_size={settings.group_size}: use at least 1.")
+    check_gse(group, settings.bits, settings.group_size)

@@ -9,15 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq161.training.arithmetic.gse import (
-    EXPONENT_SPAN,
-    accumulate,
-    dequantize,
-    integer_product,
-    power_of_two,
-    quantize,
-    round_to_grid,
-)
+from ptq161.packed.gse import EXPONENT_SPAN, GseWeight, power_of_two
+from ptq161.training.arithmetic.gse import accumulate, dequantize, integer_product, quantize, round_to_grid
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +114,17 @@ def test_stochastic_rounding_is_right_on_average() -> None:
 def test_powers_of_two() -> None:
     exponents = torch.arange(-126, 128)
     assert torch.equal(power_of_two(exponents).double(), torch.exp2(exponents.double()))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 32), (6, 32), (5, 32), (3, 7)])
+def test_packed_bytes_hold_the_integers(bits: int, group_size: int) -> None:
+    x = wide(48, 100, 5)
+    x[3, :40] = 0
+    numbers = quantize(x, bits, group_size)
+    packed = GseWeight.pack(*numbers, bits=bits, group_size=group_size)
+    for found, expected in zip(packed.unpacked(), numbers, strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert torch.equal(packed.dequantize(), dequantize(*numbers, bits, group_size))
+    groups = -(-100 // group_size)
+    # 48 rows fill whole bytes, whatever the bits; one byte more is the largest exponent.
+    assert packed.nbytes == 48 * 100 * bits / 8 + 48 * groups * 5 / 8 + 1
