@@ -6,9 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 from ptq161.checks import check_choice
+from ptq161.errors import UserError
+from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
 _UPDATES = ("lora", "full")
+_BASES = ("packed", "nf4")
 _OBJECTIVES = ("lm", "kl", "kl_hidden")
 _MASKS = ("first", "fresh")
 
@@ -35,6 +38,8 @@ class Restoration:
         rank: of the low-rank update.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: of the low-rank update's inputs.
+        base: what the low-rank update is trained on: ``packed``, the quantized model, or ``nf4``, its trained linears
+            rounded to NormalFloat codes of 4 bits, to which the update is then added.
         targets: the linears that are trained, by their role in a block (``ROLES``); a role that an architecture lacks
             (the gate of OPT) is left out.
         objective: ``lm``, the next token's cross-entropy; ``kl``, the divergence of the next token's distribution from
@@ -54,6 +59,10 @@ class Restoration:
             first pass (the paper), or ``fresh``, selected anew. Without effect on methods without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         compute_dtype: of matrix products and frozen weights; trained parameters are always float32.
+        arithmetic: in which the trained linears multiply (:mod:`ptq161.training.arithmetic`): ``float`` or ``gse``.
+        bits: of an element of the arithmetic, its sign included; without effect on ``float``, like the next two.
+        group_size: elements that share an exponent.
+        stochastic_rounding: round output gradients up or down at random, to their value on average.
         checkpoint_every: steps between two checkpoints.
         save_merged: keep the restored full-precision model as a plain Hugging Face folder.
         score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
@@ -72,6 +81,7 @@ class Restoration:
     rank: int = 64
     alpha: float = 16.0
     dropout: float = 0.1
+    base: str = "packed"
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "gate", "up", "down"])
     objective: str = "lm"
     hidden_weight: float = 1.0
@@ -88,6 +98,10 @@ class Restoration:
     mask: str = "first"
     gradient_checkpointing: bool = False
     compute_dtype: str = "float32"
+    arithmetic: str = "float"
+    bits: int = 8
+    group_size: int = 32
+    stochastic_rounding: bool = False
     checkpoint_every: int = 100
     save_merged: bool = False
     score_merged: bool = True
@@ -97,8 +111,12 @@ class Restoration:
         check_choice("preprocess.update", self.update, _UPDATES)
         check_choice("preprocess.objective", self.objective, _OBJECTIVES)
         check_choice("preprocess.mask", self.mask, _MASKS)
+        check_choice("preprocess.base", self.base, _BASES)
+        if self.base != "packed" and self.update != "lora":
+            raise UserError(f"preprocess.base={self.base}: a full update has no base; use preprocess.update=lora.")
         check_list("preprocess.targets", self.targets, tuple(ROLES))
         check_training(self)
+        check_arithmetic(self.names.group, self)
         check_counts(self, ("rank", "rounds"))
         check_positive(self, ("alpha", "lr"))
         check_share(self, "dropout")

@@ -30,6 +30,14 @@ from ptq161.preprocess.restoration import ROLES, Restoration
             ({name: 0}, f"preprocess.{name}=0: use at least 1.")
             for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every")
         ),
+        ({"arithmetic": "int8"}, "preprocess.arithmetic=int8: use one of float, gse."),
+        ({"base": "int4"}, "preprocess.base=int4: use one of packed, nf4."),
+        (
+            {"base": "nf4", "update": "full"},
+            "preprocess.base=nf4: a full update has no base; use preprocess.update=lora.",
+        ),
+        ({"bits": 9}, "preprocess.bits=9: use 2 to 8."),
+        ({"group_size": 0}, "preprocess.group_size=0: use at least 1."),
         ({"seq_len": 1}, "preprocess.seq_len=1: use at least 2."),
         ({"lr": 0.0}, "preprocess.lr=0.0: use a finite number above 0."),
         ({"alpha": -1.0}, "preprocess.alpha=-1.0: use a finite number above 0."),
