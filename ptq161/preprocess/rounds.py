@@ -27,7 +27,7 @@ from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.student import make_student, memory, merge, target_names
+from ptq161.preprocess.student import check_ranks, make_student, memory, merge, target_names
 from ptq161.preprocess.training import train
 from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import random_numbers
@@ -78,6 +78,7 @@ def restore(
     """
     check_quantizable(model)
     target_names(model, restoration)
+    check_ranks(model, restoration)
     tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
     calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")

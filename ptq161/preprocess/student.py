@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -21,6 +22,7 @@ from ptq161.packed.model import cast_rest, densify, tensor_bytes
 from ptq161.packed.weight import PackedWeight
 from ptq161.preprocess.restoration import ROLES, Restoration
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
+from ptq161.training.arithmetic.metis import check_spectral_rank
 from ptq161.training.arithmetic.registry import FLOAT
 from ptq161.training.loop import trained_parameters
 
@@ -51,6 +53,22 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
         for path in group
         if is_target(path)
     ]
+
+
+def check_ranks(model: PreTrainedModel, restoration: Restoration) -> None:
+    """Check that an arithmetic can split off as many singular values of each trained matrix as its settings say.
+
+    Raises:
+        UserError: a matrix is too small.
+    """
+    if restoration.arithmetic != "metis" or not restoration.spectral_rank:
+        return
+    for name in target_names(model, restoration):
+        with contextlib.suppress(AttributeError):  # an expert that transformers keeps fused with the others
+            sizes = list(_linear(model, name).weight.shape)
+            check_spectral_rank("preprocess", restoration.spectral_rank, sizes)
+            if restoration.update == "lora":
+                check_spectral_rank("preprocess", restoration.spectral_rank, [restoration.rank, *sizes])
 
 
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:

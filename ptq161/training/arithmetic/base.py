@@ -67,4 +67,24 @@ class ArithmeticSettings(Protocol):
 
     @property
     def stochastic_rounding(self) -> bool:
-        """Round output gradients up or down at random, to their value on average."""
+        """Round up or down at random, to the value on average: output gradients of ``gse``, all of ``metis``."""
+
+    @property
+    def format(self) -> str:
+        """``nvfp4``, ``mxfp4`` or ``fp8``: of ``metis``."""
+
+    @property
+    def spectral_rank(self) -> int:
+        """Singular values that are split off; 0 splits nothing."""
+
+    @property
+    def refresh_every(self) -> int:
+        """Steps between two estimates of the subspace of these."""
+
+    @property
+    def spectral_schedule(self) -> str:
+        """What becomes of a gradient's singular values: ``none``, ``ysche`` or ``amplified``."""
+
+    @property
+    def accumulation(self) -> int:
+        """Passes per step."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptq161.checks import check_choice
 from ptq161.packed.gse import check_gse
-from ptq161.training.arithmetic import gse
+from ptq161.training.arithmetic import gse, metis
 from ptq161.training.arithmetic.base import Arithmetic, ArithmeticSettings
 
 FLOAT = "float"
@@ -16,6 +16,7 @@ FLOAT = "float"
 
 ARITHMETICS: dict[str, Callable[[ArithmeticSettings, Tensor], Arithmetic]] = {
     "gse": gse.arithmetic,
+    "metis": metis.arithmetic,
 }
 """Name -> builder from the settings and the weight ``[out, in]`` that it serves, for all that quantize."""
 
@@ -40,3 +41,4 @@ def check_arithmetic(group: str, settings: ArithmeticSettings) -> None:
     """
     check_choice(f"{group}.arithmetic", settings.arithmetic, NAMES)
     check_gse(group, settings.bits, settings.group_size)
+    metis.check_metis(group, settings)

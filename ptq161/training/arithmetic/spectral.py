@@ -134,8 +134,8 @@ def project(matrix: Tensor, basis: Tensor) -> Spectrum:
 def sampled_subspace(matrix: Tensor, rank: int, share: float = 0.01) -> Tensor:
     """Return an orthonormal basis near the largest right singular vectors, from a random share of the rows.
 
-    The right singular vectors of the sampled rows, and one iteration over all rows. Random numbers come from torch's
-    global generator.
+    The right singular vectors of the sampled rows, and one iteration over all rows (Rayleigh-Ritz). Random numbers come
+    from torch's global generator.
 
     Args:
         matrix: ``[m, n]``, finite.
@@ -143,7 +143,7 @@ def sampled_subspace(matrix: Tensor, rank: int, share: float = 0.01) -> Tensor:
         share: of the rows, at least twice as many as the rank.
 
     Returns:
-        ``[n, rank]`` float32.
+        ``[n, rank]`` float32, that of the largest singular value first.
 
     Example:
         >>> basis = sampled_subspace(torch.ones(8, 2), rank=1)
@@ -154,7 +154,8 @@ def sampled_subspace(matrix: Tensor, rank: int, share: float = 0.01) -> Tensor:
     rows = min(max(2 * rank, round(share * len(matrix))), len(matrix))
     sample = matrix[torch.randperm(len(matrix), device=matrix.device)[:rows]]
     right = torch.linalg.svd(sample, full_matrices=False).Vh[:rank].T
-    basis: Tensor = torch.linalg.qr(subspace_iteration(matrix, right).right).Q
+    left = torch.linalg.qr(matrix @ right).Q
+    basis: Tensor = torch.linalg.svd(matrix.T @ left, full_matrices=False).U
     return basis
 
 
