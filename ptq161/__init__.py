@@ -37,7 +37,11 @@ if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
     from ptq161.methods.awq import AWQ
     from ptq161.methods.billm import BiLLM
+    from ptq161.methods.fp4 import FP4
+    from ptq161.methods.fp8 import FP8
     from ptq161.methods.gptq import GPTQ
+    from ptq161.methods.gse import GSE
+    from ptq161.methods.nf4 import NF4
     from ptq161.methods.omniquant import OmniQuant
     from ptq161.methods.pb_llm import PBLLM
     from ptq161.methods.ptq161 import PTQ161
@@ -51,7 +55,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AWQ",
+    "FP4",
+    "FP8",
     "GPTQ",
+    "GSE",
+    "NF4",
     "PBLLM",
     "PTQ161",
     "RTN",
@@ -78,7 +86,11 @@ __getattr__ = lazy_attributes(
         "ptq161.packed.export": ["export"],
         "ptq161.methods.awq": ["AWQ"],
         "ptq161.methods.billm": ["BiLLM"],
+        "ptq161.methods.fp4": ["FP4"],
+        "ptq161.methods.fp8": ["FP8"],
         "ptq161.methods.gptq": ["GPTQ"],
+        "ptq161.methods.gse": ["GSE"],
+        "ptq161.methods.nf4": ["NF4"],
         "ptq161.methods.omniquant": ["OmniQuant"],
         "ptq161.methods.pb_llm": ["PBLLM"],
         "ptq161.methods.ptq161": ["PTQ161"],

@@ -65,9 +65,13 @@ def every_method(bits: int, epochs: int) -> dict[str, Method]:
     """Make each method once, quick enough for a tiny model."""
     return {
         "rtn": ptq161.RTN(bits=bits),
+        "fp4": ptq161.FP4(),
+        "fp8": ptq161.FP8(),
         "gptq": ptq161.GPTQ(bits=bits),
         "awq": ptq161.AWQ(bits=bits),
         "quip": ptq161.QuIP(bits=bits),
+        "gse": ptq161.GSE(bits=bits),
+        "nf4": ptq161.NF4(),
         "omniquant": ptq161.OmniQuant(bits=bits, epochs=epochs),
         "pb_llm": ptq161.PBLLM(),
         "billm": ptq161.BiLLM(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -65,9 +66,19 @@ def measure(model: PreTrainedModel) -> PackedSize:
     """
     layers = packed_linears(model).values()
     linear_bytes = sum(layer.packed.nbytes for layer in layers)
-    total = sum(t.numel() * t.element_size() for t in stored_tensors(model).values())
+    total = tensor_bytes(stored_tensors(model).values())
     weights = sum(layer.out_features * layer.in_features for layer in layers)
     return PackedSize(linear_bytes, weights, total - linear_bytes)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Count the bytes of tensors.
+
+    Example:
+        >>> tensor_bytes([torch.zeros(3), torch.zeros(2, dtype=torch.int8)])
+        14
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def sha256_of_packed(model: PreTrainedModel) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from ptq161.checks import check_choice
+from ptq161.checks import check_at_least, check_choice
+from ptq161.errors import UserError
+from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
 _UPDATES = ("lora", "full")
+_BASES = ("packed", "nf4")
 _OBJECTIVES = ("lm", "kl", "kl_hidden")
 _MASKS = ("first", "fresh")
 
@@ -35,6 +38,8 @@ class Restoration:
         rank: of the low-rank update.
         alpha: the update is scaled by ``alpha / rank``.
         dropout: of the low-rank update's inputs.
+        base: what the low-rank update is trained on: ``packed``, the quantized model, or ``nf4``, its trained linears
+            rounded to NormalFloat codes of 4 bits, to which the update is then added.
         targets: the linears that are trained, by their role in a block (``ROLES``); a role that an architecture lacks
             (the gate of OPT) is left out.
         objective: ``lm``, the next token's cross-entropy; ``kl``, the divergence of the next token's distribution from
@@ -54,6 +59,21 @@ class Restoration:
             first pass (the paper), or ``fresh``, selected anew. Without effect on methods without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         compute_dtype: of matrix products and frozen weights; trained parameters are always float32.
+        arithmetic: in which the trained linears multiply (:mod:`ptq161.training.arithmetic`): ``float``, ``gse`` or
+            ``metis``. The settings from here to ``spectral_schedule`` are without effect on the others.
+        bits: ``gse``: of an element, its sign included.
+        group_size: ``gse``: elements that share an exponent.
+        stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
+            inputs, weights and output gradients.
+        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
+        spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
+        refresh_every: ``metis``: steps between two estimates of the subspace of these.
+        spectral_schedule: ``metis``: ``none``; ``ysche``, the released code's change of a gradient's singular values;
+            ``amplified``, what it is meant to be (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
+        regulariser: strength of the dual-range regulariser of the trained weights, added to the loss; 0 for none. With
+            a full update only (:func:`ptq161.training.arithmetic.spectral.dual_range`).
+        regulariser_alpha1: weight of large numbers in it.
+        regulariser_alpha2: weight of small numbers in it.
         checkpoint_every: steps between two checkpoints.
         save_merged: keep the restored full-precision model as a plain Hugging Face folder.
         score_merged: evaluate the restored full-precision model, where full precision is evaluated at all.
@@ -72,6 +92,7 @@ class Restoration:
     rank: int = 64
     alpha: float = 16.0
     dropout: float = 0.1
+    base: str = "packed"
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "gate", "up", "down"])
     objective: str = "lm"
     hidden_weight: float = 1.0
@@ -88,6 +109,17 @@ class Restoration:
     mask: str = "first"
     gradient_checkpointing: bool = False
     compute_dtype: str = "float32"
+    arithmetic: str = "float"
+    bits: int = 8
+    group_size: int = 32
+    stochastic_rounding: bool = False
+    format: str = "nvfp4"
+    spectral_rank: int = 0
+    refresh_every: int = 8
+    spectral_schedule: str = "none"
+    regulariser: float = 0.0
+    regulariser_alpha1: float = 1.0
+    regulariser_alpha2: float = 1.0
     checkpoint_every: int = 100
     save_merged: bool = False
     score_merged: bool = True
@@ -97,11 +129,21 @@ class Restoration:
         check_choice("preprocess.update", self.update, _UPDATES)
         check_choice("preprocess.objective", self.objective, _OBJECTIVES)
         check_choice("preprocess.mask", self.mask, _MASKS)
+        check_choice("preprocess.base", self.base, _BASES)
+        if self.base != "packed" and self.update != "lora":
+            raise UserError(f"preprocess.base={self.base}: a full update has no base; use preprocess.update=lora.")
         check_list("preprocess.targets", self.targets, tuple(ROLES))
         check_training(self)
+        check_arithmetic(self.names.group, self)
         check_counts(self, ("rank", "rounds"))
         check_positive(self, ("alpha", "lr"))
         check_share(self, "dropout")
+        for name in ("regulariser", "regulariser_alpha1", "regulariser_alpha2"):
+            check_at_least(f"preprocess.{name}", getattr(self, name), 0)
+        if self.regulariser and self.update != "full":
+            raise UserError(
+                f"preprocess.regulariser={self.regulariser}: it is of whole weights; use preprocess.update=full."
+            )
 
     @property
     def corpora_read(self) -> list[str]:

@@ -27,7 +27,7 @@ from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.preprocess.student import check_ranks, make_student, memory, merge, target_names
 from ptq161.preprocess.training import train
 from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import random_numbers
@@ -63,7 +63,8 @@ def restore(
             None keeps none. A path is checked against all arguments, for which the whole model is hashed; a
             ``KeyedFolder`` is not checked.
         on_metric: receives ``preprocess_loss``, ``preprocess_lr`` and ``preprocess_tokens_per_second`` of every
-            ``round`` and ``step``, and the metrics of each quantization as ``preprocess_quantize_...`` with ``round``.
+            ``round`` and ``step``, what :func:`ptq161.preprocess.student.memory` counts as ``preprocess_...`` of every
+            ``round``, and the metrics of each quantization as ``preprocess_quantize_...`` with ``round``.
         seed: all random numbers follow from it.
         device: where blocks are quantized and the model is trained; None is where the model is.
         progress: show progress bars.
@@ -77,6 +78,7 @@ def restore(
     """
     check_quantizable(model)
     target_names(model, restoration)
+    check_ranks(model, restoration)
     tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
     calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")
@@ -110,6 +112,8 @@ def restore(
             masks = salient_masks(packed)
         with random_numbers(target, seed, "restoration", round_):
             student = make_student(packed, restoration, target)
+            for name, count in memory(packed, student, restoration).items():
+                on_metric(f"preprocess_{name}", count, round=round_)
             train(
                 student,
                 objective(student, teacher, restoration),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,12 +13,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
+from ptq161.methods import nf4
 from ptq161.models.architectures import architecture_of, blocks_path, decoder_blocks, input_groups
 from ptq161.models.experts import fuse_experts
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.model import cast_rest, densify
+from ptq161.packed.model import cast_rest, densify, tensor_bytes
+from ptq161.packed.weight import PackedWeight
 from ptq161.preprocess.restoration import ROLES, Restoration
+from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
+from ptq161.training.arithmetic.metis import check_spectral_rank
+from ptq161.training.arithmetic.registry import FLOAT
+from ptq161.training.loop import trained_parameters
 
 _ADAPTER = "default"
 
@@ -47,6 +55,22 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     ]
 
 
+def check_ranks(model: PreTrainedModel, restoration: Restoration) -> None:
+    """Check that an arithmetic can split off as many singular values of each trained matrix as its settings say.
+
+    Raises:
+        UserError: a matrix is too small.
+    """
+    if restoration.arithmetic != "metis" or not restoration.spectral_rank:
+        return
+    for name in target_names(model, restoration):
+        with contextlib.suppress(AttributeError):  # an expert that transformers keeps fused with the others
+            sizes = list(_linear(model, name).weight.shape)
+            check_spectral_rank("preprocess", restoration.spectral_rank, sizes)
+            if restoration.update == "lora":
+                check_spectral_rank("preprocess", restoration.spectral_rank, [restoration.rank, *sizes])
+
+
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:
     """Return a dense copy of a quantized model in which only the update is trained.
 
@@ -59,10 +83,15 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
     student.requires_grad_(False)
     names = target_names(student, restoration)
     if restoration.update == "lora":
+        for name, base in _other_bases(packed, restoration).items():
+            _linear(student, name).weight.data.copy_(base.dequantize())
         _add_adapters(student, names, restoration)
     else:
         for name in names:
             _linear(student, name).weight = nn.Parameter(_packed_linear(packed, name).dequantize())
+    if restoration.arithmetic != FLOAT:
+        for name in names:
+            student.set_submodule(name, _in_arithmetic(student.get_submodule(name), restoration))
     nn.Module.to(student, device)
     student.config.use_cache = False
     if restoration.gradient_checkpointing:
@@ -71,24 +100,62 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
     return student
 
 
+def memory(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restoration) -> dict[str, int]:
+    """Return the bytes that the training of the target linears takes, beside activations.
+
+    Returns:
+        ``trained_bytes``, parameters in float32; ``optimizer_bytes``, the two moments of each; ``base_bytes``, the
+        frozen weights under an update as they are stored; ``base_held_bytes``, as this training holds them: dense,
+        and once for each product of an arithmetic other than float. A full update has no base.
+    """
+    names = target_names(packed, restoration) if restoration.update == "lora" else []
+    bases = {name: _packed_linear(packed, name).packed for name in names} | _other_bases(packed, restoration)
+    frozen = (tensor for name in names for tensor in _frozen(student.get_submodule(name)))
+    trained = tensor_bytes(trained_parameters(student).values())
+    return {
+        "trained_bytes": trained,
+        "optimizer_bytes": 2 * trained,
+        "base_bytes": sum(base.nbytes for base in bases.values()),
+        "base_held_bytes": tensor_bytes(frozen),
+    }
+
+
+def _other_bases(packed: PreTrainedModel, restoration: Restoration) -> dict[str, PackedWeight]:
+    """Return the weight under each update where it is not the packed one, by module path."""
+    if restoration.base == "packed":
+        return {}
+    names = target_names(packed, restoration)
+    return {name: nf4.quantize_weight(_packed_linear(packed, name).dequantize()) for name in names}
+
+
+def _frozen(module: nn.Module) -> Iterator[Tensor]:
+    yield from (parameter for parameter in module.parameters() if not parameter.requires_grad)
+    yield from module.buffers()
+
+
 def merge(packed: PreTrainedModel, student: PreTrainedModel, restoration: Restoration) -> PreTrainedModel:
     """Merge the trained update into the quantized model, in place, which becomes a full-precision model.
 
     Everything is float32: the weights that the packed bytes dequantize to, and on the targets
-    ``W + alpha / rank * B A`` (or the trained weight itself, for a full update).
+    ``W + alpha / rank * B A`` with the base W of the update (or the trained weight itself, for a full update).
 
     Returns:
         ``packed``, dense.
     """
     cast_rest(packed, torch.float32)
+    bases = _other_bases(packed, restoration)
     densify(packed)
     for name in target_names(packed, restoration):
         linear, trained = _linear(packed, name), student.get_submodule(name)
         home = linear.weight.device
         with torch.no_grad():
+            if name in bases:
+                linear.weight.copy_(bases[name].dequantize())
             if isinstance(trained, LoraLayer):
                 delta: Tensor = trained.get_delta_weight(_ADAPTER)  # type: ignore[operator]  # nn.Module's __getattr__
                 linear.weight += delta.to(home)
+            elif isinstance(trained, LoraLinear):
+                linear.weight += trained.delta().to(home)
             else:
                 assert isinstance(trained, nn.Linear)
                 linear.weight.copy_(trained.weight)
@@ -113,6 +180,18 @@ def _add_adapters(student: PreTrainedModel, names: list[str], restoration: Resto
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _in_arithmetic(trained: nn.Module, restoration: Restoration) -> nn.Module:
+    """Return a target linear, or peft's layer of one, as a module that computes in the training's arithmetic."""
+    if not isinstance(trained, LoraLayer):
+        assert isinstance(trained, nn.Linear)
+        return TrainedLinear(trained, restoration)
+    base = trained.get_base_layer()
+    assert isinstance(base, nn.Linear)
+    down, up = (trained.get_submodule(f"lora_{factor}.{_ADAPTER}").get_parameter("weight") for factor in "AB")
+    frozen = FrozenLinear(base.weight, base.bias, restoration, base.weight.dtype)
+    return LoraLinear(frozen, down, up, restoration.alpha / restoration.rank, restoration, restoration.dropout)
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ptq161.methods.base import OnMetric
 from ptq161.preprocess.restoration import Restoration
+from ptq161.training.arithmetic.spectral import dual_range
 from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import run_steps, trained_parameters
 from ptq161.training.losses import LossOf
@@ -49,7 +50,7 @@ def train(
     run_steps(
         student,
         optimizer,
-        loss_of,
+        regularised(loss_of, student, restoration),
         tokens,
         restoration,
         checkpoint,
@@ -58,3 +59,16 @@ def train(
         where={"round": round_},
         progress=progress,
     )
+
+
+def regularised(loss_of: LossOf, student: PreTrainedModel, restoration: Restoration) -> LossOf:
+    """Return a loss with the dual-range regulariser of all trained weights, if the settings ask for it."""
+    if not restoration.regulariser:
+        return loss_of
+    weights = trained_parameters(student).values()
+    arguments = (restoration.regulariser_alpha1, restoration.regulariser_alpha2, restoration.regulariser)
+
+    def with_regulariser(tokens: Tensor) -> Tensor:
+        return loss_of(tokens) + torch.stack([dual_range(weight, *arguments) for weight in weights]).sum()
+
+    return with_regulariser

@@ -18,7 +18,7 @@ _TEXTS: Mapping[str, list[str]] = {
     "finetune.corpora": [],
 }
 """Keys that name a text, or a list of texts, from which a run learns -> the texts where the key is missing."""
-TEXT_FREE = ("ptq161.methods.rtn.RTN",)
+TEXT_FREE = ("ptq161.methods.rtn.RTN", "ptq161.methods.fp4.FP4", "ptq161.methods.fp8.FP8")
 """Methods that read no calibration text: their classes need neither statistics nor the full-precision chain.
 
 They are named here, since importing a method takes torch, which the report does without."""

@@ -58,6 +58,7 @@ class TrainingState:
         schedule: of its learning rates.
         log: the metrics.
         held_out: None where nothing is held out.
+        kept: what quantizers of the arithmetic keep between steps, by name.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -65,6 +66,7 @@ class TrainingState:
     schedule: torch.optim.lr_scheduler.LRScheduler
     log: StepLog
     held_out: HeldOut | None = None
+    kept: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 class TrainingCheckpoint:
@@ -94,7 +96,7 @@ class TrainingCheckpoint:
         content: dict[str, Any] = {"done": done, "rows": state.log.rows, "trained": dict(state.parameters)}
         if not is_finished:
             content |= {"optimizer": state.optimizer.state_dict(), "schedule": state.schedule.state_dict()}
-            content["random"] = self._random()
+            content |= {"random": self._random(), "kept": dict(state.kept)}
             if state.held_out is not None:
                 content["held_out"] = state.held_out.state()
         fresh = self.file.with_suffix(".tmp")
@@ -126,6 +128,8 @@ class TrainingCheckpoint:
                 state.optimizer.load_state_dict(content["optimizer"])
                 state.schedule.load_state_dict(content["schedule"])
                 self._set_random(content["random"])
+                for name, buffer in state.kept.items():
+                    buffer.copy_(content["kept"][name])
                 if state.held_out is not None:
                     state.held_out.load(content["held_out"])
             for name, value, step in content["rows"]:

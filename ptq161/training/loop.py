@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from ptq161.errors import UserError
 from ptq161.methods.base import OnMetric
 from ptq161.seeding import stage_generator
+from ptq161.training.arithmetic.linears import quantizer_buffers
 from ptq161.training.checkpoint import StepLog, TrainingCheckpoint, TrainingState
 from ptq161.training.held_out import HeldOut
 from ptq161.training.losses import LossOf, first_not_finite
@@ -64,7 +65,8 @@ def run_steps(
     warmup = math.ceil(training.warmup_share * training.steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, training.steps)
     log = StepLog(on_metric, names.group, where)
-    state = TrainingState(trained_parameters(student), optimizer, schedule, log, held_out)
+    kept = quantizer_buffers(student)
+    state = TrainingState(trained_parameters(student), optimizer, schedule, log, held_out, kept)
     first = 0 if checkpoint is None else checkpoint.restore(state)
     step_of = _Step(student, loss_of, state, training, where, at_first_gradients)
     order = _sequence_order(len(tokens), training, seed, *where.values())

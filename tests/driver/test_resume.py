@@ -22,6 +22,8 @@ from ptq161.methods.awq import AWQ
 from ptq161.methods.base import Method
 from ptq161.methods.billm import BiLLM
 from ptq161.methods.gptq import GPTQ
+from ptq161.methods.gse import GSE
+from ptq161.methods.nf4 import NF4
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
@@ -40,6 +42,8 @@ METHODS = {
     "gptq": GPTQ(bits=2, batch_size=2),
     "awq": AWQ(bits=4, group_size=32, batch_size=2),
     "quip": QuIP(bits=2, batch_size=2),
+    "gse": GSE(),
+    "nf4": NF4(),
     "omniquant": OmniQuant(bits=2, epochs=1, batch_size=2),
     "vptq": VPTQ(vector_length=4, centroids=16, residual_centroids=4, batch_size=2),
     "waterfill": Waterfill(epochs=1, batch_size=2),

@@ -20,7 +20,11 @@ from ptq161.evaluation.likelihood import perplexity
 from ptq161.methods.awq import AWQ
 from ptq161.methods.base import Method
 from ptq161.methods.billm import BiLLM
+from ptq161.methods.fp4 import FP4
+from ptq161.methods.fp8 import FP8
 from ptq161.methods.gptq import GPTQ
+from ptq161.methods.gse import GSE
+from ptq161.methods.nf4 import NF4
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
@@ -34,8 +38,12 @@ from tests.conftest import VPTQ_WITH_ALL
 
 METHODS: list[Method] = [
     RTN(),
+    FP4(format="mxfp4"),
+    FP8(group_size=24),
     GPTQ(bits=2),
     AWQ(bits=2),
+    GSE(),
+    NF4(),
     QuIP(),
     OmniQuant(epochs=1),
     VPTQ_WITH_ALL,

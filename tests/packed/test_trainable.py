@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ptq161
 from ptq161.errors import UserError
+from ptq161.methods import gse
 from ptq161.models.architectures import quantized_linears
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.trainable import ScaledLinear, gain_sizes, scale_tensors
@@ -20,6 +21,7 @@ from tests.conftest import VPTQ_WITH_ALL, _tiny_model, every_method
 TOKENS = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(1))
 METHODS = every_method(bits=3, epochs=0) | {
     "rtn, groups": ptq161.RTN(bits=4, group_size=24),
+    "fp8, groups": ptq161.FP8(group_size=24),
     "rtn, symmetric": ptq161.RTN(bits=3, symmetric=True),
     "gptq, in another order": ptq161.GPTQ(bits=2, group_size=16, act_order=True),
     "quip, hadamard": ptq161.QuIP(bits=2, rotation="hadamard"),
@@ -28,6 +30,8 @@ METHODS = every_method(bits=3, epochs=0) | {
     "waterfill, ranged": ptq161.Waterfill(level="linear", epochs=0, batch_size=2, tiers=[1, 2, 4]),
     "ptq161, float32": ptq161.PTQ161(epochs=0, scale_dtype="float32"),
 }
+WITHOUT_SCALES = METHODS.pop("gse")
+"""A method whose format has exponents in their place."""
 
 
 @functools.cache
@@ -63,7 +67,14 @@ def drifted(packed: PackedWeight, size: float) -> ScaledLinear:
 
 
 def test_every_format_is_here() -> None:
-    assert {packed_by(method).format for method in METHODS} == set(_FORMATS)
+    assert {packed_by(method).format for method in METHODS} | {WITHOUT_SCALES.format} == set(_FORMATS)
+
+
+def test_a_format_without_scales_has_nothing_to_train() -> None:
+    packed = gse.quantize_weight(torch.randn(8, 40), bits=5)
+    layer = scaled(packed)
+    assert not [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert torch.equal(layer(torch.eye(40)).T, packed.dequantize()) and layer.repack().nbytes == packed.nbytes
 
 
 def test_offsets_are_stored_tensors(packed: PackedWeight) -> None:

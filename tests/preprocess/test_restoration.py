@@ -30,6 +30,28 @@ from ptq161.preprocess.restoration import ROLES, Restoration
             ({name: 0}, f"preprocess.{name}=0: use at least 1.")
             for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every")
         ),
+        ({"arithmetic": "int8"}, "preprocess.arithmetic=int8: use one of float, gse, metis."),
+        ({"base": "int4"}, "preprocess.base=int4: use one of packed, nf4."),
+        (
+            {"base": "nf4", "update": "full"},
+            "preprocess.base=nf4: a full update has no base; use preprocess.update=lora.",
+        ),
+        ({"format": "fp4"}, "preprocess.format=fp4: use one of nvfp4, mxfp4, fp8."),
+        ({"spectral_rank": -1}, "preprocess.spectral_rank=-1: use at least 0."),
+        ({"refresh_every": 0}, "preprocess.refresh_every=0: use at least 1."),
+        (
+            {"spectral_schedule": "linear", "spectral_rank": 2},
+            "preprocess.spectral_schedule=linear: use one of none, ysche, amplified.",
+        ),
+        (
+            {"spectral_schedule": "ysche"},
+            "preprocess.spectral_schedule=ysche: it changes singular values that are split off; set "
+            "preprocess.spectral_rank to at least 1.",
+        ),
+        ({"regulariser": -0.1, "update": "full"}, "preprocess.regulariser=-0.1: use at least 0."),
+        ({"regulariser": 0.1}, "preprocess.regulariser=0.1: it is of whole weights; use preprocess.update=full."),
+        ({"bits": 9}, "preprocess.bits=9: use 2 to 8."),
+        ({"group_size": 0}, "preprocess.group_size=0: use at least 1."),
         ({"seq_len": 1}, "preprocess.seq_len=1: use at least 2."),
         ({"lr": 0.0}, "preprocess.lr=0.0: use a finite number above 0."),
         ({"alpha": -1.0}, "preprocess.alpha=-1.0: use a finite number above 0."),

@@ -10,11 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 import ptq161
+from ptq161.methods import nf4
 from ptq161.methods.rtn import RTN
 from ptq161.models.architectures import quantized_linears
 from ptq161.models.experts import split_experts
 from ptq161.packed.model import cast_rest, packed_linears
-from ptq161.preprocess.student import make_student, merge, target_names
+from ptq161.preprocess.student import make_student, memory, merge, target_names
+from ptq161.training.arithmetic.linears import LoraLinear, TrainedLinear
 from ptq161.training.loop import trained_parameters
 from tests.conftest import TINY
 from tests.preprocess.conftest import sequences, short
@@ -106,3 +108,64 @@ def test_targets_by_role(tiny_model: TinyModel, architecture: str, targets: list
     assert target_names(model, short(targets=targets)) == [f"{prefix}.{i}.{path}" for i in range(2) for path in paths]
     everything = target_names(model, short(targets=["q", "k", "v", "o", "gate", "up", "down"]))
     assert everything == [f"{prefix}.{name}" for name, _ in quantized_linears(model)]
+
+
+@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("update", ["lora", "full"])
+def test_an_arithmetic_is_under_every_trained_linear(tiny_model: TinyModel, architecture: str, update: str) -> None:
+    packed = packed_model(tiny_model, architecture)
+    restoration = short(update=update, arithmetic="gse", bits=8)
+    torch.manual_seed(0)
+    student = make_student(packed, restoration, CPU)
+    targets = target_names(packed, restoration)
+    kind = LoraLinear if update == "lora" else TrainedLinear
+    assert {name for name, module in student.named_modules() if isinstance(module, kind)} == set(targets)
+    assert len(trained_parameters(student)) == len(targets) * (2 if update == "lora" else 1)
+    torch.manual_seed(0)
+    plain = make_student(packed, short(update=update), CPU)
+    # Both start alike, but for the arithmetic.
+    for mine, theirs in zip(*(trained_parameters(s).values() for s in (student, plain)), strict=True):
+        assert torch.equal(mine, theirs)
+    found, expected = (s.eval()(TOKENS).logits for s in (student, plain))
+    # A router may send a token elsewhere for the least difference.
+    assert 0 < (found - expected).norm() < (0.3 if architecture == "mixtral" else 0.1) * expected.norm()
+
+
+def test_the_merged_update_of_an_arithmetic_is_that_of_the_factors(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    base = {name: layer.dequantize() for name, layer in packed_linears(packed).items()}
+    restoration = short(rank=3, alpha=12.0, arithmetic="gse", compute_dtype="bfloat16")
+    student = make_student(packed, restoration, CPU)
+    shake(student)
+    factors = {name: p.detach() for name, p in trained_parameters(student).items()}
+    merged = merge(packed, student, restoration)
+    for name in target_names(packed, restoration):
+        expected = base[name] + 4 * factors[f"{name}.lora_B"] @ factors[f"{name}.lora_A"]
+        torch.testing.assert_close(merged.get_submodule(name).weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "gse"])
+def test_a_base_in_four_bits(tiny_model: TinyModel, arithmetic: str) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short(base="nf4", arithmetic=arithmetic, targets=["q", "down"])
+    before = {name: layer.dequantize() for name, layer in packed_linears(packed).items()}
+    student = make_student(packed, restoration, CPU)
+    found = memory(packed, student, restoration)
+    merged = merge(packed, student, restoration)  # the update is zero
+    targets = target_names(merged, restoration)
+    bases = {name: nf4.quantize_weight(before[name]) for name in targets}
+    for name, weight in before.items():
+        expected = bases[name].dequantize() if name in targets else weight
+        assert torch.equal(merged.get_submodule(name).weight, expected)
+    trained = sum(4 * (64 + n) * 4 for n in (64, 96)) * 2  # rank 4 in float32, of q and down in both blocks
+    assert found["trained_bytes"] == trained and found["optimizer_bytes"] == 2 * trained
+    assert found["base_bytes"] == sum(base.nbytes for base in bases.values())
+    dense = 4 * sum(weight.numel() for name, weight in before.items() if name in targets)
+    assert found["base_held_bytes"] == dense * (2 if arithmetic == "gse" else 1)
+
+
+def test_a_full_update_has_no_base(tiny_model: TinyModel) -> None:
+    packed = packed_model(tiny_model)
+    restoration = short(update="full")
+    found = memory(packed, make_student(packed, restoration, CPU), restoration)
+    assert found["base_bytes"] == found["base_held_bytes"] == 0 < found["trained_bytes"]
