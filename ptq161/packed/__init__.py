@@ -4,13 +4,25 @@ Importing this package registers every storage format, so that any checkpoint lo
 ``models``, ``kernels``, ``files`` and the ground floor; ``methods``, the driver and every room above may import it.
 """
 
-from ptq161.packed import allotted, awq, billm, pb_llm, quip, row_column_binary, structured_binary, uniform, vector
+from ptq161.packed import (
+    activations,
+    allotted,
+    awq,
+    billm,
+    pb_llm,
+    quip,
+    row_column_binary,
+    structured_binary,
+    uniform,
+    vector,
+)
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.weight import PackedWeight
 
 __all__ = [
     "PackedLinear",
     "PackedWeight",
+    "activations",
     "allotted",
     "awq",
     "billm",
