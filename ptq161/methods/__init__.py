@@ -19,6 +19,7 @@ __all__ = [
     "omniquant",
     "pb_llm",
     "ptq161",
+    "qdrop",
     "quant_dllm",
     "quip",
     "rtn",

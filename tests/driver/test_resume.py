@@ -25,6 +25,7 @@ from ptq161.methods.gptq import GPTQ
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.qdrop import QDrop
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
@@ -41,6 +42,9 @@ METHODS = {
     "awq": AWQ(bits=4, group_size=32, batch_size=2),
     "quip": QuIP(bits=2, batch_size=2),
     "omniquant": OmniQuant(bits=2, epochs=1, batch_size=2),
+    "qdrop": QDrop(steps=4, batch_size=2),
+    "qdrop with activations": QDrop(steps=4, batch_size=2, activation_bits=4),
+    "input drop": OmniQuant(bits=2, epochs=1, batch_size=2, input_drop=0.5),
     "vptq": VPTQ(vector_length=4, centroids=16, residual_centroids=4, batch_size=2),
     "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),

@@ -24,6 +24,7 @@ from ptq161.methods.gptq import GPTQ
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.qdrop import QDrop
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
@@ -38,6 +39,7 @@ METHODS: list[Method] = [
     AWQ(bits=2),
     QuIP(),
     OmniQuant(epochs=1),
+    QDrop(steps=2),
     VPTQ_WITH_ALL,
     Waterfill(epochs=1),
     PBLLM(),
