@@ -6,6 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from ptq161.checks import check_choice
+from ptq161.errors import UserError
+from ptq161.methods.base import Method
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
 _UPDATES = ("lora", "full")
@@ -112,3 +114,16 @@ class Restoration:
     def sequences(self) -> int:
         """Sequences of one round."""
         return self.steps * self.accumulation * self.batch_size
+
+
+def check_restorable(method: Method) -> None:
+    """Check that a dense model can stand for one that a method quantizes: before anything is loaded.
+
+    Raises:
+        UserError: the method rounds activations.
+    """
+    if bits := getattr(method, "activation_bits", None):
+        raise UserError(
+            f"method.activation_bits={bits}: preprocessing trains a dense model, which does not round its activations; "
+            "use method.activation_bits=null, or preprocess=none."
+        )

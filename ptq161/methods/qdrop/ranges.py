@@ -66,7 +66,8 @@ def search_range(x: Tensor, bits: int, per_channel: bool = True) -> tuple[Tensor
 
 
 def _rows_at_a_time(rows: Tensor, bits: int) -> int:
-    return max(1, min(_CHUNK // rows.shape[1], _BOUNDS // (_SIZES * 2**bits)))
+    candidates: int = _SIZES * 2**bits
+    return max(1, min(_CHUNK // rows.shape[1], _BOUNDS // candidates))
 
 
 def _search_sizes(rows: Tensor, bits: int, is_positive: bool) -> tuple[Tensor, Tensor]:
@@ -139,7 +140,7 @@ def _lower_bounds(rows: Tensor, size: Tensor, bits: int) -> Tensor:
     n, largest = rows.shape[1], 2**bits - 1
     dtype = torch.float64 if n > _LONG else torch.float32
     ordered = rows.sort(1).values
-    sums = _from_zero(ordered.to(dtype)), _from_zero(ordered.to(dtype).square())
+    totals, squares = _from_zero(ordered.to(dtype)), _from_zero(ordered.to(dtype).square())
     zero_points = torch.arange(largest + 1, device=rows.device, dtype=torch.float32).expand(len(rows), -1)
     lowest, highest = -zero_points, largest - zero_points
     bounds = []
@@ -149,13 +150,11 @@ def _lower_bounds(rows: Tensor, size: Tensor, bits: int) -> Tensor:
         inside = _from_zero((steps * step).sub_(ordered).abs_().pow_(_POWER).to(dtype))
         begin = torch.searchsorted(steps, lowest.contiguous())
         end = torch.searchsorted(steps, highest.contiguous(), right=True)
-        below = [part.gather(1, begin) for part in sums]
-        above = [part[:, -1:] - part.gather(1, end) for part in sums]
         bounds.append(
             inside.gather(1, end)
             - inside.gather(1, begin)
-            + _tail(begin, *below, lowest * step)
-            + _tail(n - end, *above, highest * step)
+            + _tail(begin, totals.gather(1, begin), squares.gather(1, begin), lowest * step)
+            + _tail(n - end, _rest(totals, end), _rest(squares, end), highest * step)
         )
     return torch.cat(bounds, 1).div_(n).clamp_(min=0)
 
@@ -169,6 +168,11 @@ def _tail(count: Tensor, total: Tensor, squares: Tensor, end: Tensor) -> Tensor:
     second = (squares - 2 * end * total + count * end.square()).clamp(min=0)
     bound = second**1.4 / first.clamp(min=torch.finfo(torch.float32).tiny) ** 0.4
     return torch.where((count > 0) & (first > 0), bound, 0.0)
+
+
+def _rest(sums: Tensor, index: Tensor) -> Tensor:
+    """Return what comes after an index, of cumulative sums."""
+    return sums[:, -1:] - sums.gather(1, index)
 
 
 def _from_zero(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A weight is ``(clamp(floor(w / scale) + h + zero_point, 0, 2^bits - 1) - zero_po
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 _STRETCH = 1.2
 _BELOW = 0.1
 """The sigmoid is stretched to (-0.1, 1.1) and cut off at 0 and 1."""
+_PIECE = 2**17
+"""Values that are worked on at a time."""
 
 
 def initial_alpha(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -183,16 +186,23 @@ class _SoftValues(torch.autograd.Function):
     def forward(
         ctx: Any, alpha: Tensor, lower: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype
     ) -> Tensor:
-        sigmoid, h, outside = _rectified(alpha)
-        codes = h.add_(lower).add_(zero_point)
-        clamped = codes.clamp(0, 2**bits - 1)
-        ctx.save_for_backward(sigmoid.masked_fill_(outside | (clamped != codes), 0.0), scale)
-        return clamped.sub_(zero_point).mul_(scale).to(dtype)
+        values, slope = torch.empty_like(alpha, dtype=dtype), torch.empty_like(alpha)
+        for rows in _pieces(alpha):
+            sigmoid, h, outside = _rectified(alpha[rows])
+            codes = h.add_(lower[rows]).add_(_rows(zero_point, rows))
+            clamped = codes.clamp(0, 2**bits - 1)
+            slope[rows] = sigmoid.masked_fill_(outside.logical_or_(clamped != codes), 0.0)
+            values[rows] = clamped.sub_(_rows(zero_point, rows)).mul_(_rows(scale, rows))
+        ctx.save_for_backward(slope, scale)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sigmoid, scale = ctx.saved_tensors
-        return _through_sigmoid(grad * scale, sigmoid), None, None, None, None, None
+        slope, scale = ctx.saved_tensors
+        of_alpha = torch.empty_like(slope)
+        for rows in _pieces(slope):
+            of_alpha[rows] = _through_sigmoid(grad[rows] * _rows(scale, rows), slope[rows])
+        return of_alpha, None, None, None, None, None
 
 
 class _RoundLoss(torch.autograd.Function):
@@ -200,25 +210,46 @@ class _RoundLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, alpha: Tensor, beta: float) -> Tensor:
-        sigmoid, h, outside = _rectified(alpha)
-        centered = h.sub_(0.5)
-        distance = centered.abs().mul_(2)
-        power = distance ** (beta - 1)
-        loss = (1 - power * distance).sum()
+        slope, power = torch.empty_like(alpha), torch.empty_like(alpha)
+        loss = alpha.new_zeros(())
+        for rows in _pieces(alpha):
+            sigmoid, h, outside = _rectified(alpha[rows])
+            centered = h.sub_(0.5)
+            distance = centered.abs().mul_(2)
+            part = torch.pow(distance, beta - 1, out=power[rows])
+            loss += distance.mul_(part).neg_().add_(1).sum()
+            part.copysign_(centered)
+            slope[rows] = sigmoid.masked_fill_(outside, 0.0)
         ctx.beta = beta
-        ctx.save_for_backward(sigmoid.masked_fill_(outside, 0.0), power.copysign_(centered))
+        ctx.save_for_backward(slope, power)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sigmoid, power = ctx.saved_tensors
-        return _through_sigmoid((power * ctx.beta).mul_(-grad).mul_(2), sigmoid), None
+        slope, power = ctx.saved_tensors
+        of_alpha = torch.empty_like(slope)
+        for rows in _pieces(slope):
+            of_h = (power[rows] * ctx.beta).mul_(-grad).mul_(2)
+            of_alpha[rows] = _through_sigmoid(of_h, slope[rows])
+        return of_alpha, None
+
+
+def _pieces(weight: Tensor) -> Iterator[slice]:
+    """Yield slices of rows whose values stay in the processor's cache from one pass to the next."""
+    step = max(1, _PIECE * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
+
+
+def _rows(parameter: Tensor, rows: slice) -> Tensor:
+    """Return the part of a parameter that broadcasts to some rows of a weight."""
+    return parameter[rows] if parameter.ndim and len(parameter) > 1 else parameter
 
 
 def _rectified(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sigmoid, ``h``, and where that is cut off."""
     sigmoid = torch.sigmoid(alpha)
-    stretched = _STRETCH * sigmoid - _BELOW
+    stretched = (_STRETCH * sigmoid).sub_(_BELOW)
     h = stretched.clamp(0, 1)
     return sigmoid, h, h != stretched
 
