@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ptq161.methods.omniquant import OmniQuant
     from ptq161.methods.pb_llm import PBLLM
     from ptq161.methods.ptq161 import PTQ161
+    from ptq161.methods.qdrop import QDrop
     from ptq161.methods.quant_dllm import QuantDLLM
     from ptq161.methods.quip import QuIP
     from ptq161.methods.rtn import RTN
@@ -66,6 +67,7 @@ __all__ = [
     "VPTQ",
     "BiLLM",
     "OmniQuant",
+    "QDrop",
     "QuIP",
     "QuantDLLM",
     "UserError",
@@ -94,6 +96,7 @@ __getattr__ = lazy_attributes(
         "ptq161.methods.omniquant": ["OmniQuant"],
         "ptq161.methods.pb_llm": ["PBLLM"],
         "ptq161.methods.ptq161": ["PTQ161"],
+        "ptq161.methods.qdrop": ["QDrop"],
         "ptq161.methods.quant_dllm": ["QuantDLLM"],
         "ptq161.methods.quip": ["QuIP"],
         "ptq161.methods.rtn": ["RTN"],

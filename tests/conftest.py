@@ -76,6 +76,7 @@ def every_method(bits: int, epochs: int) -> dict[str, Method]:
         "pb_llm": ptq161.PBLLM(),
         "billm": ptq161.BiLLM(),
         "quant_dllm": ptq161.QuantDLLM(column_block=16, mixed_ratio=0.25),
+        "qdrop": ptq161.QDrop(bits=bits, steps=6 * epochs, batch_size=2),
         "vptq": ptq161.VPTQ(vector_length=2, centroids=4**bits, iterations=5),
         "ptq161": ptq161.PTQ161(epochs=epochs, scale_lr=1e-3, angle_lr=1e-2),
         "waterfill": ptq161.Waterfill(level="linear", epochs=epochs, batch_size=2),

@@ -143,6 +143,7 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
         seen[name] = maximum, total, squares
         n_tokens[name] += len(x)
 
+    window.full_inputs = full_inputs
     with looking(window, measure):
         window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
     for name in n_tokens:
@@ -219,7 +220,7 @@ def _lost_rows(full: Tensor, quantized: Tensor) -> int:
 def restore_scale(window: Window, packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
     """Put the powers of two that were taken out of the linears into their packed weights."""
     return {
-        name: weight.scaled(window.rescalings[name].weight) if name in window.rescalings else weight
+        name: weight.scaled(found.weight, found.inputs) if (found := window.rescalings.get(name)) else weight
         for name, weight in packed.items()
     }
 

@@ -23,6 +23,7 @@ __all__ = [
     "omniquant",
     "pb_llm",
     "ptq161",
+    "qdrop",
     "quant_dllm",
     "quip",
     "rtn",

@@ -110,6 +110,7 @@ class Window:
         linears: those linears by name.
         quant_inputs: ``[n_samples, seq_len, hidden]`` in host memory: the quantized chain's input of the window.
         full_outputs: the same of the full-precision chain's output; None unless the method asks for that chain.
+        full_inputs: the same of the full-precision chain's input.
         activations: activation scales by linear on the full-precision chain; empty unless the method asks for it.
         salient_masks: salient channels by linear (``[in]`` bool, on ``device``) that the caller gives; None lets the
             method select them.
@@ -155,6 +156,7 @@ class Window:
     generator: Callable[[str], torch.Generator]
     on_metric: OnMetric
     device: torch.device
+    full_inputs: Tensor | None = None
     plan: dict[str, Tensor] | None = None
     rescalings: dict[str, Rescaling] = dataclasses.field(default_factory=dict)
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
-from ptq161.methods.blockwise import optimize, replaced_linears
+from ptq161.methods.blockwise import check_input_drop, optimize, replaced_linears
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_grid
 from ptq161.packed.weight import PackedWeight, check_magnitude
@@ -41,6 +41,8 @@ class OmniQuant:
         epochs: passes over the calibration set per window; the released scripts for more than 2 bits take 20.
         lr: learning rate of the clipping factors.
         aug_loss: compare with the full-precision block on the quantized chain's input as well.
+        input_drop: probability with which an element of the block's input comes from the full-precision chain, drawn
+            anew in each step (QDrop's regularizer); 0 draws nothing.
         batch_size: calibration sequences per step.
         block_size: consecutive decoder blocks optimized together.
         compute_dtype: dtype of matrix products (bfloat16 and float16 by autocast); the clipping factors, the rounding
@@ -62,6 +64,7 @@ class OmniQuant:
     epochs: int = 40
     lr: float = 1e-2
     aug_loss: bool = True
+    input_drop: float = 0.0
     batch_size: int = 1
     block_size: int = 1
     compute_dtype: str = "float32"
@@ -76,6 +79,7 @@ class OmniQuant:
         if self.epochs < 0:
             raise UserError(f"method.epochs={self.epochs}: use at least 0.")
         check_rate("method.lr", self.lr)
+        check_input_drop(self.input_drop)
 
     def nominal_bits(self) -> float:
         """Bits of a code; scales and zero points are not counted."""
@@ -106,6 +110,7 @@ class OmniQuant:
                     epochs=self.epochs,
                     batch_size=self.batch_size,
                     compute_dtype=self.compute_dtype,
+                    input_drop=self.input_drop,
                 )
         return {name: layer.pack() for name, layer in layers.items()}
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq161.packed.weight import PackedWeight
+from ptq161.packed.activations import quantized_activations
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight
 
 
 class PackedLinear(nn.Module):
@@ -58,15 +59,25 @@ class PackedLinear(nn.Module):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""
+        """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``, rounded first where the weight says so."""
+        x = self.rounded(x)
         weight = self.dequantize().to(x.dtype) if self._dense is None else self._dense
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Return the inputs ``[..., in]`` as they are multiplied: rounded if the packed weight has activation bits."""
+        bits = self._template.activation_bits
+        if bits is None:
+            return x
+        scale, zero_point = (self.get_buffer(name) for name in OF_ACTIVATIONS)
+        return quantized_activations(x, scale, zero_point, bits)
+
     def extra_repr(self) -> str:
         """Return shape, format and measured bits, as they are printed in a model."""
+        bits = self._template.activation_bits
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, format={self._template.format}, "
-            f"bits_per_weight={self.packed.bits_per_weight:.2f}"
+            f"bits_per_weight={self.packed.bits_per_weight:.2f}" + (f", activation_bits={bits}" if bits else "")
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:

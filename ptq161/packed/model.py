@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.models.linears import linear_of
@@ -81,6 +82,20 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def activation_bits(model: nn.Module) -> int | None:
+    """Return the bits to which the inputs of a model's packed linears are rounded, the most of all; None for none.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> activation_bits(nn.Sequential(PackedLinear(packed)))
+        >>> packed = packed.with_activations(8, torch.ones(1), torch.tensor([128]))
+        >>> activation_bits(nn.Sequential(PackedLinear(packed)))
+        8
+    """
+    return max((layer.packed.activation_bits or 0 for layer in packed_linears(model).values()), default=0) or None
+
+
 def sha256_of_packed(model: PreTrainedModel) -> str:
     """Hash a packed model: its tensors, and how those of its packed linears are to be read.
 
@@ -128,6 +143,9 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def densify(model: PreTrainedModel) -> None:
     """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place.
 
+    Raises:
+        UserError: the packed linears round their inputs, which dense ones do not.
+
     Example:
         >>> import ptq161, torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -139,6 +157,11 @@ def densify(model: PreTrainedModel) -> None:
         >>> torch.equal(model.model.layers[0].mlp.up_proj.weight, values)
         True
     """
+    if bits := activation_bits(model):
+        raise UserError(
+            f"the model's activations are quantized to {bits} bits (method.activation_bits), which a dense model "
+            "cannot do: use the packed one."
+        )
     dtype = next(model.get_input_embeddings().parameters()).dtype
     for name, layer in packed_linears(model).items():
         model.set_submodule(name, linear_of(layer.dequantize().to(dtype), layer.bias))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.weight import PackedWeight, scale_dtype_of, stored_scale
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, scale_dtype_of, stored_scale
 
 
 def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:
@@ -23,7 +23,8 @@ def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:
         >>> sorted(scale_tensors(packed))
         ['scales', 'zero_points']
     """
-    return {name: tensor for name, tensor in packed.state_dict().items() if tensor.is_floating_point()}
+    stored = packed.state_dict().items()
+    return {name: tensor for name, tensor in stored if tensor.is_floating_point() and name not in OF_ACTIVATIONS}
 
 
 def gain_sizes(packed: PackedWeight) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` in ``compute_dtype`` (any float dtype under autocast) to ``[..., out]``."""
-        bias = self.start.bias
+        bias, x = self.start.bias, self.start.rounded(x)
         with torch.autocast(x.device.type, enabled=False):  # a format may have products of its own
             weight = self.dequantize().to(self.compute_dtype)
         return F.linear(x, weight, None if bias is None else bias.to(self.compute_dtype))

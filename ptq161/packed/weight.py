@@ -17,6 +17,10 @@ from torch import Tensor
 from ptq161.errors import UserError
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+OF_ACTIVATIONS = ("activation_scale", "activation_zero_point")
+"""Tensors of the inputs, which every format may have and which do not count as the weight's."""
+_LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS)
+"""Fields that stand among the settings only where they are neither zero nor None."""
 _FORMATS: dict[str, type[PackedWeight]] = {}
 
 
@@ -34,6 +38,10 @@ class PackedWeight(ABC):
         in_features: columns.
         exponent: the weight is ``2**exponent`` times what the tensors stand for, so that weights of any magnitude have
             scales that float16 holds with all its digits.
+        activation_bits: of the linear's inputs, which are rounded before they are multiplied
+            (:mod:`ptq161.packed.activations`); None leaves them as they are.
+        activation_scale: ``[1]`` float32, step of the inputs; None without ``activation_bits``.
+        activation_zero_point: ``[1]`` uint8, code of a zero; None without ``activation_bits``.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -55,6 +63,9 @@ class PackedWeight(ABC):
     out_features: int
     in_features: int
     exponent: int = dataclasses.field(default=0, kw_only=True)
+    activation_bits: int | None = dataclasses.field(default=None, kw_only=True)
+    activation_scale: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    activation_zero_point: Tensor | None = dataclasses.field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Register the format."""
@@ -71,14 +82,31 @@ class PackedWeight(ABC):
         values = self.values()
         return values * 2.0**self.exponent if self.exponent else values
 
-    def scaled(self, exponent: int) -> Self:
-        """Return this weight times ``2**exponent``, exactly."""
-        return dataclasses.replace(self, exponent=self.exponent + exponent)
+    def scaled(self, exponent: int, inputs: int = 0) -> Self:
+        """Return this weight times ``2**exponent``, for inputs that are ``2**inputs`` times as large, exactly."""
+        scale = None if self.activation_scale is None else self.activation_scale * 2.0**inputs
+        return dataclasses.replace(self, exponent=self.exponent + exponent, activation_scale=scale)
+
+    def with_activations(self, bits: int, scale: Tensor, zero_point: Tensor) -> Self:
+        """Return this weight for inputs that are rounded.
+
+        Args:
+            bits: of an input's code, at most 8.
+            scale: ``[1]``, positive.
+            zero_point: ``[1]``, a whole number in ``[0, 2**bits)``.
+        """
+        return dataclasses.replace(
+            self,
+            activation_bits=bits,
+            activation_scale=scale.detach().float(),
+            activation_zero_point=zero_point.to(torch.uint8),
+        )
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all tensors: codes, planes, masks, scales, means, zero points."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        """Stored bytes of all tensors of the weight: codes, planes, masks, scales, means, zero points."""
+        stored = (t for name, t in self.state_dict().items() if name not in OF_ACTIVATIONS)
+        return sum(t.numel() * t.element_size() for t in stored)
 
     @property
     def bits_per_weight(self) -> float:
@@ -94,8 +122,9 @@ class PackedWeight(ABC):
         """Return everything else that :meth:`from_state_dict` needs, as JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain = {name: value for name, value in fields.items() if not isinstance(value, Tensor)}
-        if not self.exponent:
-            del plain["exponent"]
+        for name in _LEFT_OUT:
+            if not plain.get(name):
+                plain.pop(name, None)
         return {"format": self.format, "version": self.version, **plain}
 
     @classmethod
@@ -136,8 +165,11 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
             f"this version of ptq161 reads version {cls.version}."
         )
-    given = {*settings, *tensors} - {"format", "version", "exponent"}  # which is left out where it is zero
-    wrong = sorted(given ^ {field.name for field in dataclasses.fields(cls) if field.name != "exponent"})
+    given = {*settings, *tensors} - {"format", "version", "exponent"}
+    expected = {field.name for field in dataclasses.fields(cls)} - {"exponent"}
+    if not given & {*OF_ACTIVATIONS, "activation_bits"}:
+        expected -= {*OF_ACTIVATIONS, "activation_bits"}
+    wrong = sorted(given ^ expected)
     if wrong:
         raise UserError(
             f"the checkpoint is damaged: {wrong[0]} is missing in a weight of format {cls.format!r}, or not part of it."

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ptq161.checks import check_at_least, check_choice
 from ptq161.errors import UserError
+from ptq161.methods.base import Method
 from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 
@@ -154,3 +155,16 @@ class Restoration:
     def sequences(self) -> int:
         """Sequences of one round."""
         return self.steps * self.accumulation * self.batch_size
+
+
+def check_restorable(method: Method) -> None:
+    """Check that a dense model can stand for one that a method quantizes: before anything is loaded.
+
+    Raises:
+        UserError: the method rounds activations.
+    """
+    if bits := getattr(method, "activation_bits", None):
+        raise UserError(
+            f"method.activation_bits={bits}: preprocessing trains a dense model, which does not round its activations; "
+            "use method.activation_bits=null, or preprocess=none."
+        )

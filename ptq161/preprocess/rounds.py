@@ -26,7 +26,7 @@ from ptq161.models.architectures import max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
-from ptq161.preprocess.restoration import Restoration
+from ptq161.preprocess.restoration import Restoration, check_restorable
 from ptq161.preprocess.student import check_ranks, make_student, memory, merge, target_names
 from ptq161.preprocess.training import train
 from ptq161.training.checkpoint import TrainingCheckpoint
@@ -79,6 +79,7 @@ def restore(
     check_quantizable(model)
     target_names(model, restoration)
     check_ranks(model, restoration)
+    check_restorable(method)
     tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
     calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")

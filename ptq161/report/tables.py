@@ -146,7 +146,8 @@ def csv_table(results: Results) -> str:
     table = {"method": rows.method, "model": rows.model}
     table |= {key: results.config[key] for key in configuration_keys(results)}
     table |= {"calibration_text": rows.calibration_text, "seeds": rows.seeds}
-    table |= {size: results.score(size).value for size in SIZES}
+    sizes = [size for size in SIZES if size != "activation_bits" or size in set(results.scores.metric)]
+    table |= {size: results.score(size).value for size in sizes}
     for name in metric_names(results):
         score = results.score(name)
         table[name] = score.value.astype(object).mask(_is_nan(score), "nan")

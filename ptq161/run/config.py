@@ -24,7 +24,7 @@ from ptq161.methods.base import Method
 from ptq161.methods.ptq161.saliency import check_mask_ratio
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import resolve_device, resolve_dtype
-from ptq161.preprocess.restoration import Restoration
+from ptq161.preprocess.restoration import Restoration, check_restorable
 from ptq161.tracking.settings import TrackerConfig
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -98,6 +98,8 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     method_name, method = _build_method(values.pop("method"), device)
     preprocess_name, preprocess = _build_training("preprocess", Restoration, values.pop("preprocess"), device, method)
     finetune_name, finetune = _build_training("finetune", Distillation, values.pop("finetune"), device, method)
+    if preprocess is not None and method is not None:
+        check_restorable(method)
     if finetune is not None and finetune.update == "codes" and method is not None:
         check_learnable(method, method_name)
     built = {

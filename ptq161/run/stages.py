@@ -36,7 +36,7 @@ from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.checkpoint import WEIGHTS_FILE, load, save, stored_nominal_bits
 from ptq161.packed.export import save_dense
 from ptq161.packed.linear import dense_cache
-from ptq161.packed.model import cast_rest, measure, packed_linears
+from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.run.session import Session, timed
@@ -376,6 +376,8 @@ def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
     sizes = {"bits_per_weight": size.bits_per_weight}
     if nominal is not None:
         sizes["nominal_bits_per_weight"] = nominal
+    if bits := activation_bits(model):
+        sizes["activation_bits"] = bits
     sizes["checkpoint_bytes"] = file.stat().st_size
     sizes["linear_bytes"] = size.linear_bytes
     sizes["other_bytes"] = size.other_bytes

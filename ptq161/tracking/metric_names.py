@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "linear_bytes", "other_bytes")
-"""Results that say how much is stored, and not how well the model does."""
+SIZES = (
+    "bits_per_weight",
+    "nominal_bits_per_weight",
+    "activation_bits",
+    "checkpoint_bytes",
+    "linear_bytes",
+    "other_bytes",
+)
+"""Results that say how much is stored, or into how many bits activations are rounded, and not how well the model does.
+"""
 
 
 def is_perplexity(metric: str) -> bool:

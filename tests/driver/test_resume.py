@@ -27,6 +27,7 @@ from ptq161.methods.nf4 import NF4
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.qdrop import QDrop
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
@@ -45,6 +46,9 @@ METHODS = {
     "gse": GSE(),
     "nf4": NF4(),
     "omniquant": OmniQuant(bits=2, epochs=1, batch_size=2),
+    "qdrop": QDrop(steps=4, batch_size=2),
+    "qdrop with activations": QDrop(steps=4, batch_size=2, activation_bits=4),
+    "input drop": OmniQuant(bits=2, epochs=1, batch_size=2, input_drop=0.5),
     "vptq": VPTQ(vector_length=4, centroids=16, residual_centroids=4, batch_size=2),
     "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),

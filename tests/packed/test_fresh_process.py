@@ -28,6 +28,7 @@ from ptq161.methods.nf4 import NF4
 from ptq161.methods.omniquant import OmniQuant
 from ptq161.methods.pb_llm import PBLLM
 from ptq161.methods.ptq161 import PTQ161
+from ptq161.methods.qdrop import QDrop
 from ptq161.methods.quant_dllm import QuantDLLM
 from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
@@ -46,6 +47,7 @@ METHODS: list[Method] = [
     NF4(),
     QuIP(),
     OmniQuant(epochs=1),
+    QDrop(steps=2),
     VPTQ_WITH_ALL,
     Waterfill(epochs=1),
     PBLLM(),

@@ -112,6 +112,15 @@ def test_a_finetuning_that_cannot_be(overrides, sentence):
     assert str(caught.value) == sentence
 
 
+def test_a_preprocessing_of_rounded_activations():
+    with pytest.raises(UserError) as caught:
+        run_config("method=qdrop", "method.activation_bits=8", "preprocess=restorative_lora")
+    assert str(caught.value) == (
+        "method.activation_bits=8: preprocessing trains a dense model, which does not round its activations; "
+        "use method.activation_bits=null, or preprocess=none."
+    )
+
+
 def test_a_smoke_run_is_small():
     trained = run_config("debug=smoke", "preprocess=restorative_lora").preprocess
     assert trained is not None and trained.sequences * trained.seq_len <= 2048

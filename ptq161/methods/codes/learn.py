@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.methods.base import Method, Window, check_rate
-from ptq161.methods.blockwise import replaced_linears
+from ptq161.methods.blockwise import check_input_drop, mixed_inputs, replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.packed.weight import PackedWeight
@@ -56,6 +56,7 @@ class Learning:
             quarters of the steps (softened codes, as in CAT-Q). 0 learns whole numbers from the first step on.
         absorb_epochs: passes in which the linears that are still float are trained, after each input group.
         absorb_lr: learning rate of their weights, in units of their root mean square.
+        input_drop: probability with which an element of the input comes from the full-precision chain.
         compute_dtype: of matrix products.
 
     Example:
@@ -72,6 +73,7 @@ class Learning:
     softness: float
     absorb_epochs: int
     absorb_lr: float
+    input_drop: float
     compute_dtype: str
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class Learning:
         check_rate("method.code_lr", self.code_lr)
         check_rate("method.factor_lr", self.factor_lr)
         check_rate("method.absorb_lr", self.absorb_lr)
+        check_input_drop(self.input_drop)
         check_at_least("method.absorb_epochs", self.absorb_epochs, 0)
         if not 0 <= self.held_out <= 0.5:
             raise UserError(f"method.held_out={self.held_out}: use a share of the windows from 0 to 0.5.")
@@ -219,7 +222,7 @@ def learn_codes(
     full = window.full_outputs
     assert full is not None, "the driver brings the full-precision chain (needs_full_chain)"
     homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
-    generator = window.generator("codes")
+    generator, dropping = window.generator("codes"), window.generator("input_drop")
     n = window.quant_inputs.shape[0]
     size = min(settings.batch_size, n)
     # Whole batches only: the block's arguments (masks, positions) are those of a whole batch.
@@ -233,9 +236,10 @@ def learn_codes(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=max(1, steps), cycle_momentum=False
     )
 
-    def loss_of(batch: Tensor) -> Tensor:
+    def loss_of(batch: Tensor, input_drop: float = 0.0) -> Tensor:
+        x = mixed_inputs(window, batch, input_drop, dropping)
         with window.autocast(settings.compute_dtype):
-            output = window.run(window.to_device(window.quant_inputs[batch]))
+            output = window.run(x)
         return block_error(output.float(), window.to_device(full[batch]), window.to_device(homologous[batch]))
 
     def packed() -> dict[str, PackedWeight]:
@@ -261,7 +265,7 @@ def learn_codes(
             order = training[torch.randperm(len(training), generator=generator)]
             for batch in order[: len(order) // size * size].split(size):
                 soften(max(0.0, 1 - step / (_SHARP * steps)))
-                loss = loss_of(batch)
+                loss = loss_of(batch, settings.input_drop)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
                     where = f"in block {window.first_block}, epoch {epoch}"

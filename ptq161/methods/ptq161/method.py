@@ -83,6 +83,8 @@ class PTQ161:
         absorb_epochs: passes after each input group in which the linears of a block that are still float absorb the
             errors of the others (:func:`ptq161.methods.codes.learn.absorb`), before all codes are learned; 0 for none.
         absorb_lr: learning rate of their weights, in units of their root mean square.
+        input_drop: probability with which an element of the block's input comes from the full-precision chain, drawn
+            anew in each step (QDrop's regularizer); 0 draws nothing.
         damping: share of the hessian's mean diagonal that is added to it before it is inverted, of codes that are not
             ``rounded``.
 
@@ -125,6 +127,7 @@ class PTQ161:
     softness: float = 0.0
     absorb_epochs: int = 0
     absorb_lr: float = 1e-2
+    input_drop: float = 0.0
     damping: float = 0.01
 
     def __post_init__(self) -> None:
@@ -285,4 +288,5 @@ class PTQ161:
                 epochs=self.epochs,
                 batch_size=self.batch_size,
                 compute_dtype=self.compute_dtype,
+                input_drop=self.input_drop,
             )

@@ -32,6 +32,7 @@ from torch import Tensor
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_rate
+from ptq161.methods.blockwise import check_input_drop
 from ptq161.methods.compensation import (
     CompensatedMethod,
     InverseFactor,
@@ -70,6 +71,8 @@ class VPTQ(CompensatedMethod):
             for none, as released.
         refit_lr: learning rate of the centroids, in units of their root mean square, and of the scales, relative to
             them.
+        input_drop: probability with which an element of the block's input comes from the full-precision chain, in each
+            step of the refit (QDrop's regularizer); 0 draws nothing.
 
     Example:
         >>> VPTQ(vector_length=4, centroids=64).nominal_bits()
@@ -97,6 +100,7 @@ class VPTQ(CompensatedMethod):
     tolerance: float = 1e-5
     refit_steps: int = 0
     refit_lr: float = 2e-3
+    input_drop: float = 0.0
 
     def __post_init__(self) -> None:
         """Reject values out of range."""
@@ -111,6 +115,7 @@ class VPTQ(CompensatedMethod):
         ):
             check_at_least(f"method.{name}", getattr(self, name), least)
         check_rate("method.refit_lr", self.refit_lr)
+        check_input_drop(self.input_drop)
         check_codebook("method.centroids", self.centroids)
         for name in ("residual_centroids", "outlier_centroids"):
             if getattr(self, name):
@@ -155,6 +160,7 @@ class VPTQ(CompensatedMethod):
             lr=self.refit_lr,
             batch_size=self.batch_size,
             compute_dtype=self.compute_dtype,
+            input_drop=self.input_drop,
         )
 
     def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:

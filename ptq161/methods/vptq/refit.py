@@ -23,6 +23,7 @@ def refit(
     lr: float,
     batch_size: int,
     compute_dtype: str,
+    input_drop: float = 0.0,
 ) -> dict[str, PackedWeight]:
     """Train everything that is no index against the full-precision output (Section 4 of the VPTQ paper).
 
@@ -36,6 +37,7 @@ def refit(
         lr: learning rate of the gains (:func:`ptq161.packed.trainable.gain_sizes`).
         batch_size: calibration sequences per step.
         compute_dtype: dtype of matrix products; the gains and the loss are float32 always.
+        input_drop: probability with which an element of the input comes from the full-precision chain.
 
     Returns:
         a packed weight for each name, of the same bytes and indices.
@@ -81,6 +83,7 @@ def refit(
             batch_size=batch_size,
             compute_dtype=compute_dtype,
             steps=steps,
+            input_drop=input_drop,
         )
     found = {}
     for name, layer in layers.items():

@@ -48,6 +48,8 @@ class Waterfill:
         absorb_epochs: passes after each input group in which the linears of a block that are still float absorb the
             errors of the others (:func:`ptq161.methods.codes.learn.absorb`), before all codes are learned; 0 for none.
         absorb_lr: learning rate of their weights, in units of their root mean square.
+        input_drop: probability with which an element of the block's input comes from the full-precision chain, drawn
+            anew in each step (QDrop's regularizer); 0 draws nothing.
         damping: share of the hessian's mean diagonal that is added to it before it is inverted.
         batch_size: calibration sequences per step.
         block_size: consecutive decoder blocks learned together.
@@ -81,6 +83,7 @@ class Waterfill:
     softness: float = 0.0
     absorb_epochs: int = 0
     absorb_lr: float = 1e-2
+    input_drop: float = 0.0
     damping: float = 0.01
     batch_size: int = 4
     block_size: int = 1
