@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,14 +20,40 @@ SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _FORMATS: dict[str, type[PackedWeight]] = {}
 
 
+class Segment(NamedTuple):
+    """Some columns of a weight: ``W[:, columns] = (scale * codes + shift) * factor``.
+
+    Attributes:
+        columns: ``[n]`` int64.
+        codes: ``[out, n]``, any dtype.
+        scale: ``[out, 1]`` float32.
+        shift: ``[out, 1]`` float32.
+        factor: ``[n]`` float32.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> part = Segment(torch.tensor([0, 2]), torch.tensor([[1, 3]]), scale=one, shift=-one, factor=torch.ones(2))
+        >>> (part.scale * part.codes + part.shift) * part.factor
+        tensor([[0., 2.]])
+    """
+
+    columns: Tensor
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    factor: Tensor
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight(ABC):
     """A linear's weight ``[out_features, in_features]`` as it is stored.
 
     Subclasses set ``format`` (the name in checkpoints), ``version`` (raised when the layout of the stored tensors
-    changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied) and
-    ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks), and are
-    registered by being defined. They implement :meth:`values`, differentiable in every float tensor.
+    changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied),
+    ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks) and
+    ``by_row`` (those of tensors with one entry per row, where every row can be read alone), and are registered by being
+    defined. They implement :meth:`values`, differentiable in every float tensor. A format whose codes have 1 to 4 bits
+    can tell its :meth:`segments` and have a compiled product, :meth:`rows_product`.
 
     Attributes:
         out_features: rows.
@@ -51,6 +77,7 @@ class PackedWeight(ABC):
     version: ClassVar[int] = 1
     offsets: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+    by_row: ClassVar[tuple[str, ...]] = ()
 
     out_features: int
     in_features: int
@@ -70,6 +97,36 @@ class PackedWeight(ABC):
         """Return the weight, ``2**exponent`` times :meth:`values`: ``[out_features, in_features]`` float32."""
         values = self.values()
         return values * 2.0**self.exponent if self.exponent else values
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` to ``stop`` of a format that has ``by_row``, over the same memory.
+
+        Args:
+            start: an even number.
+            stop: any number above it, up to ``out_features``.
+        """
+        changes: dict[str, Any] = {}
+        for name in self.by_row:
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else tensor[start:stop]
+        return dataclasses.replace(self, out_features=stop - start, **changes)
+
+    def segments(self) -> list[Segment] | None:
+        """Return the parts of which the weight consists, but for ``2**exponent``; None where it has no such form."""
+        return None
+
+    def rows_product(self, x: Tensor, bias: Tensor | None, *, int8: bool = False) -> Tensor | None:
+        """Return ``x @ W.T + bias`` from the packed bytes, by a compiled operator.
+
+        Args:
+            x: ``[..., in]`` on the CPU, float32 or bfloat16.
+            bias: ``[out]`` in the dtype of ``x``.
+            int8: round the activations of each row and segment to eight bits.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``x``; None where this format, this weight or this machine has no operator.
+        """
+        return None
 
     def scaled(self, exponent: int) -> Self:
         """Return this weight times ``2**exponent``, exactly."""
