@@ -1,5 +1,5 @@
-// Products of a few rows with the packed weights of three formats, told in packed_rows.h; the formats' tensors are
-// described in ptq161/packed.
+// Products of a few rows with the packed weights of three formats, and their dense forms, told in packed_rows.h; the
+// formats' tensors are described in ptq161/packed.
 
 #include "packed_rows.h"
 
@@ -33,9 +33,9 @@ Segment segment_of(const Tensor& codes, int64_t rows, int64_t bits, int64_t n, i
   return {static_cast<int>(bits), n, data + first, row_bytes, data + rows * row_bytes, {}};
 }
 
-Tensor structured_binary_rows(Tensor x, Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle,
-                              Tensor codes, Tensor salient_scale, Tensor salient_zero_point, Optional bias,
-                              int64_t in_features, int64_t salient_bits, double factor, bool int8, int64_t level) {
+Weight structured_binary(const Tensor& mask, const Tensor& sign, const Tensor& scale, const Tensor& mean,
+                         const Tensor& column_angle, const Tensor& codes, const Tensor& salient_scale,
+                         const Tensor& salient_zero_point, int64_t in_features, int64_t salient_bits, double factor) {
   const int64_t rows = sign.size(0);
   Weight w{rows, in_features, {}, std::vector<int32_t>(in_features), std::vector<float>(in_features, 1.0f)};
   w.scale = static_cast<float>(factor);
@@ -64,11 +64,27 @@ Tensor structured_binary_rows(Tensor x, Tensor mask, Tensor sign, Tensor scale, 
     high.offset = stored(salient_zero_point, rows);
     w.segments.push_back(high);
   }
-  return product(w, x, bias, int8, level);
+  return w;
 }
 
-Tensor uniform_rows(Tensor x, Tensor codes, Tensor scales, Optional zero_points, Optional input_scales, Optional bias,
-                    int64_t in_features, int64_t bits, int64_t group_size, double factor, bool int8, int64_t level) {
+Tensor structured_binary_rows(Tensor x, Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle,
+                              Tensor codes, Tensor salient_scale, Tensor salient_zero_point, Optional bias,
+                              int64_t in_features, int64_t salient_bits, double factor, bool int8, int64_t level) {
+  return product(structured_binary(mask, sign, scale, mean, column_angle, codes, salient_scale, salient_zero_point,
+                                   in_features, salient_bits, factor),
+                 x, bias, int8, level);
+}
+
+Tensor structured_binary_dense(Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle, Tensor codes,
+                               Tensor salient_scale, Tensor salient_zero_point, int64_t in_features,
+                               int64_t salient_bits, double factor, bool bfloat16) {
+  return dense(structured_binary(mask, sign, scale, mean, column_angle, codes, salient_scale, salient_zero_point,
+                                 in_features, salient_bits, factor),
+               sign, bfloat16);
+}
+
+Weight uniform(const Tensor& codes, const Tensor& scales, const Optional& zero_points, const Optional& input_scales,
+               int64_t in_features, int64_t bits, int64_t group_size, double factor) {
   STD_TORCH_CHECK(group_size > 0 && (group_size >= in_features || group_size * bits % 8 == 0),
                   "groups do not start on a byte");
   const int64_t rows = codes.size(0), groups = (in_features + group_size - 1) / group_size;
@@ -76,7 +92,10 @@ Tensor uniform_rows(Tensor x, Tensor codes, Tensor scales, Optional zero_points,
   w.scale = static_cast<float>(factor);
   if (input_scales) {
     const Stored scale = stored(*input_scales, in_features);
-    for (int64_t j = 0; j < in_features; ++j) w.factor[j] = 1.0f / scale[j];
+    for (int64_t j = 0; j < in_features; ++j) {
+      w.divisor.push_back(scale[j]);
+      w.factor[j] = 1.0f / scale[j];
+    }
   }
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = g * group_size, n = std::min(group_size, in_features - first);
@@ -90,12 +109,24 @@ Tensor uniform_rows(Tensor x, Tensor codes, Tensor scales, Optional zero_points,
     }
     w.segments.push_back(segment);
   }
-  return product(w, x, bias, int8, level);
+  return w;
 }
 
-Tensor allotted_rows(Tensor x, Optional labels, std::vector<Tensor> codes, Optional row, Optional column,
-                     Optional ranged_scale, Optional zero_point, Optional bias, std::vector<int64_t> tiers,
-                     std::vector<double> steps, int64_t in_features, double factor, bool int8, int64_t level) {
+Tensor uniform_rows(Tensor x, Tensor codes, Tensor scales, Optional zero_points, Optional input_scales, Optional bias,
+                    int64_t in_features, int64_t bits, int64_t group_size, double factor, bool int8, int64_t level) {
+  return product(uniform(codes, scales, zero_points, input_scales, in_features, bits, group_size, factor), x, bias,
+                 int8, level);
+}
+
+Tensor uniform_dense(Tensor codes, Tensor scales, Optional zero_points, Optional input_scales, int64_t in_features,
+                     int64_t bits, int64_t group_size, double factor, bool bfloat16) {
+  return dense(uniform(codes, scales, zero_points, input_scales, in_features, bits, group_size, factor), codes,
+               bfloat16);
+}
+
+Weight allotted(const Optional& labels, const std::vector<Tensor>& codes, const Optional& row, const Optional& column,
+                const Optional& ranged_scale, const Optional& zero_point, const std::vector<int64_t>& tiers,
+                const std::vector<double>& steps, int64_t in_features, double factor) {
   // `codes` are those of the tiers that have channels, in rising order.
   STD_TORCH_CHECK(!codes.empty(), "there are no codes");
   const int64_t rows = codes[0].size(0), label_bits = tiers.size() <= 2 ? 1 : 2;
@@ -129,6 +160,7 @@ Tensor allotted_rows(Tensor x, Optional labels, std::vector<Tensor> codes, Optio
       segment.scale = stored(*row, rows);
       segment.step = static_cast<float>(steps[tiers[t] - 1]);
       segment.constant = static_cast<float>((1 << tiers[t]) - 1) / 2.0f;
+      segment.scales_factor = true;
       n_scaled += counts[t];
     }
     w.segments.push_back(segment);
@@ -141,7 +173,21 @@ Tensor allotted_rows(Tensor x, Optional labels, std::vector<Tensor> codes, Optio
     if (tiers[label] != 4) w.factor[j] = factors[next++];
     w.segment_of[j] = place[label];
   }
-  return product(w, x, bias, int8, level);
+  return w;
+}
+
+Tensor allotted_rows(Tensor x, Optional labels, std::vector<Tensor> codes, Optional row, Optional column,
+                     Optional ranged_scale, Optional zero_point, Optional bias, std::vector<int64_t> tiers,
+                     std::vector<double> steps, int64_t in_features, double factor, bool int8, int64_t level) {
+  return product(allotted(labels, codes, row, column, ranged_scale, zero_point, tiers, steps, in_features, factor), x,
+                 bias, int8, level);
+}
+
+Tensor allotted_dense(Optional labels, std::vector<Tensor> codes, Optional row, Optional column, Optional ranged_scale,
+                      Optional zero_point, std::vector<int64_t> tiers, std::vector<double> steps, int64_t in_features,
+                      double factor, bool bfloat16) {
+  return dense(allotted(labels, codes, row, column, ranged_scale, zero_point, tiers, steps, in_features, factor),
+               codes[0], bfloat16);
 }
 
 }  // namespace
@@ -158,10 +204,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ptq161, m) {
       "allotted_rows(Tensor x, Tensor? labels, Tensor[] codes, Tensor? row, Tensor? column, Tensor? ranged_scale, "
       "Tensor? zero_point, Tensor? bias, int[] tiers, float[] steps, int in_features, float factor, bool int8, "
       "int level) -> Tensor");
+  m.def(
+      "structured_binary_dense(Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle, Tensor codes, "
+      "Tensor salient_scale, Tensor salient_zero_point, int in_features, int salient_bits, float factor, "
+      "bool bfloat16) -> Tensor");
+  m.def(
+      "uniform_dense(Tensor codes, Tensor scales, Tensor? zero_points, Tensor? input_scales, int in_features, "
+      "int bits, int group_size, float factor, bool bfloat16) -> Tensor");
+  m.def(
+      "allotted_dense(Tensor? labels, Tensor[] codes, Tensor? row, Tensor? column, Tensor? ranged_scale, "
+      "Tensor? zero_point, int[] tiers, float[] steps, int in_features, float factor, bool bfloat16) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptq161, CPU, m) {
   m.impl("structured_binary_rows", TORCH_BOX(&structured_binary_rows));
   m.impl("uniform_rows", TORCH_BOX(&uniform_rows));
   m.impl("allotted_rows", TORCH_BOX(&allotted_rows));
+  m.impl("structured_binary_dense", TORCH_BOX(&structured_binary_dense));
+  m.impl("uniform_dense", TORCH_BOX(&uniform_dense));
+  m.impl("allotted_dense", TORCH_BOX(&allotted_dense));
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import merge_columns, pack_codes, unpack_codes
 from ptq161.packed.weight import PackedWeight, Segment, stored_scale
 
@@ -199,24 +199,12 @@ class AllottedWeight(PackedWeight):
             parts.append(Segment(columns, codes[:, columns], scale, -scale * offset, factors[columns]))
         return parts
 
-    def rows_product(self, x: Tensor, bias: Tensor | None, *, int8: bool = False) -> Tensor | None:
-        """Return ``x @ W.T + bias`` from the packed bytes; None where nothing is compiled."""
-        if not packed_rows.usable(x):
-            return None
-        return packed_rows.allotted_rows(
-            x,
-            self.labels,
-            [codes for codes in (self.codes_1, self.codes_2, self.codes_3, self.codes_4) if codes is not None],
-            self.row,
-            self.column,
-            self.ranged_scale,
-            self.zero_point,
-            bias,
-            tiers=self.tiers,
-            steps=[*STEPS.values()],
-            factor=2.0**self.exponent,
-            int8=int8,
-        )
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        codes = [codes for codes in (self.codes_1, self.codes_2, self.codes_3, self.codes_4) if codes is not None]
+        tensors = (self.labels, codes, self.row, self.column, self.ranged_scale, self.zero_point)
+        settings = (self.tiers, [*STEPS.values()], self.in_features)
+        return Operands(self.format, tensors, settings, 2.0**self.exponent)
 
     @property
     def _device(self) -> torch.device:

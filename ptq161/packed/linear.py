@@ -13,7 +13,8 @@ from ptq161.errors import UserError
 from ptq161.packed.weight import PackedWeight
 
 FEW_ROWS = 16
-"""Rows up to which a product from the packed bytes is faster than one with the dequantized weight."""
+"""Rows up to which a product from the packed bytes is surely faster than one with the dequantized weight: both take as
+long at 20 to 35 rows (``benchmarks/decode.py --rows``)."""
 _TILE_WEIGHTS = 2**20
 """Weights that are dequantized at once on the CPU: they stay in the cache of a processor until they are multiplied."""
 
@@ -134,11 +135,11 @@ def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -
     n = packed.out_features
     step = max(2, _TILE_WEIGHTS // max(1, packed.in_features) // 2 * 2)  # even: two rows may share a byte
     if n <= step or not packed.by_row:
-        return F.linear(x, packed.dequantize().to(x.dtype), bias)
+        return F.linear(x, packed.dense(x.dtype), bias)
     tiles = []
     for start in range(0, n, step):
         stop = min(start + step, n)
-        weight = packed.rows(start, stop).dequantize().to(x.dtype)
+        weight = packed.rows(start, stop).dense(x.dtype)
         tiles.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
     return torch.cat(tiles, dim=-1)
 

@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import CODE_BITS, Operands
 from ptq161.packed.bits import merge_columns, pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import uniform_values
 from ptq161.packed.weight import PackedWeight, Segment, stored_scale
@@ -148,22 +148,11 @@ class StructuredBinaryWeight(PackedWeight):
         shift = -scale * self.salient_zero_point.float()
         return [binary, Segment(columns, codes[:, columns], scale, shift, torch.ones_like(columns, dtype=scale.dtype))]
 
-    def rows_product(self, x: Tensor, bias: Tensor | None, *, int8: bool = False) -> Tensor | None:
-        """Return ``x @ W.T + bias`` from the packed bytes; None where nothing is compiled or salient codes are wide."""
-        if self.salient_bits not in packed_rows.CODE_BITS or not packed_rows.usable(x):
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it; None where salient codes are wider than theirs."""
+        if self.salient_bits not in CODE_BITS:
             return None
-        return packed_rows.structured_binary_rows(
-            x,
-            self.mask,
-            self.sign,
-            self.scale,
-            self.mean,
-            self.column_angle,
-            self.codes,
-            self.salient_scale,
-            self.salient_zero_point,
-            bias,
-            salient_bits=self.salient_bits,
-            factor=2.0**self.exponent,
-            int8=int8,
-        )
+        parts = (self.mask, self.sign, self.scale, self.mean, self.column_angle)
+        salient = (self.codes, self.salient_scale, self.salient_zero_point)
+        settings = (self.in_features, self.salient_bits)
+        return Operands(self.format, (*parts, *salient), settings, 2.0**self.exponent)

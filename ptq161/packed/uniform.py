@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
-from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import CODE_BITS, Operands
 from ptq161.packed.bits import pack_codes, unpack_codes
 from ptq161.packed.weight import SCALE_DTYPES, PackedWeight, Segment, stored_scale
 
@@ -122,27 +122,17 @@ class UniformWeight(PackedWeight):
             parts.append(Segment(columns, codes[:, columns], scale, shift, factor[columns]))
         return parts
 
-    def rows_product(self, x: Tensor, bias: Tensor | None, *, int8: bool = False) -> Tensor | None:
-        """Return ``x @ W.T + bias`` from the packed bytes.
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it.
 
-        None where nothing is compiled, codes have 8 bits, or groups are no consecutive columns that fill whole bytes.
+        None where codes have 8 bits, or groups are no consecutive columns that fill whole bytes.
         """
         whole = self.group_size is None or self.group_size * self.bits % 8 == 0
-        served = whole and self.group_index is None and self.bits in packed_rows.CODE_BITS
-        if not served or not packed_rows.usable(x):
+        if not whole or self.group_index is not None or self.bits not in CODE_BITS:
             return None
-        return packed_rows.uniform_rows(
-            x,
-            self.codes,
-            self.scales,
-            self.zero_points,
-            self._input_scales(),
-            bias,
-            bits=self.bits,
-            group_size=self.group_size,
-            factor=2.0**self.exponent,
-            int8=int8,
-        )
+        tensors = (self.codes, self.scales, self.zero_points, self._input_scales())
+        settings = (self.in_features, self.bits, self.group_size or self.in_features)
+        return Operands("uniform", tensors, settings, 2.0**self.exponent)
 
     def _input_scales(self) -> Tensor | None:
         return None

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
+from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import Operands
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _FORMATS: dict[str, type[PackedWeight]] = {}
@@ -53,7 +55,7 @@ class PackedWeight(ABC):
     ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks) and
     ``by_row`` (those of tensors with one entry per row, where every row can be read alone), and are registered by being
     defined. They implement :meth:`values`, differentiable in every float tensor. A format whose codes have 1 to 4 bits
-    can tell its :meth:`segments` and have a compiled product, :meth:`rows_product`.
+    can tell its :meth:`segments` and its :meth:`operands`, for which there are compiled operators.
 
     Attributes:
         out_features: rows.
@@ -115,18 +117,36 @@ class PackedWeight(ABC):
         """Return the parts of which the weight consists, but for ``2**exponent``; None where it has no such form."""
         return None
 
-    def rows_product(self, x: Tensor, bias: Tensor | None, *, int8: bool = False) -> Tensor | None:
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it; None where its format, or this one of it, has none."""
+        return None
+
+    def rows_product(
+        self, x: Tensor, bias: Tensor | None, *, int8: bool = False, level: int = packed_rows.HIGHEST
+    ) -> Tensor | None:
         """Return ``x @ W.T + bias`` from the packed bytes, by a compiled operator.
 
         Args:
-            x: ``[..., in]`` on the CPU, float32 or bfloat16.
+            x: ``[..., in]``.
             bias: ``[out]`` in the dtype of ``x``.
             int8: round the activations of each row and segment to eight bits.
+            level: the highest instruction set to use, see :mod:`ptq161.kernels.packed_rows`.
 
         Returns:
-            ``[..., out]`` in the dtype of ``x``; None where this format, this weight or this machine has no operator.
+            ``[..., out]`` in the dtype of ``x``; None where there is no operator for the weight, the dtype, the device
+            or this machine.
         """
-        return None
+        operands = self.operands()
+        if operands is None or not packed_rows.usable(x.dtype, x):
+            return None
+        return packed_rows.product(operands, x, bias, int8=int8, level=level)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one."""
+        operands = self.operands()
+        if operands is None or not packed_rows.usable(dtype, next(iter(self.state_dict().values()))):
+            return self.dequantize().to(dtype)
+        return packed_rows.dense(operands, dtype)
 
     def scaled(self, exponent: int) -> Self:
         """Return this weight times ``2**exponent``, exactly."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,23 +16,9 @@ from ptq161.packed.linear import PackedLinear, int8_product
 from ptq161.packed.weight import PackedWeight
 from tests.kernels.packed_weights import MAKERS, SHAPES, structured_binary, uniform
 
-LEVELS = range(packed_rows.HIGHEST + 1)
-OPERATORS = ("structured_binary_rows", "uniform_rows", "allotted_rows")
 
-
-@pytest.fixture
-def at_level(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    with monkeypatch.context() as patch:
-
-        def limit(level: int) -> None:
-            for name in OPERATORS:
-                patch.setitem(getattr(packed_rows, name).__kwdefaults__, "level", level)
-
-        yield limit
-
-
-def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> Tensor:
-    y = packed.rows_product(x, bias, int8=int8)
+def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None, **settings: int) -> Tensor:
+    y = packed.rows_product(x, bias, **settings)
     assert y is not None and y.dtype == x.dtype
     return y
 
@@ -46,9 +30,7 @@ def error(y: Tensor, expected: Tensor, magnitudes: Tensor) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_products_are_those_of_the_dequantized_weight(
-    kind: str, shape: tuple[int, int], at_level: Callable[[int], None]
-) -> None:
+def test_products_are_those_of_the_dequantized_weight(kind: str, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     packed = MAKERS[kind](*shape)
     weight, bias = packed.dequantize().double(), torch.randn(shape[0])
@@ -56,12 +38,25 @@ def test_products_are_those_of_the_dequantized_weight(
         x = torch.randn(rows, shape[1]).to(dtype)
         expected = x.double() @ weight.T + bias.to(dtype).double()
         magnitudes = x.double().abs() @ weight.abs().T + bias.double().abs() + 0.01
-        for level in LEVELS:
-            at_level(level)
-            limit = 2e-6 if dtype == torch.float32 else 2**-8
-            assert error(product(packed, x, bias.to(dtype)), expected, magnitudes) < limit, (rows, level)
-            rounded = int8_product(packed, x, bias.to(dtype)).double()
-            assert error(product(packed, x, bias.to(dtype), int8=True), rounded, magnitudes) < 2 * limit, (rows, level)
+        rounded = int8_product(packed, x, bias.to(dtype)).double()
+        limit = 2e-6 if dtype == torch.float32 else 2**-8
+        for level in range(packed_rows.HIGHEST + 1):
+            y = product(packed, x, bias.to(dtype), level=level)
+            assert error(y, expected, magnitudes) < limit, (rows, level)
+            y = product(packed, x, bias.to(dtype), level=level, int8=True)
+            assert error(y, rounded, magnitudes) < 2 * limit, (rows, level)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_dense_form_has_the_bits_of_torch(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    packed = MAKERS[kind](*shape)
+    for dtype in packed_rows.DTYPES:
+        assert torch.equal(packed.dense(dtype), packed.dequantize().to(dtype))
+        if shape[0] > 4:
+            assert torch.equal(packed.rows(2, 5).dense(dtype), packed.dequantize()[2:5].to(dtype))
+    assert packed.dense(torch.float16).dtype == torch.float16
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -138,26 +133,16 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         packed.rows_product(x, torch.zeros(7))
 
 
-def arguments(kind: str) -> tuple[Any, tuple[Any, ...]]:
-    """An operator and what it was called with."""
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "ptq161":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        product(MAKERS[kind](12, 200), torch.randn(2, 3, 200), torch.randn(12))
-    ((operator, given),) = calls
-    return operator, given
-
-
 @pytest.mark.parametrize("kind", ["structured_binary", "uniform 2 bits groups", "awq", "allotted"])
 def test_torch_can_trace_the_operators(kind: str) -> None:
-    operator, given = arguments(kind)
-    torch.library.opcheck(operator, given)
+    packed = MAKERS[kind](12, 200)
+    operands = packed.operands()
+    assert operands is not None and packed_rows.usable(torch.float32, torch.zeros(1))
+    settings = (*operands.settings, operands.factor)
+    products, dense = (getattr(torch.ops.ptq161, f"{operands.format}_{name}") for name in ("rows", "dense"))
+    given = (torch.randn(2, 3, 200), *operands.tensors, torch.randn(12), *settings, False, packed_rows.HIGHEST)
+    torch.library.opcheck(products.default, given)
+    torch.library.opcheck(dense.default, (*operands.tensors, *settings, True))
 
 
 @pytest.mark.parametrize("kind", ["structured_binary", "uniform 3 bits", "allotted"])
@@ -185,10 +170,10 @@ for kind, make in MAKERS.items():
         packed, bias = make(*shape), torch.randn(shape[0])
         for rows in (1, 2, 7):
             for level in range(packed_rows.HIGHEST + 1):
-                for name in ("structured_binary_rows", "uniform_rows", "allotted_rows"):
-                    getattr(packed_rows, name).__kwdefaults__["level"] = level
                 for int8 in (False, True):
-                    assert packed.rows_product(torch.randn(rows, shape[1]), bias, int8=int8).isfinite().all()
+                    x = torch.randn(rows, shape[1])
+                    assert packed.rows_product(x, bias, int8=int8, level=level).isfinite().all()
+        assert torch.equal(packed.dense(torch.float32), packed.dequantize())
 print("clean")
 """
 
