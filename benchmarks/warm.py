@@ -36,6 +36,7 @@ _PRELOADED = (
     "ptq161.search.__main__",
     "ptq161.replay.__main__",
     "ptq161.watch.__main__",
+    "ptq161.generate",
     "ptq161.cache.__main__",
 )
 

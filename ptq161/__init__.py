@@ -10,7 +10,8 @@ The library in four verbs, with a class of hyperparameters for each method::
 The rooms of the package, from the verbs down to the ground floor; each imports from those below it (the layers in
 ``pyproject.toml``)::
 
-    search replay report watch      the commands that start runs or show their records
+    search replay report watch      the commands that start runs or show their records,
+    generate                        and the one that generates text
     sweep                           many runs
     run                             one run: configuration, pipeline
     cache                           results that were computed before

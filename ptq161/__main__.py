@@ -35,6 +35,7 @@ _VERBS = {
     "report": _Verb("ptq161.report.__main__", "a page, tables and figures from recorded runs"),
     "search": _Verb("ptq161.search.__main__", "search settings for the Pareto front of two results"),
     "replay": _Verb("ptq161.replay.__main__", "run a recorded run again and compare every number"),
+    "generate": _Verb("ptq161.generate", "text from a packed checkpoint, as it arises"),
     "cache": _Verb("ptq161.cache.__main__", "show what was computed before, or delete from it"),
 }
 

@@ -1,7 +1,7 @@
-"""Arithmetic that is faster here than in torch: attention, products, sorting, learned weights, divergences.
+"""Arithmetic that is faster here than in torch: attention, products, packed weights, sorting, divergences.
 
 Functions of tensors alone, some of them compiled from C++ (``native``). They import nothing of this package but
 ``files`` and the ground floor, and every room from ``data`` up may import them.
 """
 
-__all__ = ["attention", "divergence", "latent", "matmul", "native", "sorting", "where"]
+__all__ = ["attention", "divergence", "latent", "matmul", "native", "packed_rows", "sorting", "where"]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import merge_columns, pack_codes, unpack_codes
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, Segment, stored_scale
 
 TIERS = (1, 2, 3, 4)
 """Bits that a channel may have."""
@@ -83,6 +84,7 @@ class AllottedWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "allotted"
+    by_row: ClassVar[tuple[str, ...]] = ("codes_1", "codes_2", "codes_3", "codes_4", "row", "ranged_scale")
 
     tiers: list[int]
     labels: Tensor | None = None
@@ -170,6 +172,39 @@ class AllottedWeight(PackedWeight):
             offsets = torch.where(ranged, zero_points, offsets)
             factors = torch.where(ranged, self.ranged_scale.float(), factors)
         return (self.unpacked_codes() - offsets) * tier_steps(bits) * factors
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` (even: two zero points share a byte) to ``stop``."""
+        part = super().rows(start, stop)
+        if self.zero_point is None:
+            return part
+        return dataclasses.replace(part, zero_point=self.zero_point[start // 2 : (stop + 1) // 2])
+
+    def segments(self) -> list[Segment] | None:
+        """Return the channels of each tier."""
+        bits, codes, zero_points = self.channel_bits(), self.unpacked_codes(), self.zero_points()
+        centers, steps, factors = tier_centers(bits), tier_steps(bits), torch.ones(self.in_features, device=bits.device)
+        if self.column is not None:
+            factors = factors.masked_scatter(bits != RANGED, self.column.float())
+        parts = []
+        for tier in self.tiers:
+            columns = (bits == tier).nonzero().flatten()
+            if not columns.numel():
+                continue
+            if tier == RANGED and self.ranged_scale is not None and zero_points is not None:
+                scale, offset = self.ranged_scale.float(), zero_points
+            else:
+                assert self.row is not None, "channels below 4 bits have a factor per row"
+                scale, offset = self.row.float() * steps[columns[0]], centers[columns[0]]
+            parts.append(Segment(columns, codes[:, columns], scale, -scale * offset, factors[columns]))
+        return parts
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        codes = [codes for codes in (self.codes_1, self.codes_2, self.codes_3, self.codes_4) if codes is not None]
+        tensors = (self.labels, codes, self.row, self.column, self.ranged_scale, self.zero_point)
+        settings = (self.tiers, [*STEPS.values()], self.in_features)
+        return Operands(self.format, tensors, settings, 2.0**self.exponent)
 
     @property
     def _device(self) -> torch.device:

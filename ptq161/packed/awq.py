@@ -52,3 +52,6 @@ class AWQWeight(UniformWeight):
     def values(self) -> Tensor:
         """Return ``scale * (code - zero_point) / input_scale``: ``[out, in]`` float32."""
         return super().values() / self.input_scales.float()
+
+    def _input_scales(self) -> Tensor | None:
+        return self.input_scales

@@ -1,4 +1,4 @@
-"""The linear layer over a packed weight, and the explicit, temporary cache of its dense form."""
+"""The linear layer over a packed weight: products from its bytes, or with its dense form, part by part or kept."""
 
 from __future__ import annotations
 
@@ -9,20 +9,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq161.errors import UserError
 from ptq161.packed.activations import quantized_activations
 from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight
+
+FEW_ROWS = 16
+"""Rows up to which a product from the packed bytes is surely faster than one with the dequantized weight: both take as
+long at 20 to 35 rows (``benchmarks/decode.py --rows``)."""
+_TILE_WEIGHTS = 2**20
+"""Weights that are dequantized at once on the CPU: they stay in the cache of a processor until they are multiplied."""
 
 
 class PackedLinear(nn.Module):
     """A linear whose weight exists only as packed tensors.
 
-    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Each forward
-    pass dequantizes them, unless it runs inside :func:`dense_cache`. Changing the module's dtype leaves the packed
-    tensors as they are.
+    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. On the CPU few
+    rows without gradient are multiplied with the packed bytes where their format has an operator for it. Otherwise each
+    forward pass dequantizes them, without gradient a tile of rows at a time on the CPU, unless it runs inside
+    :func:`dense_cache`. Changing the module's dtype leaves the packed tensors as they are.
 
     Args:
         packed: the weight.
         bias: ``[out]``, in any float dtype; None for no bias.
+
+    Attributes:
+        int8: multiply activations of eight bits, see :func:`int8_activations`.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -38,6 +49,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features = packed.out_features
         self.in_features = packed.in_features
+        self.int8 = False
         self._template = packed
         for name, tensor in packed.state_dict().items():
             self.register_buffer(name, tensor)
@@ -47,7 +59,11 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight over this module's buffers."""
-        return self._template.with_tensors(dict(self.named_buffers(recurse=False)))
+        template = self._template
+        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        if any(getattr(template, name) is not tensor for name, tensor in buffers.items()):
+            template = self._template = template.with_tensors(buffers)
+        return template
 
     @property
     def qweight(self) -> Tensor:
@@ -59,10 +75,25 @@ class PackedLinear(nn.Module):
         return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``, rounded first where the weight says so."""
+        """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``, rounded first where the weight says so.
+
+        Raises:
+            UserError: activations of eight bits are asked for, and need a gradient or a format that has none.
+        """
         x = self.rounded(x)
-        weight = self.dequantize().to(x.dtype) if self._dense is None else self._dense
-        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.int8:
+            return self._int8_product(x, bias)
+        if self._dense is not None:
+            return F.linear(x, self._dense.to(x.dtype), bias)
+        if x.device.type != "cpu" or self._needs_gradient(x):
+            return F.linear(x, self.dequantize().to(x.dtype), bias)
+        packed = self.packed
+        if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
+            y = packed.rows_product(x, bias)
+            if y is not None:
+                return y
+        return tiled_product(packed, x, bias)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the inputs ``[..., in]`` as they are multiplied: rounded if the packed weight has activation bits."""
@@ -80,6 +111,17 @@ class PackedLinear(nn.Module):
             f"bits_per_weight={self.packed.bits_per_weight:.2f}" + (f", activation_bits={bits}" if bits else "")
         )
 
+    def _needs_gradient(self, x: Tensor) -> bool:
+        tensors = (x, self.bias, *self._buffers.values())
+        return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+    def _int8_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self._needs_gradient(x):
+            raise UserError("activations of eight bits have no gradient: call the model inside torch.no_grad().")
+        packed = self.packed
+        y = packed.rows_product(x, bias, int8=True)
+        return int8_product(packed, x, bias) if y is None else y
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Follow a move to another device; keep every packed tensor's dtype."""
         stored = dict(self._buffers)
@@ -89,6 +131,101 @@ class PackedLinear(nn.Module):
             if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(moved.device)
         return self
+
+
+def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` in the dtype of ``x``, of which no more than a tile of rows is dequantized at a time.
+
+    Args:
+        packed: the weight; one whose rows cannot be read alone is dequantized whole.
+        x: ``[..., in]``, without gradient.
+        bias: ``[out]`` in the dtype of ``x``.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> tiled_product(packed, torch.ones(2, 3))
+        tensor([[3.],
+                [3.]])
+    """
+    n = packed.out_features
+    step = max(2, _TILE_WEIGHTS // max(1, packed.in_features) // 2 * 2)  # even: two rows may share a byte
+    if n <= step or not packed.by_row:
+        return F.linear(x, packed.dense(x.dtype), bias)
+    tiles = []
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        weight = packed.rows(start, stop).dense(x.dtype)
+        tiles.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
+    return torch.cat(tiles, dim=-1)
+
+
+def int8_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ W.T + bias`` with activations of eight bits: what the compiled operators compute, in torch.
+
+    For each row of ``x`` and each segment of the weight the activations, times the columns' factors, are rounded to 127
+    steps of equal size to either side of zero.
+
+    Args:
+        packed: a weight that has segments.
+        x: ``[..., in]``, without gradient.
+        bias: ``[out]`` in the dtype of ``x``.
+
+    Raises:
+        UserError: the format has no segments.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> int8_product(packed, torch.tensor([[100.0, 0.3, 0.0]]))  # 0.3 is nothing in steps of 100 / 127
+        tensor([[0.]])
+    """
+    segments = packed.segments()
+    if segments is None:
+        raise UserError(_no_int8(packed.format))
+    y = torch.zeros(*x.shape[:-1], packed.out_features, device=x.device)
+    for part in segments:
+        if not part.columns.numel():
+            continue
+        values = x.float()[..., part.columns] * part.factor
+        step = values.abs().amax(-1, keepdim=True) / 127
+        rounded = torch.where(step > 0, values / step, values).round()
+        y += step * (rounded @ (part.scale * part.codes + part.shift).T)
+    y *= 2.0**packed.exponent
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@contextmanager
+def int8_activations(model: nn.Module) -> Iterator[None]:
+    """Let every packed linear of ``model`` multiply activations of eight bits for the duration of the context.
+
+    That is faster and another result (:func:`int8_product`); nothing does it of its own accord.
+
+    Raises:
+        UserError: a linear's format has no such product.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed))
+        >>> with int8_activations(model):
+        ...     y = model(torch.tensor([[100.0, 0.3, 0.0]]))
+        >>> y, model(torch.tensor([[100.0, 0.3, 0.0]]))
+        (tensor([[0.]]), tensor([[0.3000]]))
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        if type(layer.packed).segments is PackedWeight.segments:
+            raise UserError(
+                f"activations of eight bits: weights stored as {layer.packed.format!r} have no such product."
+            )
+    try:
+        for layer in layers:
+            layer.int8 = True
+        yield
+    finally:
+        for layer in layers:
+            layer.int8 = False
 
 
 @contextmanager
@@ -114,3 +251,7 @@ def dense_cache(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._dense = None
+
+
+def _no_int8(name: str) -> str:
+    return f"activations of eight bits: weights stored as {name!r} have no such product."

@@ -49,6 +49,7 @@ class RowColumnBinaryWeight(PackedWeight):
     """
 
     format: ClassVar[str] = "row_column_binary"
+    by_row: ClassVar[tuple[str, ...]] = ("signs", "row_scales")
 
     column_block: int
     order_block: int

@@ -13,9 +13,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels.packed_rows import CODE_BITS, Operands
 from ptq161.packed.bits import merge_columns, pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import uniform_values
-from ptq161.packed.weight import PackedWeight, stored_scale
+from ptq161.packed.weight import PackedWeight, Segment, stored_scale
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +55,7 @@ class StructuredBinaryWeight(PackedWeight):
 
     format: ClassVar[str] = "structured_binary"
     offsets: ClassVar[tuple[str, ...]] = ("mean", "salient_zero_point")
+    by_row: ClassVar[tuple[str, ...]] = ("sign", "scale", "mean", "codes", "salient_scale", "salient_zero_point")
 
     salient_bits: int
     mask: Tensor
@@ -133,3 +135,24 @@ class StructuredBinaryWeight(PackedWeight):
         sign = unpack_plane(self.sign, self.in_features - n_salient)
         codes = unpack_codes(self.codes, n_salient, self.salient_bits)
         return merge_columns([(sign, ~salient), (codes, salient)])
+
+    def segments(self) -> list[Segment] | None:
+        """Return the binary and the salient channels."""
+        salient, codes = self.salient_channels(), self.unpacked_codes()
+        scale, mean, angle = self.scale.float(), self.mean.float(), self.column_angle.float()
+        columns = (~salient).nonzero().flatten()
+        binary = Segment(columns, codes[:, columns], scale=2 * scale, shift=mean - scale, factor=angle)
+        if not self.salient_scale.numel():
+            return [binary]
+        columns, scale = salient.nonzero().flatten(), self.salient_scale.float()
+        shift = -scale * self.salient_zero_point.float()
+        return [binary, Segment(columns, codes[:, columns], scale, shift, torch.ones_like(columns, dtype=scale.dtype))]
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it; None where salient codes are wider than theirs."""
+        if self.salient_bits not in CODE_BITS:
+            return None
+        parts = (self.mask, self.sign, self.scale, self.mean, self.column_angle)
+        salient = (self.codes, self.salient_scale, self.salient_zero_point)
+        settings = (self.in_features, self.salient_bits)
+        return Operands(self.format, (*parts, *salient), settings, 2.0**self.exponent)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
+from ptq161.kernels.packed_rows import CODE_BITS, Operands
 from ptq161.packed.bits import pack_codes, unpack_codes
-from ptq161.packed.weight import SCALE_DTYPES, PackedWeight, stored_scale
+from ptq161.packed.weight import SCALE_DTYPES, PackedWeight, Segment, stored_scale
 
 UNIFORM_BITS = (2, 3, 4, 8)
 
@@ -43,6 +44,7 @@ class UniformWeight(PackedWeight):
 
     format: ClassVar[str] = "uniform"
     offsets: ClassVar[tuple[str, ...]] = ("zero_points",)
+    by_row: ClassVar[tuple[str, ...]] = ("codes", "scales", "zero_points")
 
     bits: int
     group_size: int | None
@@ -105,6 +107,47 @@ class UniformWeight(PackedWeight):
         else:
             zero_points = self._per_column(self.zero_points)
         return uniform_values(self.unpacked_codes(), scales, zero_points)
+
+    def segments(self) -> list[Segment] | None:
+        """Return the groups of columns."""
+        codes, scales = self.unpacked_codes(), self.scales.float()
+        zero_points = torch.full_like(scales, 2 ** (self.bits - 1))
+        if self.zero_points is not None:
+            zero_points = self.zero_points.float()
+        factor = self._column_factor()
+        parts = []
+        for group, columns in enumerate(self._columns_of_groups()):
+            scale = scales[:, group : group + 1]
+            shift = -scale * zero_points[:, group : group + 1]
+            parts.append(Segment(columns, codes[:, columns], scale, shift, factor[columns]))
+        return parts
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it.
+
+        None where codes have 8 bits, or groups are no consecutive columns that fill whole bytes.
+        """
+        whole = self.group_size is None or self.group_size * self.bits % 8 == 0
+        if not whole or self.group_index is not None or self.bits not in CODE_BITS:
+            return None
+        tensors = (self.codes, self.scales, self.zero_points, self._input_scales())
+        settings = (self.in_features, self.bits, self.group_size or self.in_features)
+        return Operands("uniform", tensors, settings, 2.0**self.exponent)
+
+    def _input_scales(self) -> Tensor | None:
+        return None
+
+    def _column_factor(self) -> Tensor:
+        input_scales = self._input_scales()
+        if input_scales is None:
+            return torch.ones(self.in_features, device=self.codes.device)
+        return 1 / input_scales.float()
+
+    def _columns_of_groups(self) -> list[Tensor]:
+        columns = torch.arange(self.in_features, device=self.codes.device)
+        if self.group_index is not None:
+            return [columns[self.group_index == group] for group in range(self.scales.shape[1])]
+        return list(columns.split(self.group_size or self.in_features))
 
     def _per_column(self, parameter: Tensor) -> Tensor:
         if self.group_index is not None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
+from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import Operands
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 OF_ACTIVATIONS = ("activation_scale", "activation_zero_point")
@@ -24,14 +26,40 @@ _LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS)
 _FORMATS: dict[str, type[PackedWeight]] = {}
 
 
+class Segment(NamedTuple):
+    """Some columns of a weight: ``W[:, columns] = (scale * codes + shift) * factor``.
+
+    Attributes:
+        columns: ``[n]`` int64.
+        codes: ``[out, n]``, any dtype.
+        scale: ``[out, 1]`` float32.
+        shift: ``[out, 1]`` float32.
+        factor: ``[n]`` float32.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> part = Segment(torch.tensor([0, 2]), torch.tensor([[1, 3]]), scale=one, shift=-one, factor=torch.ones(2))
+        >>> (part.scale * part.codes + part.shift) * part.factor
+        tensor([[0., 2.]])
+    """
+
+    columns: Tensor
+    codes: Tensor
+    scale: Tensor
+    shift: Tensor
+    factor: Tensor
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedWeight(ABC):
     """A linear's weight ``[out_features, in_features]`` as it is stored.
 
     Subclasses set ``format`` (the name in checkpoints), ``version`` (raised when the layout of the stored tensors
-    changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied) and
-    ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks), and are
-    registered by being defined. They implement :meth:`values`, differentiable in every float tensor.
+    changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied),
+    ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks) and
+    ``by_row`` (those of tensors with one entry per row, where every row can be read alone), and are registered by being
+    defined. They implement :meth:`values`, differentiable in every float tensor. A format whose codes have 1 to 4 bits
+    can tell its :meth:`segments` and its :meth:`operands`, for which there are compiled operators.
 
     Attributes:
         out_features: rows.
@@ -59,6 +87,7 @@ class PackedWeight(ABC):
     version: ClassVar[int] = 1
     offsets: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+    by_row: ClassVar[tuple[str, ...]] = ()
 
     out_features: int
     in_features: int
@@ -81,6 +110,54 @@ class PackedWeight(ABC):
         """Return the weight, ``2**exponent`` times :meth:`values`: ``[out_features, in_features]`` float32."""
         values = self.values()
         return values * 2.0**self.exponent if self.exponent else values
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return rows ``start`` to ``stop`` of a format that has ``by_row``, over the same memory.
+
+        Args:
+            start: an even number.
+            stop: any number above it, up to ``out_features``.
+        """
+        changes: dict[str, Any] = {}
+        for name in self.by_row:
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else tensor[start:stop]
+        return dataclasses.replace(self, out_features=stop - start, **changes)
+
+    def segments(self) -> list[Segment] | None:
+        """Return the parts of which the weight consists, but for ``2**exponent``; None where it has no such form."""
+        return None
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it; None where its format, or this one of it, has none."""
+        return None
+
+    def rows_product(
+        self, x: Tensor, bias: Tensor | None, *, int8: bool = False, level: int = packed_rows.HIGHEST
+    ) -> Tensor | None:
+        """Return ``x @ W.T + bias`` from the packed bytes, by a compiled operator.
+
+        Args:
+            x: ``[..., in]``.
+            bias: ``[out]`` in the dtype of ``x``.
+            int8: round the activations of each row and segment to eight bits.
+            level: the highest instruction set to use, see :mod:`ptq161.kernels.packed_rows`.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``x``; None where there is no operator for the weight, the dtype, the device
+            or this machine.
+        """
+        operands = self.operands()
+        if operands is None or not packed_rows.usable(x.dtype, x):
+            return None
+        return packed_rows.product(operands, x, bias, int8=int8, level=level)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one."""
+        operands = self.operands()
+        if operands is None or not packed_rows.usable(dtype, next(iter(self.state_dict().values()))):
+            return self.dequantize().to(dtype)
+        return packed_rows.dense(operands, dtype)
 
     def scaled(self, exponent: int, inputs: int = 0) -> Self:
         """Return this weight times ``2**exponent``, for inputs that are ``2**inputs`` times as large, exactly."""

@@ -1,0 +1,82 @@
+"""Random packed weights of the formats that have compiled products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ptq161.packed.allotted import AllottedWeight, Grid
+from ptq161.packed.awq import AWQWeight
+from ptq161.packed.structured_binary import StructuredBinaryWeight
+from ptq161.packed.uniform import UniformWeight
+from ptq161.packed.weight import PackedWeight
+
+SHAPES = [(1, 1), (3, 7), (97, 97), (192, 576), (576, 192), (130, 515), (33, 1536)]
+"""Rows and columns: small ones, whole chunks, and tails of every kind."""
+
+
+def structured_binary(
+    rows: int, columns: int, *, bits: int = 4, ratio: float = 0.2, scale_dtype: str = "float16"
+) -> StructuredBinaryWeight:
+    mask = torch.rand(columns) < ratio
+    salient = int(mask.sum())
+    return StructuredBinaryWeight.pack(
+        mask=mask,
+        sign=torch.rand(rows, columns - salient) > 0.5,
+        scale=torch.rand(rows, 1) + 0.5,
+        mean=0.1 * torch.randn(rows, 1),
+        column_angle=torch.rand(columns - salient) + 0.5,
+        codes=codes(rows, salient, bits),
+        salient_scale=0.1 * torch.rand(rows, 1 if salient else 0),
+        salient_zero_point=codes(rows, 1 if salient else 0, bits).float(),
+        salient_bits=bits,
+        scale_dtype=scale_dtype,
+    )
+
+
+def uniform(
+    rows: int, columns: int, *, bits: int, group_size: int | None = None, symmetric: bool = False
+) -> UniformWeight:
+    groups = 1 if group_size is None else -(-columns // group_size)
+    scales, zero_points = 0.1 * torch.rand(rows, groups), codes(rows, groups, bits).float()
+    settings = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
+    return UniformWeight.pack(codes(rows, columns, bits), scales, zero_points, **settings)
+
+
+def awq(rows: int, columns: int, *, bits: int) -> AWQWeight:
+    return AWQWeight.from_uniform(uniform(rows, columns, bits=bits), torch.rand(columns) + 0.5)
+
+
+def allotted(rows: int, columns: int, *, tiers: list[int], scale_dtype: str = "float16") -> AllottedWeight:
+    bits = torch.tensor(tiers)[torch.randint(0, len(tiers), (columns,))]
+    grid = Grid(
+        row=torch.rand(rows, 1) + 0.5,
+        column=torch.rand(columns) + 0.5,
+        scale=0.1 * torch.rand(rows, 1),
+        zero_point=codes(rows, 1, 4).float(),
+    )
+    all_codes = (torch.rand(rows, columns) * 2.0**bits).long()
+    return AllottedWeight.pack(all_codes, bits, grid, tiers=tiers, scale_dtype=scale_dtype)
+
+
+def codes(rows: int, columns: int, bits: int) -> Tensor:
+    return torch.randint(0, 2**bits, (rows, columns))
+
+
+MAKERS: dict[str, Callable[[int, int], PackedWeight]] = {
+    "structured_binary": structured_binary,
+    "structured_binary 3 bits": lambda o, i: structured_binary(o, i, bits=3, ratio=0.5, scale_dtype="float32"),
+    "structured_binary without salient": lambda o, i: structured_binary(o, i, ratio=0.0),
+    "uniform 2 bits": lambda o, i: uniform(o, i, bits=2),
+    "uniform 3 bits": lambda o, i: uniform(o, i, bits=3).scaled(-3),
+    "uniform 4 bits symmetric": lambda o, i: uniform(o, i, bits=4, symmetric=True),
+    "uniform 2 bits groups": lambda o, i: uniform(o, i, bits=2, group_size=64),
+    "uniform 3 bits groups": lambda o, i: uniform(o, i, bits=3, group_size=8),
+    "awq": lambda o, i: awq(o, i, bits=3),
+    "allotted": lambda o, i: allotted(o, i, tiers=[1, 2, 4]),
+    "allotted four tiers": lambda o, i: allotted(o, i, tiers=[1, 2, 3, 4], scale_dtype="float32"),
+    "allotted 2 bits": lambda o, i: allotted(o, i, tiers=[2]),
+    "allotted 4 bits": lambda o, i: allotted(o, i, tiers=[4]),
+}

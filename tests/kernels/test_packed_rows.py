@@ -1,0 +1,195 @@
+"""Products from packed bytes: those of the dequantized weight, on every instruction set, and no byte read beside it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptq161.kernels import native, packed_rows
+from ptq161.packed.linear import PackedLinear, int8_product
+from ptq161.packed.weight import PackedWeight
+from tests.kernels.packed_weights import MAKERS, SHAPES, structured_binary, uniform
+
+
+def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None, **settings: int) -> Tensor:
+    y = packed.rows_product(x, bias, **settings)
+    assert y is not None and y.dtype == x.dtype
+    return y
+
+
+def error(y: Tensor, expected: Tensor, magnitudes: Tensor) -> float:
+    """The largest difference, relative to the sum of magnitudes."""
+    return float(((y.double() - expected).abs() / magnitudes).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_products_are_those_of_the_dequantized_weight(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    packed = MAKERS[kind](*shape)
+    weight, bias = packed.dequantize().double(), torch.randn(shape[0])
+    for rows, dtype in [(1, torch.float32), (2, torch.bfloat16), (7, torch.float32)]:
+        x = torch.randn(rows, shape[1]).to(dtype)
+        expected = x.double() @ weight.T + bias.to(dtype).double()
+        magnitudes = x.double().abs() @ weight.abs().T + bias.double().abs() + 0.01
+        rounded = int8_product(packed, x, bias.to(dtype)).double()
+        limit = 2e-6 if dtype == torch.float32 else 2**-8
+        for level in range(packed_rows.HIGHEST + 1):
+            y = product(packed, x, bias.to(dtype), level=level)
+            assert error(y, expected, magnitudes) < limit, (rows, level)
+            y = product(packed, x, bias.to(dtype), level=level, int8=True)
+            assert error(y, rounded, magnitudes) < 2 * limit, (rows, level)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_dense_form_has_the_bits_of_torch(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    packed = MAKERS[kind](*shape)
+    for dtype in packed_rows.DTYPES:
+        assert torch.equal(packed.dense(dtype), packed.dequantize().to(dtype))
+        if shape[0] > 4:
+            assert torch.equal(packed.rows(2, 5).dense(dtype), packed.dequantize()[2:5].to(dtype))
+    assert packed.dense(torch.float16).dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_segments_are_the_weight(kind: str) -> None:
+    torch.manual_seed(0)
+    packed = MAKERS[kind](12, 200)
+    parts, weight = packed.segments(), torch.zeros(12, 200)
+    assert parts is not None
+    for part in parts:
+        weight[:, part.columns] = (part.scale * part.codes + part.shift) * part.factor
+    torch.testing.assert_close(weight * 2.0**packed.exponent, packed.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_is_the_same_whatever_is_beside_it_and_however_many_threads(int8: bool) -> None:
+    torch.manual_seed(0)
+    packed, x = structured_binary(1201, 515), torch.randn(64, 515)
+    expected, before = product(packed, x, int8=int8), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            for rows in (1, 2, 3, 5, 64):
+                assert torch.equal(product(packed, x[:rows], int8=int8), expected[:rows]), (threads, rows)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_activations_of_eight_bits_are_close() -> None:
+    torch.manual_seed(0)
+    packed, x = structured_binary(96, 1536), torch.randn(4, 1536)
+    exact, rounded = product(packed, x), product(packed, x, int8=True)
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_seen(value: float, int8: bool) -> None:
+    x = torch.randn(2, 97)
+    x[1, 17] = value
+    y = product(structured_binary(8, 97), x, int8=int8)
+    assert y[0].isfinite().all() and not y[1].isfinite().any()
+
+
+def test_zeros_stay_zeros() -> None:
+    for int8 in (False, True):
+        assert not product(structured_binary(8, 97), torch.zeros(1, 97), int8=int8).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 97), (97,), (2, 1, 3, 97)])
+def test_any_shape_of_rows(shape: tuple[int, ...]) -> None:
+    packed, x = structured_binary(8, 97), torch.randn(shape)
+    torch.testing.assert_close(product(packed, x), x @ packed.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_served_is_left_to_others() -> None:
+    x = torch.randn(1, 96)
+    for packed in (uniform(4, 96, bits=8), uniform(4, 96, bits=3, group_size=4), structured_binary(4, 96, bits=8)):
+        assert packed.rows_product(x, None) is None
+        torch.testing.assert_close(PackedLinear(packed)(x), x @ packed.dequantize().T)
+    assert uniform(4, 96, bits=2).rows_product(x.half(), None) is None
+
+
+def test_tensors_that_do_not_fit_are_refused() -> None:
+    packed, x = structured_binary(8, 97), torch.randn(1, 97)
+    tensors = packed.state_dict()
+    for name in tensors:
+        short = packed.with_tensors({name: tensors[name][..., :-1].contiguous()})
+        with pytest.raises(RuntimeError):
+            short.rows_product(x, None)
+    more = packed.with_tensors({"mask": torch.full_like(packed.mask, 255)})
+    with pytest.raises(RuntimeError, match="fewer binary channels than are stored"):
+        more.rows_product(x, None)
+    with pytest.raises(RuntimeError, match="bias"):
+        packed.rows_product(x, torch.zeros(7))
+
+
+@pytest.mark.parametrize("kind", ["structured_binary", "uniform 2 bits groups", "awq", "allotted"])
+def test_torch_can_trace_the_operators(kind: str) -> None:
+    packed = MAKERS[kind](12, 200)
+    operands = packed.operands()
+    assert operands is not None and packed_rows.usable(torch.float32, torch.zeros(1))
+    settings = (*operands.settings, operands.factor)
+    products, dense = (getattr(torch.ops.ptq161, f"{operands.format}_{name}") for name in ("rows", "dense"))
+    given = (torch.randn(2, 3, 200), *operands.tensors, torch.randn(12), *settings, False, packed_rows.HIGHEST)
+    torch.library.opcheck(products.default, given)
+    torch.library.opcheck(dense.default, (*operands.tensors, *settings, True))
+
+
+@pytest.mark.parametrize("kind", ["structured_binary", "uniform 3 bits", "allotted"])
+def test_without_a_compiler_torch_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = PackedLinear(MAKERS[kind](64, 515), torch.randn(64)), torch.randn(3, 515)
+    exact = layer(x)
+    layer.int8 = True
+    rounded = layer(x)
+    monkeypatch.setattr(native, "usable", lambda *_: False)
+    torch.testing.assert_close(layer(x), rounded, rtol=1e-4, atol=1e-3)
+    layer.int8 = False
+    torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-3)
+
+
+PROGRAM = """
+import torch
+from ptq161.kernels import native, packed_rows
+from tests.kernels.packed_weights import MAKERS, SHAPES
+
+native._OPTIONS = (*native._OPTIONS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+assert native.load("packed_rows")
+for kind, make in MAKERS.items():
+    for shape in SHAPES:
+        packed, bias = make(*shape), torch.randn(shape[0])
+        for rows in (1, 2, 7):
+            for level in range(packed_rows.HIGHEST + 1):
+                for int8 in (False, True):
+                    x = torch.randn(rows, shape[1])
+                    assert packed.rows_product(x, bias, int8=int8, level=level).isfinite().all()
+        assert torch.equal(packed.dense(torch.float32), packed.dequantize())
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_no_byte_beside_the_tensors_is_read(tmp_path: Path) -> None:
+    found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    library = Path(found.stdout.strip())
+    if not library.is_absolute():
+        pytest.skip("gcc has no AddressSanitizer here")
+    environment = os.environ | {
+        "CXX": "g++",
+        "PTQ161_CACHE": str(tmp_path),
+        "LD_PRELOAD": str(library.resolve()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "clean\n", done.stderr[-3000:]
