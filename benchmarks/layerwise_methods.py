@@ -28,7 +28,7 @@ import torch
 import ptq161
 from ptq161.data.calibration import calibration_tokens
 from ptq161.data.settings import CalibConfig
-from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn
+from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn, vptq
 from ptq161.methods.base import OnMetric
 from ptq161.methods.compensation import inverse_factor
 from ptq161.methods.layerwise import LayerwiseMethod
@@ -43,6 +43,9 @@ METHODS: dict[str, LayerwiseMethod] = {
     "quip": quip.QuIP(bits=2, rescale=False),
     "pb_llm": pb_llm.PBLLM(saliency="hessian"),
     "billm": billm.BiLLM(saliency="hessian"),
+    "vptq_1_06": vptq.VPTQ(vector_length=8, centroids=256, iterations=20),
+    "vptq_1_5": vptq.VPTQ(vector_length=4, centroids=64, iterations=20),
+    "vptq_1_6": vptq.VPTQ(vector_length=6, centroids=512, iterations=20),
 }
 
 
@@ -67,7 +70,7 @@ def main() -> None:
 def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: int, seq_len: int) -> None:
     """Quantize the embedded model with each method."""
     print(f"SmolLM2-135M, {n_blocks} blocks, {n_samples} x {seq_len} tokens")
-    print(f"{'method':8} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
+    print(f"{'method':9} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
     config = ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=n_blocks)
     for name, method in methods.items():
         model, tokenizer = load_model(config)
@@ -79,7 +82,7 @@ def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: in
         total, total_cpu = time.perf_counter() - began, time.process_time() - began_cpu
         bits = 8 * sum(recorded["nbytes"]) / weights
         median = statistics.median(recorded["seconds"])
-        print(f"{name:8} {total:8.1f} {total_cpu:8.1f} {median:15.2f} {bits:12.2f}", flush=True)
+        print(f"{name:9} {total:8.1f} {total_cpu:8.1f} {median:15.2f} {bits:12.2f}", flush=True)
 
 
 def append_to(recorded: dict[str, list[float]]) -> OnMetric:

@@ -287,6 +287,24 @@ def test_the_refit_lowers_the_loss_and_leaves_indices_and_bytes(tiny_model: Call
             assert not torch.equal(a.row_scale, b.row_scale)
 
 
+def test_a_refit_moves_scales_at_a_rate_of_their_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    tokens = torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    plain = VPTQ(vector_length=4, centroids=16, row_scales=True, normalize=True, batch_size=2)
+    rates: list[dict[str, Any]] = [{}, {"refit_steps": 2}, {"refit_steps": 2, "refit_scale_lr": 2e-3}]
+    rates += [{"refit_steps": 2, "refit_scale_lr": 0.0}, {"refit_steps": 2, "refit_lr": 0.0, "refit_scale_lr": 1e-2}]
+    found = []
+    for rate in rates:
+        packed = packed_of(ptq161.quantize(tiny_model("llama"), tokens, dataclasses.replace(plain, **rate)))
+        found.append(packed["model.layers.0.mlp.down_proj"].packed.state_dict())
+    start, both, same, centroids, scales = found
+    assert all(torch.equal(both[name], same[name]) for name in start)
+    factors = ["row_scale", "column_scale", "column_offset"]
+    for name in factors:
+        assert torch.equal(start[name], centroids[name]) and not torch.equal(start[name], scales[name])
+    assert torch.equal(start["centroids"], scales["centroids"])
+    assert not torch.equal(start["centroids"], centroids["centroids"])
+
+
 def test_a_refit_is_deterministic(tiny_model: Callable[..., PreTrainedModel]) -> None:
     method = VPTQ(vector_length=4, centroids=16, normalize=True, residual_centroids=4, batch_size=2, refit_steps=3)
     first, second = (packed_linears(tiny_model("llama"), method) for _ in range(2))
@@ -310,6 +328,7 @@ def test_a_loss_that_is_not_finite_names_the_block(tiny_model: Callable[..., Pre
         ({"tolerance": -1.0}, "method.tolerance=-1.0: use at least 0"),
         ({"refit_steps": -1}, "method.refit_steps=-1: use at least 0"),
         ({"refit_lr": float("nan")}, "method.refit_lr=nan: use a finite learning rate"),
+        ({"refit_scale_lr": -1.0}, "method.refit_scale_lr=-1.0: use a finite learning rate"),
         ({"centroids": 1}, "method.centroids=1: use 2 to 65536 centroids"),
         ({"centroids": 65537}, "method.centroids=65537: use 2 to 65536 centroids"),
         ({"residual_centroids": 1}, "method.residual_centroids=1: use 2 to 65536 centroids"),

@@ -50,18 +50,17 @@ def kmeans(
     own = float((weighted * vectors).sum())
     before, labels = float("inf"), None
     for _ in range(iterations):
-        found, closeness = _nearest(vectors, centroids)
+        found = nearest(vectors, centroids)
         if labels is not None and torch.equal(found, labels):
             break
-        labels = found
-        error = own - 2 * float((weights * closeness).sum())
+        labels, old = found, centroids.double()
+        mass = weights.new_zeros(len(old)).index_add_(0, labels, weights).unsqueeze(1)
+        sums = weighted.new_zeros(old.shape).index_add_(0, labels, weighted)
+        error = own + float(((mass * old - 2 * sums) * old).sum())
         if tolerance and before - error < tolerance * before:
             break
         before = error
-        mass = weights.new_zeros(len(centroids)).index_add_(0, labels, weights)
-        sums = weighted.new_zeros(centroids.shape).index_add_(0, labels, weighted)
-        means = sums / mass.unsqueeze(1)
-        centroids = torch.where(mass.unsqueeze(1) > 0, means, centroids.double()).float()
+        centroids = torch.where(mass > 0, sums / mass, old).float()
     return centroids
 
 
@@ -79,7 +78,13 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
         >>> nearest(torch.tensor([[0.4], [0.6], [9.0]]), torch.tensor([[0.0], [1.0]])).tolist()
         [0, 1, 1]
     """
-    return _nearest(vectors, centroids)[0]
+    table, half = centroids.T.contiguous(), centroids.square().sum(1) / -2
+    rows = max(1, _CHUNK // len(centroids))
+    closeness = vectors.new_empty(min(rows, len(vectors)), len(centroids))  # x c - c^2 / 2, largest for the nearest c
+    found = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for part, place in zip(vectors.split(rows), found.split(rows), strict=True):
+        place.copy_(_largest(torch.addmm(half, part, table, out=closeness[: len(part)])))
+    return found
 
 
 def draw_centroids(vectors: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -106,10 +111,6 @@ def draw_centroids(vectors: Tensor, weights: Tensor, count: int, generator: torc
     return vectors[candidates[drawn[torch.arange(count, device=drawn.device) % len(drawn)]]]
 
 
-def _nearest(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest centroid of each vector, and ``x c - c^2 / 2`` with it, which is largest there."""
-    half = centroids.square().sum(1) / -2
-    found = [torch.addmm(half, part, centroids.T).max(1) for part in vectors.split(max(1, _CHUNK // len(centroids)))]
-    if not found:
-        return torch.zeros(0, dtype=torch.int64, device=vectors.device), vectors.new_zeros(0)
-    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+def _largest(rows: Tensor) -> Tensor:
+    """Return the place of the first largest value of each row; numpy's search takes an eighth of torch's on the CPU."""
+    return torch.from_numpy(rows.numpy().argmax(1)) if rows.device.type == "cpu" else rows.argmax(1)

@@ -69,8 +69,9 @@ class VPTQ(CompensatedMethod):
         tolerance: k-means ends when its error falls by less than this share of itself.
         refit_steps: steps in which the centroids and scales of a block are trained against the full-precision block; 0
             for none, as released.
-        refit_lr: learning rate of the centroids, in units of their root mean square, and of the scales, relative to
-            them.
+        refit_lr: learning rate of the centroids, in units of their root mean square.
+        refit_scale_lr: learning rate of the scales, relative to them, and of the columns' offsets, in units of their
+            root mean square; 0 leaves them as they are, None takes ``refit_lr``.
         input_drop: probability with which an element of the block's input comes from the full-precision chain, in each
             step of the refit (QDrop's regularizer); 0 draws nothing.
 
@@ -100,6 +101,7 @@ class VPTQ(CompensatedMethod):
     tolerance: float = 1e-5
     refit_steps: int = 0
     refit_lr: float = 2e-3
+    refit_scale_lr: float | None = None
     input_drop: float = 0.0
 
     def __post_init__(self) -> None:
@@ -115,6 +117,7 @@ class VPTQ(CompensatedMethod):
         ):
             check_at_least(f"method.{name}", getattr(self, name), least)
         check_rate("method.refit_lr", self.refit_lr)
+        check_rate("method.refit_scale_lr", self.refit_scale_lr or 0.0)
         check_input_drop(self.input_drop)
         check_codebook("method.centroids", self.centroids)
         for name in ("residual_centroids", "outlier_centroids"):
@@ -158,6 +161,7 @@ class VPTQ(CompensatedMethod):
             packed,
             steps=self.refit_steps,
             lr=self.refit_lr,
+            scale_lr=self.refit_scale_lr,
             batch_size=self.batch_size,
             compute_dtype=self.compute_dtype,
             input_drop=self.input_drop,

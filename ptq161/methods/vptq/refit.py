@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ptq161.methods.base import Window, prefix_errors
@@ -23,6 +24,7 @@ def refit(
     lr: float,
     batch_size: int,
     compute_dtype: str,
+    scale_lr: float | None = None,
     input_drop: float = 0.0,
 ) -> dict[str, PackedWeight]:
     """Train everything that is no index against the full-precision output (Section 4 of the VPTQ paper).
@@ -34,9 +36,10 @@ def refit(
         window: with the full-precision chain's outputs.
         packed: of each linear of the window, in any format.
         steps: of Adam, over batches of the calibration set in its order.
-        lr: learning rate of the gains (:func:`ptq161.packed.trainable.gain_sizes`).
+        lr: learning rate of the gains (:func:`ptq161.packed.trainable.gain_sizes`) of codebooks.
         batch_size: calibration sequences per step.
         compute_dtype: dtype of matrix products; the gains and the loss are float32 always.
+        scale_lr: learning rate of the gains of scales and offsets; None is that of the codebooks.
         input_drop: probability with which an element of the input comes from the full-precision chain.
 
     Returns:
@@ -72,11 +75,16 @@ def refit(
     assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
     dtype = COMPUTE_DTYPES[compute_dtype]
     layers = {name: ScaledLinear(packed[name], linear.bias, dtype) for name, linear in window.linears.items()}
-    gains = [gain for layer in layers.values() for gain in layer.gains.values()]
+    gains: dict[bool, list[Tensor]] = {True: [], False: []}
+    for layer in layers.values():
+        for name, gain in layer.gains.items():
+            gains[name in layer.start.packed.shared].append(gain)
+    rates = {True: lr, False: lr if scale_lr is None else scale_lr}
+    groups = [{"params": gains[shared], "lr": rates[shared]} for shared in gains if gains[shared]]
     with replaced_linears(window, layers):
         optimize(
             window,
-            torch.optim.Adam(gains, lr=lr),
+            torch.optim.Adam(groups),
             [window.full_outputs],
             F.mse_loss,
             epochs=math.ceil(steps * batch_size / window.quant_inputs.shape[0]),
