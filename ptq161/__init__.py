@@ -7,6 +7,10 @@ The library in four verbs, with a class of hyperparameters for each method::
     model, tokenizer = ptq161.load("checkpoint")
     ptq161.export("checkpoint", "dense_model")
 
+and, for a model that is larger than the memory, the first two in one::
+
+    ptq161.quantize_folder("model", tokens, ptq161.PTQ161(mask_ratio=0.2), "checkpoint")
+
 The rooms of the package, from the verbs down to the ground floor; each imports from those below it (the layers in
 ``pyproject.toml``)::
 
@@ -35,6 +39,7 @@ from ptq161.errors import UserError
 from ptq161.lazy import import_after, lazy_attributes
 
 if TYPE_CHECKING:
+    from ptq161.driver.folders import quantize_folder
     from ptq161.driver.quantization import quantize
     from ptq161.methods.awq import AWQ
     from ptq161.methods.billm import BiLLM
@@ -76,6 +81,7 @@ __all__ = [
     "export",
     "load",
     "quantize",
+    "quantize_folder",
     "save",
 ]
 __version__ = "0.2.0"
@@ -84,6 +90,7 @@ __version__ = "0.2.0"
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "ptq161.driver.folders": ["quantize_folder"],
         "ptq161.driver.quantization": ["quantize"],
         "ptq161.packed.checkpoint": ["load", "save"],
         "ptq161.packed.export": ["export"],

@@ -9,6 +9,7 @@ from ptq161.lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "ptq161.driver.folders": ["quantize_folder"],
         "ptq161.driver.quantization": ["quantize"],
         "ptq161.driver.capture": ["BlockArguments", "capture_inputs"],
     },

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from ptq161.driver.resume import (
     FinishedWindow,
     Measured,
     fingerprint,
+    finished_windows,
     load_plan,
-    load_windows,
+    load_window,
     save_plan,
     save_window,
 )
@@ -96,15 +98,13 @@ def quantize(
             to another quantization, or cannot be written.
     """
     check_quantizable(model)
-    _check_method(method)
-    tokens = _checked_tokens(model, tokens)
+    check_method(method)
+    tokens = checked_tokens(model, tokens)
     target = working_device(device, model.device)
     on_metric = on_metric or ignore_metric
     split_experts(model)
     try:
-        if salient_masks is not None:
-            _check_takes_masks(method)
-            check_salient_masks(model, salient_masks)
+        check_masks(model, method, salient_masks)
         if isinstance(resume, Path | str):
             found = fingerprint(model, tokens, method, seed=seed, device=target, salient_masks=salient_masks)
             resume = claim(Path(resume).expanduser(), found, ADVICE)
@@ -112,8 +112,8 @@ def quantize(
             with writing(resume.path, ADVICE):
                 resume.path.mkdir(parents=True, exist_ok=True)
         with evaluation_mode(model):
-            job = _Quantization(model, tokens, method, seed, target, salient_masks)
-            _quantize_blocks(job, resume, on_metric, progress)
+            job = Quantization(model, tokens, method, seed, target, salient_masks)
+            quantize_blocks(job, resume, on_metric, progress)
     finally:
         if packed_linears(model):  # some of them, where it was cut off
             own_save(model)
@@ -123,8 +123,13 @@ def quantize(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Quantization:
-    """What is the same for all windows; the fields are the arguments of :func:`quantize`."""
+class Quantization:
+    """What is the same for all windows.
+
+    Attributes:
+        model: and the others down to ``salient_masks`` are the arguments of :func:`quantize`.
+        resident: has the weights of a window's blocks in memory inside its context.
+    """
 
     model: PreTrainedModel
     tokens: Tensor
@@ -132,13 +137,22 @@ class _Quantization:
     seed: int
     device: torch.device
     salient_masks: Mapping[str, Tensor] | None
+    resident: Callable[[range], AbstractContextManager[None]] = lambda blocks: nullcontext()
+
+    @property
+    def windows(self) -> list[range]:
+        """The blocks of each window."""
+        n_blocks, size = len(decoder_blocks(self.model)), self.method.block_size
+        return [range(start, min(start + size, n_blocks)) for start in range(0, n_blocks, size)]
 
 
-def _quantize_blocks(job: _Quantization, folder: KeyedFolder | None, on_metric: OnMetric, progress: bool) -> None:
-    starts = range(0, len(decoder_blocks(job.model)), job.method.block_size)
-    finished = {} if folder is None else load_windows(folder, starts)
-    if len(finished) == len(starts):
-        for window in finished.values():
+def quantize_blocks(job: Quantization, folder: KeyedFolder | None, on_metric: OnMetric, progress: bool) -> None:
+    """Quantize every window and put it into the model and the folder, or take it from there."""
+    windows = job.windows
+    finished = set() if folder is None else finished_windows(folder, [blocks[0] for blocks in windows])
+    if folder is not None and len(finished) == len(windows):
+        for start in sorted(finished):
+            window = load_window(folder, start)
             install(job.model, window.packed)
             _emit(window.measured, on_metric)
         return
@@ -146,18 +160,21 @@ def _quantize_blocks(job: _Quantization, folder: KeyedFolder | None, on_metric: 
     inputs = full_inputs = quant_inputs = inputs.cpu()
     plan = _plan(job, folder, arguments, inputs, progress)
     unit = "window" if job.method.block_size > 1 else "block"
-    with tqdm(starts, desc="quantize", unit=unit, disable=not progress) as bar:
-        for start in starts:
-            window, full_inputs, quant_inputs = _advance(
-                job, start, arguments, plan, full_inputs, quant_inputs, finished.get(start), _with_bar(on_metric, bar)
-            )
-            if folder is not None and start not in finished:
+    with tqdm(windows, desc="quantize", unit=unit, disable=not progress) as bar:
+        for blocks in windows:
+            start = blocks[0]
+            stored = load_window(folder, start) if folder is not None and start in finished else None
+            with job.resident(blocks):
+                window, full_inputs, quant_inputs = _advance(
+                    job, start, arguments, plan, full_inputs, quant_inputs, stored, _with_bar(on_metric, bar)
+                )
+            if folder is not None and stored is None:
                 save_window(folder, start, window)
             bar.update()
 
 
 def _plan(
-    job: _Quantization,
+    job: Quantization,
     folder: KeyedFolder | None,
     arguments: list[BlockArguments],
     inputs: Tensor,
@@ -179,7 +196,7 @@ def _plan(
 
 
 def _advance(
-    job: _Quantization,
+    job: Quantization,
     start: int,
     arguments: list[BlockArguments],
     plan: Mapping[str, Tensor] | None,
@@ -256,20 +273,38 @@ def _with_bar(on_metric: OnMetric, bar: Any) -> OnMetric:
     return emit
 
 
-def _check_method(method: object) -> None:
+def check_method(method: object) -> None:
+    """Check that an object is a method.
+
+    Raises:
+        UserError: it is not.
+    """
     if isinstance(method, type) or not callable(getattr(method, "quantize_window", None)):
         given = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise UserError(f"{given} is no method: pass an instance, such as ptq161.RTN(bits=4).")
 
 
-def _check_takes_masks(method: Method) -> None:
+def check_masks(model: PreTrainedModel, method: Method, salient_masks: Mapping[str, Tensor] | None) -> None:
+    """Check that a method takes salient masks, and that they are this model's; None is always right.
+
+    Raises:
+        UserError: one of both is wrong.
+    """
+    if salient_masks is None:
+        return
     if not method.takes_salient_masks:
         raise UserError(
             f"salient_masks: {type(method).__name__} has no salient channels; use PTQ161, or leave the masks out."
         )
+    check_salient_masks(model, salient_masks)
 
 
-def _checked_tokens(model: PreTrainedModel, given: object) -> Tensor:
+def checked_tokens(model: PreTrainedModel, given: object) -> Tensor:
+    """Return calibration tokens ``[n_samples, seq_len]`` that fit a model.
+
+    Raises:
+        UserError: they do not fit.
+    """
     tokens = as_tokens(model, given, "calibration", "[n_samples, seq_len]")
     check_seq_len("calib.seq_len", tokens.shape[1], max_seq_len(model.config))
     return tokens

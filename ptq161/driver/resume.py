@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,31 @@ class FinishedWindow:
     measured: Measured
 
 
-def load_windows(folder: KeyedFolder, starts: range) -> dict[int, FinishedWindow]:
-    """Return the finished windows among those that begin with the blocks ``starts``."""
-    found = {start: window for start in starts if (window := _load(folder, start)) is not None}
+def finished_windows(folder: KeyedFolder, starts: Sequence[int]) -> set[int]:
+    """Return which of the windows that begin with the blocks ``starts`` are finished, and their files intact."""
+    found = {start for start in starts if _load(folder, start) is not None}
     if found:
         log.info("%d of %d windows of blocks are finished already", len(found), len(starts))
     return found
+
+
+def load_window(folder: KeyedFolder, first_block: int) -> FinishedWindow:
+    """Read a finished window.
+
+    Raises:
+        UserError: its file has been damaged since it was written.
+    """
+    window = _load(folder, first_block)
+    if window is None:
+        raise UserError(f"{_file(folder, first_block)} was damaged meanwhile; run again.")
+    return window
+
+
+def open_tensor(folder: KeyedFolder, first_block: int, name: str) -> Tensor:
+    """Return one tensor of a finished window, memory-mapped: ``"{block}.{path}.{field}"``."""
+    with safe_open(_file(folder, first_block), framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def save_window(folder: KeyedFolder, first_block: int, window: FinishedWindow) -> None:
@@ -118,10 +137,14 @@ def fingerprint(
     seed: int,
     device: torch.device,
     salient_masks: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Fingerprint:
-    """Describe a quantization by its arguments, those of :func:`ptq161.quantize`; this hashes the whole model."""
+    """Describe a quantization by its arguments, those of :func:`ptq161.quantize`; this hashes the whole model.
+
+    ``tensors`` is the state dict of a model that is not in memory.
+    """
     return identity.quantization(
-        weights=sha256_of_tensors(model.state_dict()),
+        weights=sha256_of_tensors(model.state_dict() if tensors is None else tensors),
         config=config_key(model),
         calibration=sha256_of_tensors({"tokens": tokens}),
         method=method,

@@ -234,6 +234,7 @@ def close_window(model: PreTrainedModel, window: Window, packed: dict[str, Packe
     if window.first_block + len(window.blocks) == len(decoder_blocks(model)):
         return window.quant_inputs
     window.rescalings.clear()
+    window.linears.clear()  # the full-precision weights make room for the dense cache
     for name, weight in packed.items():
         bias = packed_linear(model, name).bias
         window.replace(name, PackedLinear(weight, None if bias is None else bias.to(window.device, torch.float32)))

@@ -52,7 +52,8 @@ def check_model(model: object) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UserError(
-                f"the model's weights are not in memory ({name} is on the meta device): load it as a whole."
+                f"the model's weights are not in memory ({name} is on the meta device): load it as a whole, or let "
+                "ptq161.quantize_folder read it block by block."
             )
         if type(parameter.data) is not Tensor or parameter.dtype not in _WEIGHT_DTYPES:
             kind = str(parameter.dtype).removeprefix("torch.")
@@ -80,6 +81,27 @@ def check_quantizable(model: object) -> PreTrainedModel:
         ptq161.errors.UserError: the model's weights are NaN or infinite in lm_head.weight; use an intact checkpoint.
     """
     model = check_model(model)
+    check_linears(model)
+    check_finite(model.named_parameters())
+    return model
+
+
+def check_linears(model: PreTrainedModel) -> None:
+    """Check that a model's linears can be replaced by packed ones; their values are not looked at.
+
+    Raises:
+        UserError: it is already quantized, a linear is not a plain one or has hooks, or the attention has no float32.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model.model.layers[0].mlp.up_proj = nn.Bilinear(8, 8, 8)
+        >>> check_linears(model)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: the model is already quantized: its linear model.layers.0.mlp.up_proj is a Bilinear...
+    """
     check_not_quantized(model.config)
     attention = str(model.config._attn_implementation)
     if "flash" in attention:
@@ -99,10 +121,23 @@ def check_quantizable(model: object) -> PreTrainedModel:
             raise UserError(
                 f"the linear {path} has {hooks[0].strip('_').replace('_', ' ')}, which would be lost: remove them."
             )
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Check the values of a model's weights, given with their names.
+
+    Raises:
+        UserError: one is NaN or infinite.
+
+    Example:
+        >>> check_finite([("lm_head.weight", torch.tensor([1.0, torch.inf]))])
+        Traceback (most recent call last):
+            ...
+        ptq161.errors.UserError: the model's weights are NaN or infinite in lm_head.weight; use an intact checkpoint.
+    """
+    for name, weight in weights:
+        if not bool(torch.isfinite(weight).all()):
             raise UserError(f"the model's weights are NaN or infinite in {name}; use an intact checkpoint.")
-    return model
 
 
 def check_not_quantized(config: PretrainedConfig) -> None:

@@ -61,8 +61,8 @@ def load_tokenizer(config: ModelConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         UserError: the folder is missing or not a model, the hub cannot be reached, the architecture is not supported
             or the model is already quantized.
     """
-    source, kwargs = _source(config)
-    with _loading(config):
+    source, kwargs = source_of(config)
+    with loading_errors(config):
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
         architecture_from_config(hf_config)  # raises before the weights are loaded
         check_not_quantized(hf_config)
@@ -76,8 +76,8 @@ def hub_commit(config: ModelConfig) -> str:
     Raises:
         UserError: the hub cannot be reached and the model is not in its cache.
     """
-    source, kwargs = _source(config)
-    with _loading(config):
+    source, kwargs = source_of(config)
+    with loading_errors(config):
         file = cached_file(source, "config.json", **kwargs)
     assert file is not None  # cached_file raises where the file is missing
     return Path(file).parent.name  # the hub's cache has a folder for each commit
@@ -89,12 +89,10 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
     Raises:
         UserError: the weights are missing, incomplete or cannot be read.
     """
-    source, kwargs = _source(config)
-    with _loading(config):
+    source, kwargs = source_of(config)
+    with loading_errors(config):
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
-        # A model around a language model is loaded whole: what is evaluated and stored is the model that was given.
-        auto: Any = AutoModelForImageTextToText if hf_config.model_type in LANGUAGE_MODELS else AutoModelForCausalLM
-        loaded: Any = auto.from_pretrained(
+        loaded: Any = auto_class(hf_config).from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
         model: PreTrainedModel = loaded[0]
@@ -104,14 +102,36 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         if wrong:
             raise ValueError(f"tensor {wrong[0]} is missing from the weights or has another shape than in the config")
     model.eval()
-    if config.n_blocks is not None:
-        if config.n_blocks > len(decoder_blocks(model)):
-            raise UserError(f"model.n_blocks={config.n_blocks}: the model has {len(decoder_blocks(model))} blocks.")
-        keep_first_blocks(model, config.n_blocks)
+    cut_to(model, config.n_blocks)
     return model
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+def auto_class(hf_config: PretrainedConfig) -> Any:
+    """Return the class of transformers that makes a model of a config.
+
+    A model around a language model is loaded whole: what is evaluated and stored is the model that was given.
+    """
+    return AutoModelForImageTextToText if hf_config.model_type in LANGUAGE_MODELS else AutoModelForCausalLM
+
+
+def cut_to(model: PreTrainedModel, n_blocks: int | None) -> None:
+    """Keep the first ``n_blocks`` decoder blocks of a model; None keeps all.
+
+    Raises:
+        UserError: it has fewer.
+    """
+    if n_blocks is not None:
+        if n_blocks > len(decoder_blocks(model)):
+            raise UserError(f"model.n_blocks={n_blocks}: the model has {len(decoder_blocks(model))} blocks.")
+        keep_first_blocks(model, n_blocks)
+
+
+def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Return what transformers is to load a model from, and the arguments that go with it.
+
+    Raises:
+        UserError: a folder has no ``config.json``, or holds pointers of git-lfs.
+    """
     if config.path:
         path = Path(config.path)
         if not (path / "config.json").is_file():
@@ -149,7 +169,7 @@ def _naming_the_tokenizer() -> Iterator[None]:
 
 
 @contextmanager
-def _loading(config: ModelConfig) -> Iterator[None]:
+def loading_errors(config: ModelConfig) -> Iterator[None]:
     """Turn the errors of loading into a ``UserError``, without retries where the hub cannot be reached."""
     hub = offline_unless_reachable() if config.repo and not (config.path or config.asset) else nullcontext()
     try:

@@ -7,6 +7,8 @@ quantization method, says that it finds no weights instead.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -44,12 +46,12 @@ WEIGHTS_FILE = "packed.safetensors"
 GENERATION_FILE = "generation_config.json"
 ADVICE = "choose another folder"
 ADVICE_AGAIN = "get the checkpoint again"
+TENSOR_METADATA = {"format": "pt"}
+"""What the file of tensors says of itself; one key, since safetensors writes several in random order."""
 
 _SCHEMA_VERSION = 1
 _PLACES = ("_name_or_path", "name_or_path")
 """Keys of configurations that hold a path of the machine on which the model was loaded."""
-
-
 _CARD = """The linears of this model are stored packed; everything else is as in a plain Hugging Face folder.
 
     import ptq161
@@ -95,10 +97,68 @@ def save(
         >>> file.name, tensors["model.layers.0.mlp.up_proj.codes"].dtype
         ('packed.safetensors', torch.uint8)
     """
-    layers = packed_linears(model)
-    if not layers:
+    if not packed_linears(model):
         raise UserError("the model has no packed linears to save; quantize it first.")
-    tensors = stored_tensors(model)
+    host = {name: tensor.detach().cpu().contiguous() for name, tensor in stored_tensors(model).items()}
+    with checkpoint_folder(folder, overwrite=overwrite) as scratch:
+        save_file(host, scratch / WEIGHTS_FILE, metadata=TENSOR_METADATA)
+        write_around(model, tokenizer, scratch, nominal_bits)
+    return Path(folder).expanduser() / WEIGHTS_FILE
+
+
+@contextmanager
+def checkpoint_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Write a checkpoint folder so that it is there with all of its files, or is left as it was.
+
+    Args:
+        folder: absent or empty.
+        overwrite: replace a folder that this project wrote.
+
+    Yields:
+        an empty folder, which becomes ``folder``.
+
+    Raises:
+        UserError: the folder holds files or cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with checkpoint_folder(f"{place}/model") as scratch:
+        ...         write_card(scratch, "packed", "A model.")
+        ...     is_ours(Path(place) / "model")
+        True
+    """
+    folder = Path(folder).expanduser()
+    try:
+        with whole_folder(folder, ADVICE, is_ours if overwrite else None) as scratch:
+            yield scratch
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
+
+
+def write_around(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, nominal_bits: float | None
+) -> None:
+    """Write what a checkpoint holds beside its tensors, the checksums last; the values of the model are not read.
+
+    Args:
+        model: its linears are packed.
+        tokenizer: None saves none.
+        folder: holds the tensors.
+        nominal_bits: as for :func:`save`.
+
+    Example:
+        >>> import tempfile
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     write_around(model, None, Path(place), nominal_bits=2.0)
+        ...     sorted(path.name for path in Path(place).iterdir())
+        ['README.md', 'SHA256SUMS', 'config.json', 'generation_config.json']
+    """
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
@@ -106,21 +166,13 @@ def save(
         "quant_method": PACKED_FORMAT,
         "schema_version": _SCHEMA_VERSION,
         "nominal_bits_per_weight": nominal_bits,
-        "linears": {name: layer.packed.settings() for name, layer in layers.items()},
+        "linears": {name: layer.packed.settings() for name, layer in packed_linears(model).items()},
     }
-    folder = Path(folder).expanduser()
-    try:
-        with whole_folder(folder, ADVICE, is_ours if overwrite else None) as scratch:
-            host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(host, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
-            write_rest(model, tokenizer, scratch)
-            content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
-            (scratch / "config.json").write_text(content, encoding="utf-8")
-            write_card(scratch, "packed", _CARD)
-            (scratch / SUMS).write_text(sums_of(scratch, leave_out=(CARD,)), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the checkpoint cannot be written to {folder}: {error}.") from error
-    return folder / WEIGHTS_FILE
+    write_rest(model, tokenizer, folder)
+    content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(content, encoding="utf-8")
+    write_card(folder, "packed", _CARD)
+    (folder / SUMS).write_text(sums_of(folder, leave_out=(CARD,)), encoding="utf-8")
 
 
 def write_rest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

@@ -170,7 +170,7 @@ def densify(model: PreTrainedModel) -> None:
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict without tensors that are tied to another one.
+    """Return the state dict without tensors that are tied to another one; those on the meta device are no ties.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -181,8 +181,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
+        if tensor.numel() and not tensor.is_meta:
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
         stored[name] = tensor
     return stored
