@@ -97,7 +97,7 @@ class RoundedLinear(nn.Module):
         >>> linear = nn.Linear(2, 1, bias=False)
         >>> _ = nn.init.constant_(linear.weight, 0.3)
         >>> layer = RoundedLinear(linear, torch.ones(1, 1), torch.ones(1, 1), bits=2)
-        >>> round(float(layer(torch.ones(2))), 4), layer.pack().dequantize().tolist()
+        >>> round(layer(torch.ones(2)).item(), 4), layer.pack().dequantize().tolist()
         (0.6, [[0.0, 0.0]])
     """
 
