@@ -6,6 +6,7 @@ Importing this package registers every storage format, so that any checkpoint lo
 
 from ptq161.packed import (
     activations,
+    adapted,
     allotted,
     awq,
     billm,
@@ -27,6 +28,7 @@ __all__ = [
     "PackedLinear",
     "PackedWeight",
     "activations",
+    "adapted",
     "allotted",
     "awq",
     "billm",

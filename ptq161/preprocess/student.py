@@ -12,19 +12,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.errors import UserError
 from ptq161.methods import nf4
-from ptq161.models.architectures import architecture_of, blocks_path, decoder_blocks, input_groups
+from ptq161.models.architectures import blocks_path, decoder_blocks
 from ptq161.models.experts import fuse_experts
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, densify, tensor_bytes
 from ptq161.packed.weight import PackedWeight
-from ptq161.preprocess.restoration import ROLES, Restoration
+from ptq161.preprocess.restoration import Restoration
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
 from ptq161.training.arithmetic.metis import check_spectral_rank
 from ptq161.training.arithmetic.registry import FLOAT
 from ptq161.training.loop import trained_parameters
+from ptq161.training.targets import linears_of_roles
 
 _ADAPTER = "default"
 
@@ -35,24 +35,7 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     Raises:
         UserError: the architecture has none of the roles in ``restoration.targets``.
     """
-    ends = {end for role in restoration.targets for end in ROLES[role]}
-
-    def is_target(path: str) -> bool:
-        return path.rpartition(".")[2] in ends
-
-    if not any(is_target(path) for group in architecture_of(model).linears for path in group):
-        raise UserError(
-            f"preprocess.targets={restoration.targets}: a {model.config.model_type} model has no such linear; "
-            f"add one of {', '.join(role for role in ROLES if role not in restoration.targets)}."
-        )
-    home = blocks_path(model)
-    return [
-        f"{home}.{i}.{path}"
-        for i, block in enumerate(decoder_blocks(model))
-        for group in input_groups(model, block)
-        for path in group
-        if is_target(path)
-    ]
+    return linears_of_roles(model, restoration.targets, "preprocess.targets")
 
 
 def check_ranks(model: PreTrainedModel, restoration: Restoration) -> None:
