@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -94,6 +95,8 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
         hf_config = AutoConfig.from_pretrained(source, **kwargs)
         # A model around a language model is loaded whole: what is evaluated and stored is the model that was given.
         auto: Any = AutoModelForImageTextToText if hf_config.model_type in LANGUAGE_MODELS else AutoModelForCausalLM
+        if architecture_from_config(hf_config).diffusion is not None:
+            auto = AutoModel  # under which such models register themselves, head included
         loaded: Any = auto.from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
@@ -112,6 +115,7 @@ def load_weights(config: ModelConfig) -> PreTrainedModel:
 
 
 def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}  # without a value transformers would ask
     if config.path:
         path = Path(config.path)
         if not (path / "config.json").is_file():
@@ -119,14 +123,11 @@ def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
                 f"model.path={config.path}: no config.json is there; give the folder of a Hugging Face model."
             )
         _check_no_pointers(path)
-        return str(path), {"local_files_only": True, **_NO_CODE}
+        return str(path), {"local_files_only": True, **code}
     if config.asset:
-        return str(dense_folder(config.asset)), {"local_files_only": True, **_NO_CODE}
+        return str(dense_folder(config.asset)), {"local_files_only": True, **code}
     assert config.repo is not None
-    return config.repo, {"revision": config.revision, **_NO_CODE} if config.revision else dict(_NO_CODE)
-
-
-_NO_CODE = {"trust_remote_code": False}  # transformers would ask on the terminal
+    return config.repo, {"revision": config.revision, **code} if config.revision else code
 
 
 def _check_no_pointers(folder: Path) -> None:
@@ -169,7 +170,8 @@ def _cannot_load(config: ModelConfig, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model {config.path or config.asset or config.repo} comes with code of its own (auto_map), "
-            "and none of it is run; use a model whose architecture and tokenizer are part of transformers."
+            "and none of it is run; use a model whose architecture and tokenizer are part of transformers, or read the "
+            "code, and set model.trust_remote_code=true if you trust it."
         )
     reason = _first_line(error)
     if config.path or config.asset:
