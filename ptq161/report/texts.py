@@ -33,7 +33,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
     Returns:
         the names of its texts, in alphabetical order. A file goes by the hash of its content, ``text_file 1a2b3c4d``,
-        where the record has it, else by its name. ``NO_TEXT`` for full precision and for methods that read none.
+        where the record has it, else by its name; a masked text is another one, ``squad under masks``.
+        ``NO_TEXT`` for full precision and for methods that read none.
     """
     if "method.name" not in config:
         return UNKNOWN
@@ -52,8 +53,9 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         texts = config.get(key) or default
         file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name
         listed = [texts] if isinstance(texts, str) else texts
+        masked = " under masks" if config.get(f"{group}.masking", "none") != "none" else ""
         for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
-            names.add(f"text_file {file}" if name == "text_file" else str(name))
+            names.add((f"text_file {file}" if name == "text_file" else str(name)) + masked)
     return ", ".join(sorted(names)) or NO_TEXT
 
 

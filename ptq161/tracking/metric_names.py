@@ -7,10 +7,13 @@ from typing import Literal
 SIZES = ("bits_per_weight", "nominal_bits_per_weight", "checkpoint_bytes", "linear_bytes", "other_bytes")
 """Results that say how much is stored, and not how well the model does."""
 
+ON_TEXTS = ("ppl/", "denoising_loss/")
+"""How the names of perplexities begin, and of what stands for them with masked-diffusion language models."""
+
 
 def is_perplexity(metric: str) -> bool:
-    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
-    return metric.startswith("ppl/") or metric.endswith("/perplexity")
+    """Say whether a metric is a perplexity, or the denoising loss that stands for it: lower is better, and no share."""
+    return metric.startswith(ON_TEXTS) or metric.endswith("/perplexity")
 
 
 def better(metric: str) -> Literal[1, -1]:
