@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.models.architectures import decoder_blocks
+from ptq161.models.architectures import architecture_of, decoder_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,9 @@ def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> t
     calls: list[dict[int, tuple[tuple[Any, ...], dict[str, Any]]]] = [{} for _ in blocks]
     hidden_states: list[Tensor] = []
 
-    def record(i: int, *args: Any, **kwargs: Any) -> Tensor:
+    returns_tuple = architecture_of(model).returns_tuple
+
+    def record(i: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         hidden: Tensor = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         rest = args[1:] if args and hidden is args[0] else args
         if i == 0:
@@ -63,7 +65,7 @@ def capture_inputs(model: PreTrainedModel, tokens: Tensor, batch_size: int) -> t
         calls[i].setdefault(hidden.shape[0], (rest, kwargs))
         if i == len(blocks) - 1:
             raise _CapturedError
-        return hidden
+        return (hidden, None) if returns_tuple else hidden
 
     with _replaced_forward(list(blocks), record), torch.no_grad():
         for batch in tokens.split(batch_size):
@@ -80,10 +82,11 @@ def logits_after(model: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tens
         tokens: ``[b, seq_len]``.
         hidden: ``[b, seq_len, hidden]`` in the model's dtype, the last block's outputs.
     """
-    blocks = decoder_blocks(model)
+    blocks, returns_tuple = decoder_blocks(model), architecture_of(model).returns_tuple
 
-    def forward(i: int, given: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden if i == len(blocks) - 1 else given
+    def forward(i: int, given: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor, None]:
+        returned = hidden if i == len(blocks) - 1 else given
+        return (returned, None) if returns_tuple else returned
 
     with _replaced_forward(list(blocks), forward):
         logits: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
@@ -91,7 +94,7 @@ def logits_after(model: PreTrainedModel, tokens: Tensor, hidden: Tensor) -> Tens
 
 
 @contextmanager
-def _replaced_forward(blocks: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+def _replaced_forward(blocks: list[nn.Module], forward: Callable[..., Tensor | tuple[Tensor, None]]) -> Iterator[None]:
     """Let block ``i`` compute ``forward(i, hidden, ...)`` meanwhile."""
     originals = [vars(block).get("forward") for block in blocks]
     try:

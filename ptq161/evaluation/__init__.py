@@ -9,6 +9,7 @@ from ptq161.lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "ptq161.evaluation.denoising": ["DenoisingLoss", "denoised_sample", "denoising_loss"],
         "ptq161.evaluation.embedded": ["EMBEDDED_TASKS"],
         "ptq161.evaluation.likelihood": ["Perplexity", "perplexity"],
         "ptq161.evaluation.protocol": [

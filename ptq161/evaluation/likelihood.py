@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
-from ptq161.models.architectures import max_seq_len
+from ptq161.models.architectures import diffusion_of, max_seq_len
 from ptq161.models.checks import as_text, check_head, check_seq_len, evaluation_mode
 from ptq161.numerics import plain_torch
 
@@ -85,10 +85,16 @@ def perplexity(
         progress: label of the progress bar; None shows none.
 
     Raises:
-        UserError: the model predicts no tokens, or these are not of its vocabulary; the text is shorter than one
-            window, or a window too long for the model; a loss is not finite.
+        UserError: the model is a masked-diffusion one, which has no perplexity, or predicts no tokens, or these are
+            not of its vocabulary; the text is shorter than one window, or a window too long for the model; a loss is
+            not finite.
     """
     check_head(model)
+    if diffusion_of(model.config) is not None:
+        raise UserError(
+            f"a {type(model).__name__} is a masked-diffusion model, for which a perplexity is not defined: use "
+            "ptq161.evaluation.denoising_loss."
+        )
     tokens = as_text(model, tokens, "evaluation")
     check_windows(tokens.numel(), seq_len, max_seq_len(model.config))
     n_windows = tokens.numel() // seq_len

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.data.corpora import Corpus, load_corpus
 from ptq161.evaluation.checks import check_prompt, check_tokens
+from ptq161.evaluation.denoising import DenoisingLoss, denoising_loss
 from ptq161.evaluation.likelihood import Perplexity, check_windows, perplexity
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.evaluation.zero_shot import (
@@ -24,6 +25,7 @@ from ptq161.evaluation.zero_shot import (
 )
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import OnMetric, ignore_metric
+from ptq161.models.architectures import diffusion_of
 
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
 _PERPLEXITY_TOKENS_PER_BATCH = 4096
@@ -49,11 +51,11 @@ class Scores:
     """The results of one model.
 
     Attributes:
-        metrics: flat name, such as ``ppl/boolq@512`` or ``zero_shot/piqa/acc``, to value.
+        metrics: flat name, such as ``ppl/boolq@512``, ``denoising_loss/boolq@512`` or ``zero_shot/piqa/acc``, to value.
         protocol: the same names to the facts of the measurement: ``standard_error`` and, for a perplexity,
             ``seq_len``, ``n_windows``, ``n_tokens``, ``corpus_tokens``, ``split``, ``source``, ``bos_rule``,
-            ``joined_by``, ``n_documents``; for a task ``n_documents``, ``limit``, ``n_shot``, ``split``,
-            ``version``, ``embedded``, ``lm_eval``.
+            ``joined_by``, ``n_documents``, for a denoising loss ``mask_shares`` and ``mask_seed`` as well; for a task
+            ``n_documents``, ``limit``, ``n_shot``, ``split``, ``version``, ``embedded``, ``lm_eval``.
     """
 
     metrics: Mapping[str, float]
@@ -125,7 +127,8 @@ def evaluate(
     Each corpus and each task is scored on its own, so that its scores do not depend on the rest of the protocol.
 
     Args:
-        model: a causal language model; it runs on its own device, in its own dtype.
+        model: it runs on its own device, in its own dtype. Of a masked-diffusion model the denoising loss is measured
+            in the place of the perplexity.
         tokenizer: its tokenizer, the one that opened the protocol.
         opened: what :func:`open_evaluation` returned.
         on_metric: receives every metric as soon as it is known.
@@ -156,12 +159,13 @@ def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, lab
         "max_windows": _least(config.max_windows, corpus.max_windows),
         "batch_size": max(1, min(config.batch_size, _PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
     }
-    progress = label and f"{label}: perplexity on {corpus.name}"
-    name = f"ppl/{corpus.name}@{config.seq_len}"
+    metric, measure = ("ppl", perplexity) if diffusion_of(model.config) is None else ("denoising_loss", denoising_loss)
+    progress = label and f"{label}: {metric} on {corpus.name}"
+    name = f"{metric}/{corpus.name}@{config.seq_len}"
 
     def compute() -> dict[str, Any]:
-        found = perplexity(model, corpus.tokens, config.seq_len, **settings, progress=progress)
-        return {"metrics": {name: found.value}, "protocol": {name: _perplexity_protocol(found, corpus)}}
+        found = measure(model, corpus.tokens, config.seq_len, **settings, progress=progress)
+        return {"metrics": {name: found.value}, "protocol": {name: _corpus_protocol(found, corpus)}}
 
     tokens = sha256_of_tensors({"tokens": corpus.tokens})
     return {"metric": name, "tokens": tokens, "corpus": _facts(corpus), **settings}, compute
@@ -188,7 +192,7 @@ def _least(*bounds: int | None) -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _perplexity_protocol(found: Perplexity, corpus: Corpus) -> dict[str, float | int | str | bool | None]:
+def _corpus_protocol(found: Perplexity | DenoisingLoss, corpus: Corpus) -> dict[str, float | int | str | bool | None]:
     facts = dataclasses.asdict(found)
     facts.pop("value")
     return {**facts, "corpus_tokens": len(corpus.tokens), **_facts(corpus)}

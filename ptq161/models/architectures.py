@@ -16,6 +16,19 @@ from ptq161.files.fingerprints import key_of
 
 
 @dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """How a masked-diffusion language model predicts tokens: every place sees every other, masked ones are filled in.
+
+    Attributes:
+        mask_token: id of the mask token, where the model's config names none (``mask_token_id``).
+        shifted: a token is predicted one place before its own, as by the causal model that was trained further.
+    """
+
+    mask_token: int
+    shifted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Architecture:
     """Where the decoder blocks of a language model are, and which of their linears are quantized.
 
@@ -24,10 +37,16 @@ class Architecture:
         linears: paths inside a block, grouped by shared input, in the order in which their inputs arise. A ``*``
             stands for each expert of a mixture (:mod:`ptq161.models.experts`). A group that a block lacks is left out:
             some blocks of a mixture are dense.
+        diffusion: how a masked-diffusion model is called; None is a causal language model.
+        own_code: the model is none of transformers' own, and loading it runs code that comes with it.
+        returns_tuple: a block returns a tuple whose first item are the hidden states, and not these alone.
     """
 
     blocks: str
     linears: tuple[tuple[str, ...], ...]
+    diffusion: Diffusion | None = None
+    own_code: bool = False
+    returns_tuple: bool = False
 
 
 _ATTENTION = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",))
@@ -53,6 +72,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "mixtral": Architecture("layers", _ATTENTION + _EXPERTS),
     "qwen3_moe": Architecture("layers", _ATTENTION + _MLP + _EXPERTS),
+    # Rows of models whose own code was read, but not run: no test here has their weights.
+    "llada": Architecture(
+        "transformer.blocks",
+        (("q_proj", "k_proj", "v_proj"), ("attn_out",), ("ff_proj", "up_proj"), ("ff_out",)),
+        Diffusion(126336),
+        own_code=True,
+        returns_tuple=True,
+    ),
+    "Dream": Architecture(
+        "layers", _ATTENTION + _MLP, Diffusion(151666, shifted=True), own_code=True, returns_tuple=True
+    ),
 }
 """By the ``model_type`` of the language model's config."""
 
@@ -71,6 +101,22 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         UserError: the architecture is not supported.
     """
     return architecture_from_config(model.config)
+
+
+def diffusion_of(config: PretrainedConfig) -> Diffusion | None:
+    """Return how a masked-diffusion model is called, with the mask token of its config; None for a causal model.
+
+    Raises:
+        UserError: the architecture is not supported.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> diffusion_of(LlamaConfig()) is None
+        True
+    """
+    diffusion = architecture_from_config(config).diffusion
+    own = getattr(config, "mask_token_id", None)
+    return diffusion if diffusion is None or own is None else dataclasses.replace(diffusion, mask_token=int(own))
 
 
 def blocks_path(model: PreTrainedModel) -> str:

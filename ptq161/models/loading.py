@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -111,6 +112,8 @@ def auto_class(hf_config: PretrainedConfig) -> Any:
 
     A model around a language model is loaded whole: what is evaluated and stored is the model that was given.
     """
+    if architecture_from_config(hf_config).diffusion is not None:
+        return AutoModel  # under which such models register themselves, head included
     return AutoModelForImageTextToText if hf_config.model_type in LANGUAGE_MODELS else AutoModelForCausalLM
 
 
@@ -132,6 +135,7 @@ def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: a folder has no ``config.json``, or holds pointers of git-lfs.
     """
+    code: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}  # without a value transformers would ask
     if config.path:
         path = Path(config.path)
         if not (path / "config.json").is_file():
@@ -139,14 +143,11 @@ def source_of(config: ModelConfig) -> tuple[str, dict[str, Any]]:
                 f"model.path={config.path}: no config.json is there; give the folder of a Hugging Face model."
             )
         _check_no_pointers(path)
-        return str(path), {"local_files_only": True, **_NO_CODE}
+        return str(path), {"local_files_only": True, **code}
     if config.asset:
-        return str(dense_folder(config.asset)), {"local_files_only": True, **_NO_CODE}
+        return str(dense_folder(config.asset)), {"local_files_only": True, **code}
     assert config.repo is not None
-    return config.repo, {"revision": config.revision, **_NO_CODE} if config.revision else dict(_NO_CODE)
-
-
-_NO_CODE = {"trust_remote_code": False}  # transformers would ask on the terminal
+    return config.repo, {"revision": config.revision, **code} if config.revision else code
 
 
 def _check_no_pointers(folder: Path) -> None:
@@ -189,7 +190,8 @@ def _cannot_load(config: ModelConfig, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model {config.path or config.asset or config.repo} comes with code of its own (auto_map), "
-            "and none of it is run; use a model whose architecture and tokenizer are part of transformers."
+            "and none of it is run; use a model whose architecture and tokenizer are part of transformers, or read the "
+            "code, and set model.trust_remote_code=true if you trust it."
         )
     reason = _first_line(error)
     if config.path or config.asset:

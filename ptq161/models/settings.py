@@ -23,6 +23,8 @@ class ModelConfig:
         repo: name on the Hugging Face hub.
         revision: commit or tag on the hub.
         n_blocks: keep only the first decoder blocks (for debugging).
+        trust_remote_code: run the Python code that comes with the model, for architectures that are none of
+            transformers' own (:attr:`ptq161.models.architectures.Architecture.own_code`).
     """
 
     name: str
@@ -31,6 +33,7 @@ class ModelConfig:
     repo: str | None = None
     revision: str | None = None
     n_blocks: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         """Reject a config without a source; the path becomes absolute."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -32,6 +33,7 @@ from ptq161.errors import UserError
 from ptq161.files.checksums import SUMS, check_sums, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.files.reading import reading
+from ptq161.models.architectures import ARCHITECTURES
 from ptq161.models.experts import split_experts
 from ptq161.models.loading import is_packed_folder
 from ptq161.models.settings import PACKED_FORMAT
@@ -311,6 +313,11 @@ def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], fi
 
 def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:
     """Make a model of the class that was saved, with or without a head, from its config."""
+    if raw["model_type"] not in CONFIG_MAPPING and raw["model_type"] in ARCHITECTURES:
+        raise UserError(
+            f"the checkpoint holds a {raw['model_type']} model, which is none of transformers' own: its config and "
+            "classes have to be registered with transformers first."
+        )
     config = AutoConfig.for_model(**raw)
     name = (config.architectures or [""])[0]
     model_class: Any = getattr(transformers, name, None)

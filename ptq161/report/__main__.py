@@ -36,6 +36,7 @@ from ptq161.report.tables import (
     markdown_table,
     result_table,
 )
+from ptq161.tracking.metric_names import ON_TEXTS
 
 _MOST_HIGHLIGHTS = 4
 
@@ -96,11 +97,11 @@ def report(
     _warn(found.problems)
     _check(results, x, metrics)
     names = metric_names(results)
-    perplexities = [name for name in names if name.startswith("ppl/")]
+    perplexities = [name for name in names if name.startswith(ON_TEXTS)]
     scores = list(metrics or [name for name in names if not name.endswith("/acc_norm")])
     shown = sections(results, runs, details, scores, metrics or perplexities or names, x=x, published=published)
     table = result_table(results, metrics)
-    highlights = [name for name in scores if name.startswith("ppl/")] or scores
+    highlights = [name for name in scores if name.startswith(ON_TEXTS)] or scores
     compared = compare(results, [figure for figure in published if not metrics or figure.metric in metrics])
     if published and compared.empty:
         _warn([f"no run has the model, method and metric of a figure in {published_file}."])

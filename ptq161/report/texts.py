@@ -39,7 +39,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
     Returns:
         the names of its texts, in alphabetical order. A file goes by the hash of its content, ``text_file 1a2b3c4d``,
-        where the record has it, else by its name. ``NO_TEXT`` for full precision and for methods that read none.
+        where the record has it, else by its name; a masked text is another one, ``squad under masks``.
+        ``NO_TEXT`` for full precision and for methods that read none.
     """
     if "method.name" not in config:
         return UNKNOWN
@@ -60,8 +61,9 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         listed = [texts] if isinstance(texts, str) else texts
         if group in manifest.get("text_files", {}) and "text_file" not in listed:
             listed = ["text_file"]  # which adapters are trained on in the place of the corpora
+        masked = " under masks" if config.get(f"{group}.masking", "none") != "none" else ""
         for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
-            names.add(f"text_file {file}" if name == "text_file" else str(name))
+            names.add((f"text_file {file}" if name == "text_file" else str(name)) + masked)
     return ", ".join(sorted(names)) or NO_TEXT
 
 

@@ -96,7 +96,8 @@ def _model_content(config: ModelConfig, sha256: _HashFile = sha256_of_file) -> d
     """
     cut = {"n_blocks": config.n_blocks}
     if config.path:
-        files = sorted(path for path in Path(config.path).iterdir() if path.suffix in _MODEL_FILES)
+        read = (*_MODEL_FILES, ".py") if config.trust_remote_code else _MODEL_FILES
+        files = sorted(path for path in Path(config.path).iterdir() if path.suffix in read)
         return {"files": key_of({path.name: sha256(path) for path in files}), **cut}
     if config.asset:
         return {"asset": ASSETS[config.asset].sha256, **cut}

@@ -19,14 +19,16 @@ from ptq161.cache.results import CHECKPOINT, MERGED
 from ptq161.data.calibration import calibration_tokens
 from ptq161.data.masking import check_mask_token
 from ptq161.driver.quantization import quantize
+from ptq161.errors import UserError
 from ptq161.evaluation.checks import check_tokens, vocabulary_of
+from ptq161.evaluation.denoising import denoised_sample
 from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
 from ptq161.evaluation.sample import greedy_sample
 from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.methods.base import Method
-from ptq161.models.architectures import config_key, decoder_blocks, max_seq_len
+from ptq161.models.architectures import config_key, decoder_blocks, diffusion_of, max_seq_len
 from ptq161.models.checks import check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
@@ -129,6 +131,8 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
 
 def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig) -> Texts:
     longest = max_seq_len(hf_config)
+    if diffusion_of(hf_config) is not None:
+        _check_diffusion(session)
     config, vocabulary = session.config.eval, vocabulary_of(hf_config)
     if not config.corpora and not config.tasks:
         log.warning("eval.corpora and eval.tasks are empty: the run scores nothing but records sizes and a text sample")
@@ -136,6 +140,19 @@ def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: Pret
     trainings = (session.config.preprocess, session.config.finetune)
     training, distillation = (_training(session, training, tokenizer, longest, vocabulary) for training in trainings)
     return Texts(tokenizer, longest, vocabulary, evaluation, training, distillation)
+
+
+def _check_diffusion(session: Session) -> None:
+    """Check that a run needs nothing of a masked-diffusion model that only a causal one can do."""
+    config = session.config
+    for setting, is_set, needs in (
+        ("eval.tasks", config.eval.tasks, "scores continuations by a causal likelihood: set eval.tasks=[]"),
+        ("preprocess", config.preprocess, "trains on the next token: set preprocess=none"),
+        ("finetune", config.finetune, "distils on text without masks: set finetune=none"),
+    ):
+        if is_set:
+            raise UserError(f"{config.model.name} is a masked-diffusion model, but {setting} {needs}.")
+    log.info("%s is a masked-diffusion model: its denoising loss is measured, not perplexity", config.model.name)
 
 
 def _training(
@@ -294,9 +311,10 @@ def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
         on_metric = partial(record.metric, model=label)
         scores = evaluate(model, texts.tokenizer, texts.evaluation, on_metric=on_metric, label=label, remember=remember)
         prompt, n_tokens = config.eval.sample_prompt, config.eval.sample_tokens
+        sample = greedy_sample if diffusion_of(model.config) is None else denoised_sample
         text = remember(
             {"prompt": prompt, "n_tokens": n_tokens},
-            lambda: {"text": greedy_sample(model, texts.tokenizer, prompt, n_tokens)},
+            lambda: {"text": sample(model, texts.tokenizer, prompt, n_tokens)},
         )["text"]
         if not prepare.cache_info().currsize:
             log.info("%s: all scores were found in the cache", label)

@@ -15,10 +15,13 @@ SIZES = (
 """Results that say how much is stored, or into how many bits activations are rounded, and not how well the model does.
 """
 
+ON_TEXTS = ("ppl/", "denoising_loss/")
+"""How the names of perplexities begin, and of what stands for them with masked-diffusion language models."""
+
 
 def is_perplexity(metric: str) -> bool:
-    """Say whether a metric is a perplexity: lower is better, and only its logarithm is worth plotting."""
-    return metric.startswith("ppl/") or metric.endswith("/perplexity")
+    """Say whether a metric is a perplexity, or the denoising loss that stands for it: lower is better, and no share."""
+    return metric.startswith(ON_TEXTS) or metric.endswith("/perplexity")
 
 
 def better(metric: str) -> Literal[1, -1]:

@@ -13,10 +13,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj",),
     "k": ("k_proj",),
     "v": ("v_proj",),
-    "o": ("o_proj", "out_proj"),
-    "gate": ("gate_proj",),
+    "o": ("o_proj", "out_proj", "attn_out"),
+    "gate": ("gate_proj", "ff_proj"),
     "up": ("up_proj", "fc1"),
-    "down": ("down_proj", "fc2"),
+    "down": ("down_proj", "fc2", "ff_out"),
 }
 """Role of a linear in its decoder block -> its names in the architectures."""
 

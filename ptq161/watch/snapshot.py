@@ -19,6 +19,7 @@ from ptq161.files.strict_json import decode_json
 from ptq161.sweep.failures import read_failures
 from ptq161.sweep.overrides import own_overrides, sweep_jobs
 from ptq161.tracking.find import MANIFEST, SWEEP, find, natural_order
+from ptq161.tracking.metric_names import ON_TEXTS
 from ptq161.tracking.read import RunData, read_run
 
 STATES = ("running", "starting", "failed", "lost", "interrupted", "waiting", "finished")
@@ -243,7 +244,7 @@ def _outcome(run: RunData) -> str:
         return str(exception.get("message"))
     metrics = (run.results or {}).get("metrics")
     found = metrics.items() if isinstance(metrics, Mapping) else ()
-    return ", ".join(f"{name} {value:.4g}" for name, value in found if name.startswith("ppl/") and _number(value))
+    return ", ".join(f"{name} {value:.4g}" for name, value in found if name.startswith(ON_TEXTS) and _number(value))
 
 
 def _relative(path: Path, folder: Path) -> str:

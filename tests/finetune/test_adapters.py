@@ -149,5 +149,5 @@ def test_rounded_activations_have_no_adapters(tiny_model: TinyModel) -> None:
 
 
 def test_an_arithmetic_without_adapters_is_refused() -> None:
-    with pytest.raises(UserError, match="finetune.arithmetic=metis"):
+    with pytest.raises(UserError, match=r"finetune\.arithmetic=metis"):
         short(arithmetic="metis")

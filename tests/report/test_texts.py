@@ -45,6 +45,20 @@ FILE = {"calib.name": "text_file", "calib.text_file": "/texts/notes.txt"}
         ({"preprocess.name": "none", "preprocess.corpora": ["drop"]}, {}, "squad"),
         ({"finetune.corpora": ["coqa"]}, {}, "coqa, squad"),
         ({"calib.name": "passages"}, {}, "coqa, drop, squad"),
+        ({"calib.masking": "none"}, {}, "squad"),
+        ({"calib.masking": "linear"}, {}, "squad under masks"),
+        (
+            {"calib.masking": "linear", "calib.name": "passages"},
+            {},
+            "coqa under masks, drop under masks, squad under masks",
+        ),
+        ({"calib.masking": "linear", "method._target_": "ptq161.methods.rtn.RTN"}, {}, "none"),
+        ({"calib.masking": "linear", "preprocess.corpora": ["squad"]}, {}, "squad, squad under masks"),
+        (
+            FILE | {"calib.masking": "linear"},
+            {"text_files": {"calib": "0123456789abcdef"}},
+            "text_file 01234567 under masks",
+        ),
         ({"finetune.name": "none", "finetune.corpora": ["coqa"]}, {}, "squad"),
         ({"finetune.text": "corpora", "finetune.corpora": ["coqa"]}, {}, "coqa, squad"),
         ({"finetune.text": "self", "finetune.corpora": ["coqa"]}, {}, "sampled from the model, squad"),
@@ -120,6 +134,16 @@ def test_each_text_has_a_front_of_its_own(mixed: list[Path]) -> None:
     fronts = {trace.text[-1]: list(trace.y) for trace in figure.data if trace.name == "Pareto front"}
     assert fronts == {"front of squad": [85.0, 80.0], "front of c4": [85.0, 30.0, 20.0]}
     assert list(chosen_runs(results(mixed), 4)) == ["gptq calib=squad", "ptq161 calib=c4", "gptq calib=c4", "rtn"]
+
+
+def test_masked_and_plain_calibration_are_never_ranked_together(write_run: WriteRun) -> None:
+    masked = {"calib": {"masking": "linear", "mask_token": 5}}
+    under = [write_run("a", ppl=90.0, **masked), write_run("b", "billm", 95.0, **masked)]
+    found = results([*under, write_run("c", "gptq", 80.0), write_run("d", "billm", 85.0)])
+    best = best_cells(result_table(found), found)
+    texts = found.rows.method[best[PPL]] + " on " + found.rows.calibration_text[best[PPL]]
+    assert sorted(texts) == ["gptq on squad", "ptq161 on squad under masks"]
+    assert "(squad; squad under masks)" in remark(found.quantized.rows)
 
 
 def test_methods_on_different_texts_say_so_in_their_figure(write_run: WriteRun) -> None:

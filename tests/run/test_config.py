@@ -151,7 +151,10 @@ def test_every_key_is_needed(key: str) -> None:
         ({"model.n_blocks": "two"}, "model.n_blocks='two': use a value of type int or null."),
         ({"model.name": "???"}, "the configuration cannot be resolved: "),
         ({"model.path": "${nowhere}"}, "the configuration cannot be resolved: "),
-        ({"model.size": 7}, "unknown key model.size: known are name, path, asset, repo, revision, n_blocks."),
+        (
+            {"model.size": 7},
+            "unknown key model.size: known are name, path, asset, repo, revision, n_blocks, trust_remote_code.",
+        ),
         (
             {"calib.name": "enwik8"},
             "calib.name=enwik8: use one of squad, drop, coqa, passages, wikitext2, c4, ptb, redpajama, text_file.",
