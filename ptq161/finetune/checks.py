@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from ptq161.errors import UserError
 from ptq161.methods.coded import LEARNABLE
 from ptq161.models.architectures import decoder_blocks
-from ptq161.models.checks import as_tokens, check_head, check_quantizable
+from ptq161.models.checks import as_tokens, check_causal, check_head, check_quantizable
 from ptq161.packed.model import packed_linears
 
 
@@ -37,6 +37,7 @@ def check_pair(packed: PreTrainedModel, full: PreTrainedModel) -> None:
         raise UserError("the model to finetune has no packed linears: quantize it first.")
     check_head(full)
     check_quantizable(full)
+    check_causal(full.config, "finetune")
     shapes = [(m.config.model_type, len(decoder_blocks(m)), _embedding(m)) for m in (packed, full)]
     if shapes[0] != shapes[1]:
         mine, others = (f"{kind}, {blocks} blocks, embedding {size}" for kind, blocks, size in shapes)

@@ -55,7 +55,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         listed = [texts] if isinstance(texts, str) else texts
         masked = " under masks" if config.get(f"{group}.masking", "none") != "none" else ""
         for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
-            names.add((f"text_file {file}" if name == "text_file" else str(name)) + masked)
+            named = f"text_file {file}" if name == "text_file" else str(name)
+            names.add(named if named == UNKNOWN else named + masked)
     return ", ".join(sorted(names)) or NO_TEXT
 
 
