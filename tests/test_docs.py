@@ -128,7 +128,7 @@ OF_VERBS = sorted(
         for page in PAGES
         for command in commands(page)
         if (match := re.search(rf"ptq161[ .]({'|'.join(VERBS)})\b", command))
-        for flag in re.findall(r"\s(--[a-z-]+)", command)
+        for flag in re.findall(r"\s(--[a-z0-9-]+)", command)
     }
 )
 
