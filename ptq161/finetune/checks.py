@@ -13,7 +13,7 @@ from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.tuning import Tuning
 from ptq161.methods.coded import LEARNABLE
 from ptq161.models.architectures import decoder_blocks
-from ptq161.models.checks import as_tokens, check_head, check_quantizable
+from ptq161.models.checks import as_tokens, check_causal, check_head, check_quantizable
 from ptq161.packed.model import packed_linears
 from ptq161.packed.trainable import scale_tensors
 from ptq161.training.checkpoint import TrainingCheckpoint
@@ -61,6 +61,7 @@ def check_pair(packed: PreTrainedModel, full: PreTrainedModel) -> None:
         raise UserError("the model to finetune has no packed linears: quantize it first.")
     check_head(full)
     check_quantizable(full)
+    check_causal(full.config, "finetune")
     shapes = [(m.config.model_type, len(decoder_blocks(m)), _embedding(m)) for m in (packed, full)]
     if shapes[0] != shapes[1]:
         mine, others = (f"{kind}, {blocks} blocks, embedding {size}" for kind, blocks, size in shapes)

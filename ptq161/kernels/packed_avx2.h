@@ -50,26 +50,34 @@ PTQ161_AVX2 void dot_avx2(const FloatDot& d) {
   const __m256i mask = _mm256_set1_epi32((1 << B) - 1);
   uint8_t buffers[R][kLoadBytes];
   __m256 sums[R][M];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = _mm256_setzero_ps();
   }
   for (int64_t c = 0; c < d.n_chunks; ++c) {
     const uint8_t* bytes[R];
-    for (int r = 0; r < R; ++r) bytes[r] = whole_chunk(d.rows[r] + c * chunk_bytes(B), d.end, buffers[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) bytes[r] = chunk_of<B>(d, r, c, buffers[r]);
     for (int half = 0; half < 2; ++half) {
       __m256i units[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) units[r] = units_avx2<B>(bytes[r], half);
       for (int s = 0; s < unit_codes(B); ++s) {
         const float* x = d.x + (c * unit_codes(B) + s) * kUnits + 8 * half;
         __m256 vectors[M];
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) vectors[m] = _mm256_loadu_ps(x + m * d.stride);
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           if constexpr (B == 1) {
             const __m256 set = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(units[r], mask), mask));
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) sums[r][m] = _mm256_add_ps(sums[r][m], _mm256_and_ps(set, vectors[m]));
           } else {
             const __m256 codes = B == 4 ? _mm256_cvtepi32_ps(_mm256_and_si256(units[r], mask))
                                         : _mm256_permutevar8x32_ps(values, units[r]);
+#pragma GCC unroll 8
             for (int m = 0; m < M; ++m) sums[r][m] = _mm256_fmadd_ps(codes, vectors[m], sums[r][m]);
           }
           units[r] = _mm256_srli_epi32(units[r], B);
@@ -77,7 +85,9 @@ PTQ161_AVX2 void dot_avx2(const FloatDot& d) {
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) d.out[r * M + m] = sum_avx2(sums[r][m]);
   }
 }
@@ -88,19 +98,25 @@ PTQ161_AVX2 void dot_avx2(const Int8Dot& d) {
   const __m256i mask = _mm256_set1_epi8((1 << B) - 1), ones = _mm256_set1_epi16(1);
   uint8_t buffers[R][kLoadBytes];
   __m256i sums[R][M];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = _mm256_setzero_si256();
   }
   for (int64_t c = 0; c < d.n_chunks; ++c) {
     const uint8_t* bytes[R];
-    for (int r = 0; r < R; ++r) bytes[r] = whole_chunk(d.rows[r] + c * chunk_bytes(B), d.end, buffers[r]);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) bytes[r] = chunk_of<B>(d, r, c, buffers[r]);
     for (int half = 0; half < 2; ++half) {
       __m256i units[R];
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) units[r] = units_avx2<B>(bytes[r], half);
       for (int s = 0; s < steps; ++s) {
         const int8_t* x = d.x + (c * steps + s) * 64 + 32 * half;
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const __m256i codes = B == 3 ? three_bit_bytes_avx2(units[r]) : _mm256_and_si256(units[r], mask);
+#pragma GCC unroll 8
           for (int m = 0; m < M; ++m) {
             // Two products are at most 2 * 15 * 127 and do not saturate.
             const __m256i vector = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + m * d.stride));
@@ -112,7 +128,9 @@ PTQ161_AVX2 void dot_avx2(const Int8Dot& d) {
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) d.out[r * M + m] = sum_avx2(sums[r][m]);
   }
 }

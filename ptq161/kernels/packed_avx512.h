@@ -39,25 +39,30 @@ PTQ161_AVX512 void dot_avx512(const FloatDot& d) {
   const __m512i mask = _mm512_set1_epi32(q);
   uint8_t buffers[R][kLoadBytes];
   __m512 sums[R][M];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
   }
   for (int64_t c = 0; c < d.n_chunks; ++c) {
     __m512i units[R];
-    for (int r = 0; r < R; ++r) {
-      units[r] = units_avx512<B>(whole_chunk(d.rows[r] + c * chunk_bytes(B), d.end, buffers[r]));
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) units[r] = units_avx512<B>(chunk_of<B>(d, r, c, buffers[r]));
     __m512i bit = mask;
     for (int s = 0; s < unit_codes(B); ++s) {
       const float* x = d.x + (c * unit_codes(B) + s) * kUnits;
       __m512 vectors[M];
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) vectors[m] = _mm512_loadu_ps(x + m * d.stride);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         if constexpr (B == 1) {
           const __mmask16 set = _mm512_test_epi32_mask(units[r], bit);
+#pragma GCC unroll 8
           for (int m = 0; m < M; ++m) sums[r][m] = _mm512_mask_add_ps(sums[r][m], set, sums[r][m], vectors[m]);
         } else {
           const __m512 codes = _mm512_permutexvar_ps(units[r], values);
+#pragma GCC unroll 8
           for (int m = 0; m < M; ++m) sums[r][m] = _mm512_fmadd_ps(codes, vectors[m], sums[r][m]);
           units[r] = _mm512_srli_epi32(units[r], B);
         }
@@ -65,7 +70,9 @@ PTQ161_AVX512 void dot_avx512(const FloatDot& d) {
       bit = _mm512_slli_epi32(bit, 1);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) d.out[r * M + m] = _mm512_reduce_add_ps(sums[r][m]);
   }
 }
@@ -76,26 +83,32 @@ PTQ161_VNNI void dot_vnni(const Int8Dot& d) {
   const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
   uint8_t buffers[R][kLoadBytes];
   __m512i sums[R][M];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_si512();
   }
   for (int64_t c = 0; c < d.n_chunks; ++c) {
     __m512i units[R];
-    for (int r = 0; r < R; ++r) {
-      units[r] = units_avx512<B>(whole_chunk(d.rows[r] + c * chunk_bytes(B), d.end, buffers[r]));
-    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) units[r] = units_avx512<B>(chunk_of<B>(d, r, c, buffers[r]));
     for (int s = 0; s < steps; ++s) {
       const int8_t* x = d.x + (c * steps + s) * 64;
       __m512i vectors[M];
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) vectors[m] = _mm512_loadu_si512(x + m * d.stride);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         const __m512i codes = B == 3 ? three_bit_bytes_avx512(units[r]) : _mm512_and_si512(units[r], mask);
+#pragma GCC unroll 8
         for (int m = 0; m < M; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], codes, vectors[m]);
         units[r] = B == 3 ? _mm512_srli_epi32(units[r], 12) : _mm512_srli_epi16(units[r], B);
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) d.out[r * M + m] = _mm512_reduce_add_epi32(sums[r][m]);
   }
 }

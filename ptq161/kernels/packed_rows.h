@@ -235,8 +235,9 @@ void multiply(const Weight& w, const T* x, const T* bias, T* y) {
         const uint8_t* rows[R];  // behind the last row, that row again
         for (int r = 0; r < R; ++r) rows[r] = segment.codes + std::min(o + r, last) * segment.row_bytes;
         Sum sums[R * M];
-        dot<Isa, R, M>(segment.bits, Dot<X, Sum>{rows, segment.end, chunks_of(segment), v.values.data() + v.start[s],
-                                                  v.stride, sums});
+        const X* vectors = v.values.data() + v.start[s];
+        dot<Isa, R, M>(segment.bits, Dot<X, Sum>{rows, segment.end, R * segment.row_bytes, chunks_of(segment),
+                                                  vectors, v.stride, sums});
         for (int r = 0; r <= last - o; ++r) {
           float a, b;
           segment.terms(o + r, a, b);

@@ -177,7 +177,9 @@ def keep_first_blocks(model: PreTrainedModel, n_blocks: int) -> None:
 
 def max_seq_len(config: PretrainedConfig) -> int | None:
     """Return the longest sequence that a model takes, in tokens; None where its config sets no limit."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    # LLaDA has the second name.
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "max_sequence_length", None)
     return None if longest is None else int(longest)
 
 

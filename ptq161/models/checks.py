@@ -14,11 +14,16 @@ from torch.nn.utils import parametrize
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq161.errors import UserError
-from ptq161.models.architectures import architecture_of, blocks_path, quant_method, quantized_linears
+from ptq161.models.architectures import architecture_of, blocks_path, diffusion_of, quant_method, quantized_linears
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """Attributes of a module that hold the functions that hang on it."""
 
+_CAUSAL = {
+    "eval.tasks": "scores continuations by a causal likelihood: set eval.tasks=[]",
+    "preprocess": "trains on the next token: set preprocess=none",
+    "finetune": "distils on text without masks: set finetune=none",
+}
 _WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -156,6 +161,24 @@ def check_not_quantized(config: PretrainedConfig) -> None:
     method = quant_method(config.to_dict())
     if method:
         raise UserError(f"the model is already quantized (by {method}); use the full-precision model.")
+
+
+def check_causal(config: PretrainedConfig, stage: str) -> None:
+    """Check that a model predicts the next token, which a masked-diffusion model does not.
+
+    Args:
+        config: the model's.
+        stage: what needs it: ``eval.tasks``, ``preprocess`` or ``finetune``.
+
+    Raises:
+        UserError: it is a masked-diffusion model.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> check_causal(LlamaConfig(), "preprocess")
+    """
+    if diffusion_of(config) is not None:
+        raise UserError(f"a {config.model_type} is a masked-diffusion model, but {stage} {_CAUSAL[stage]}.")
 
 
 def as_tokens(model: PreTrainedModel, tokens: object, kind: str, shape: str) -> Tensor:

@@ -23,7 +23,7 @@ from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import Method, OnMetric, ignore_metric
 from ptq161.models.architectures import max_seq_len
-from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
+from ptq161.models.checks import as_tokens, check_causal, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.restoration import Restoration, check_restorable
@@ -77,6 +77,7 @@ def restore(
         UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
     check_quantizable(model)
+    check_causal(model.config, "preprocess")
     target_names(model, restoration)
     check_ranks(model, restoration)
     check_restorable(method)

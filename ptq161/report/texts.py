@@ -63,7 +63,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
             listed = ["text_file"]  # which adapters are trained on in the place of the corpora
         masked = " under masks" if config.get(f"{group}.masking", "none") != "none" else ""
         for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
-            names.add((f"text_file {file}" if name == "text_file" else str(name)) + masked)
+            named = f"text_file {file}" if name == "text_file" else str(name)
+            names.add(named if named == UNKNOWN else named + masked)
     return ", ".join(sorted(names)) or NO_TEXT
 
 

@@ -19,7 +19,6 @@ from ptq161.cache.results import CHECKPOINT, MERGED
 from ptq161.data.calibration import calibration_tokens
 from ptq161.data.masking import check_mask_token
 from ptq161.driver.quantization import quantize
-from ptq161.errors import UserError
 from ptq161.evaluation.checks import check_tokens, vocabulary_of
 from ptq161.evaluation.denoising import denoised_sample
 from ptq161.evaluation.protocol import OpenEvaluation, Scores, evaluate, open_evaluation
@@ -29,7 +28,7 @@ from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key, decoder_blocks, diffusion_of, max_seq_len
-from ptq161.models.checks import check_quantizable, check_seq_len
+from ptq161.models.checks import check_causal, check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.checkpoint import WEIGHTS_FILE, load, save, stored_nominal_bits
@@ -131,8 +130,7 @@ def calibrate(session: Session, texts: Texts) -> Tensor:
 
 def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: PretrainedConfig) -> Texts:
     longest = max_seq_len(hf_config)
-    if diffusion_of(hf_config) is not None:
-        _check_diffusion(session)
+    _check_kind(session, hf_config)
     config, vocabulary = session.config.eval, vocabulary_of(hf_config)
     if not config.corpora and not config.tasks:
         log.warning("eval.corpora and eval.tasks are empty: the run scores nothing but records sizes and a text sample")
@@ -142,17 +140,18 @@ def _texts(session: Session, tokenizer: PreTrainedTokenizerBase, hf_config: Pret
     return Texts(tokenizer, longest, vocabulary, evaluation, training, distillation)
 
 
-def _check_diffusion(session: Session) -> None:
-    """Check that a run needs nothing of a masked-diffusion model that only a causal one can do."""
+def _check_kind(session: Session, hf_config: PretrainedConfig) -> None:
+    """Check that a run asks nothing of a masked-diffusion model that only a causal one can do."""
     config = session.config
-    for setting, is_set, needs in (
-        ("eval.tasks", config.eval.tasks, "scores continuations by a causal likelihood: set eval.tasks=[]"),
-        ("preprocess", config.preprocess, "trains on the next token: set preprocess=none"),
-        ("finetune", config.finetune, "distils on text without masks: set finetune=none"),
+    for stage, asked in (
+        ("eval.tasks", config.eval.tasks),
+        ("preprocess", config.preprocess),
+        ("finetune", config.finetune),
     ):
-        if is_set:
-            raise UserError(f"{config.model.name} is a masked-diffusion model, but {setting} {needs}.")
-    log.info("%s is a masked-diffusion model: its denoising loss is measured, not perplexity", config.model.name)
+        if asked:
+            check_causal(hf_config, stage)
+    if diffusion_of(hf_config) is not None:
+        log.info("%s is a masked-diffusion model: its denoising loss is measured, not perplexity", config.model.name)
 
 
 def _training(

@@ -20,12 +20,14 @@ from ptq161.errors import UserError
 from ptq161.evaluation import denoised_sample, denoising_loss, evaluate, open_evaluation, perplexity
 from ptq161.evaluation.denoising import MASK_SHARES
 from ptq161.evaluation.settings import EvalConfig
+from ptq161.finetune.checks import check_pair
 from ptq161.methods.layerwise import InputStatistics
-from ptq161.models.architectures import ARCHITECTURES, Diffusion, diffusion_of
+from ptq161.models.architectures import ARCHITECTURES, Diffusion, diffusion_of, max_seq_len
 from tests.diffusion_models import (
     MASK,
     ROWS,
     SEQ_LEN,
+    LladaConfig,
     TinyDiffusion,
     progressions,
     tiny_diffusion,
@@ -186,6 +188,21 @@ def test_each_measure_refuses_the_other_kind_of_model(tiny_model: Callable[..., 
         perplexity(tiny_diffusion(), text, 16)
     with pytest.raises(UserError, match=r"LlamaForCausalLM is a causal language model.*use perplexity\.$"):
         denoising_loss(tiny_model("llama"), text, 16)
+
+
+def test_what_trains_on_the_next_token_is_refused() -> None:
+    clean, _ = masked_calibration(4)
+    with pytest.raises(UserError, match=r"a tiny_diffusion is a masked-diffusion model, but preprocess trains"):
+        ptq161.preprocess.restore(
+            tiny_diffusion(), clean, clean, ptq161.RTN(bits=2), ptq161.preprocess.Restoration(seq_len=SEQ_LEN)
+        )
+    packed = ptq161.quantize(tiny_diffusion(), clean, ptq161.RTN(bits=2))
+    with pytest.raises(UserError, match=r"a tiny_diffusion is a masked-diffusion model, but finetune distils"):
+        check_pair(packed, tiny_diffusion())
+
+
+def test_the_longest_sequence_by_its_name_in_llada() -> None:
+    assert max_seq_len(LladaConfig(max_sequence_length=16)) == 16 and max_seq_len(LladaConfig()) is None
 
 
 def test_a_loss_that_is_not_finite() -> None:

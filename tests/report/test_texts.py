@@ -137,7 +137,7 @@ def test_each_text_has_a_front_of_its_own(mixed: list[Path]) -> None:
 
 
 def test_masked_and_plain_calibration_are_never_ranked_together(write_run: WriteRun) -> None:
-    masked = {"calib": {"masking": "linear", "mask_token": 5}}
+    masked = {"calib": {"name": "squad", "masking": "linear", "mask_token": 5}}
     under = [write_run("a", ppl=90.0, **masked), write_run("b", "billm", 95.0, **masked)]
     found = results([*under, write_run("c", "gptq", 80.0), write_run("d", "billm", 85.0)])
     best = best_cells(result_table(found), found)
