@@ -27,6 +27,7 @@ from ptq161.files.hashing import sha256_of_tensors
 from ptq161.methods.base import OnMetric, ignore_metric
 from ptq161.models.architectures import diffusion_of
 
+_DENOISING = ("denoising_loss", "denoising loss", denoising_loss)
 # The logits of a batch have tokens x vocabulary elements: 4096 x 49152 in bfloat16 are 400 MB.
 _PERPLEXITY_TOKENS_PER_BATCH = 4096
 
@@ -159,8 +160,9 @@ def _corpus_unit(model: PreTrainedModel, corpus: Corpus, config: EvalConfig, lab
         "max_windows": _least(config.max_windows, corpus.max_windows),
         "batch_size": max(1, min(config.batch_size, _PERPLEXITY_TOKENS_PER_BATCH // config.seq_len)),
     }
-    metric, measure = ("ppl", perplexity) if diffusion_of(model.config) is None else ("denoising_loss", denoising_loss)
-    progress = label and f"{label}: {metric} on {corpus.name}"
+    is_causal = diffusion_of(model.config) is None
+    metric, title, measure = ("ppl", "perplexity", perplexity) if is_causal else _DENOISING
+    progress = label and f"{label}: {title} on {corpus.name}"
     name = f"{metric}/{corpus.name}@{config.seq_len}"
 
     def compute() -> dict[str, Any]:

@@ -104,17 +104,15 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def diffusion_of(config: PretrainedConfig) -> Diffusion | None:
-    """Return how a masked-diffusion model is called, with the mask token of its config; None for a causal model.
-
-    Raises:
-        UserError: the architecture is not supported.
+    """Return how a masked-diffusion model is called, with the mask token of its config; None for any other model.
 
     Example:
         >>> from transformers import LlamaConfig
         >>> diffusion_of(LlamaConfig()) is None
         True
     """
-    diffusion = architecture_from_config(config).diffusion
+    architecture = ARCHITECTURES.get(config.model_type)
+    diffusion = None if architecture is None else architecture.diffusion
     own = getattr(config, "mask_token_id", None)
     return diffusion if diffusion is None or own is None else dataclasses.replace(diffusion, mask_token=int(own))
 
@@ -196,7 +194,7 @@ def architecture_from_config(config: PretrainedConfig) -> Architecture:
     Raises:
         UserError: the architecture is not supported.
     """
-    supported = sorted({*ARCHITECTURES, *LANGUAGE_MODELS})
+    supported = sorted({*ARCHITECTURES, *LANGUAGE_MODELS}, key=str.lower)
     language_model = config.get_text_config() if config.model_type in LANGUAGE_MODELS else config
     row = ARCHITECTURES.get(language_model.model_type)
     if row is None:

@@ -50,7 +50,7 @@ class PackedLinear(nn.Module):
         self.out_features = packed.out_features
         self.in_features = packed.in_features
         self.int8 = False
-        self._template = packed
+        self._template, self._stored = packed, packed.state_dict()
         for name, tensor in packed.state_dict().items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -59,11 +59,10 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The packed weight over this module's buffers."""
-        template = self._template
         buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        if any(getattr(template, name) is not tensor for name, tensor in buffers.items()):
-            template = self._template = template.with_tensors(buffers)
-        return template
+        if any(self._stored.get(name) is not tensor for name, tensor in buffers.items()):
+            self._template, self._stored = self._template.with_tensors(buffers), buffers
+        return self._template
 
     @property
     def qweight(self) -> Tensor:

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import LlamaConfig
 
 from ptq161.errors import UserError
 from ptq161.evaluation import (
@@ -174,7 +176,8 @@ def test_what_is_remembered_depends_on_texts_and_settings(tiny_tokenizer, text_f
             found.append(json.dumps(measured, sort_keys=True))
             return {"metrics": {}, "protocol": {}}
 
-        evaluate(None, tiny_tokenizer, opened, remember=remember)
+        model = SimpleNamespace(config=LlamaConfig())  # nothing of it is run
+        evaluate(model, tiny_tokenizer, opened, remember=remember)
         return found
 
     text, task = keys()

@@ -98,7 +98,9 @@ def test_groups_share_their_input_and_come_in_its_order(architecture: str, tiny_
 def test_unsupported_architectures() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=1))
     for question in (architecture_of, decoder_blocks, check_quantizable):
-        with pytest.raises(UserError, match=r"models of type 'gpt2' are not supported; supported are gemma2") as caught:
+        with pytest.raises(
+            UserError, match=r"models of type 'gpt2' are not supported; supported are Dream, gemma2"
+        ) as caught:
             question(model)
         assert one_sentence(caught)
 
