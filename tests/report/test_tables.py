@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_csv_has_everything_unrounded(write_run: WriteRun) -> None:
     assert (row["ppl/boolq@512 standard_error"], row["zero_shot/piqa/acc_norm"]) == ("2.5", "0.54")
     assert (row["bits_per_weight"], row["checkpoint_bytes"], row["seconds quantize"]) == ("1.7", "1000", "20.5")
     assert (row["mask_ratio"], row["commit"], row["run_dir"]) == ("0.2", "01234567", str(run_dir))
+
+
+def test_csv_names_the_bits_of_activations_where_a_run_rounds_them(write_run: WriteRun) -> None:
+    plain, rounding = write_run("a"), write_run("b", "qdrop")
+    assert "activation_bits" not in next(csv.DictReader(io.StringIO(csv_table(results(plain)))))
+    file = rounding / "results.json"
+    stored = json.loads(file.read_text())
+    stored["metrics"]["activation_bits"] = 8
+    file.write_text(json.dumps(stored))
+    rows = {
+        row["method"]: row["activation_bits"]
+        for row in csv.DictReader(io.StringIO(csv_table(results(plain, rounding))))
+    }
+    assert rows == {"none": "", "ptq161": "", "qdrop": "8.0"}
 
 
 def test_several_seeds_are_a_row_with_an_interval(write_run: WriteRun) -> None:

@@ -20,6 +20,7 @@ from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
 from ptq161.packed.trainable import ScaledLinear, scale_tensors
 from ptq161.packed.uniform import UniformWeight
+from ptq161.run.stages import _packed_size
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -119,7 +120,8 @@ def test_activations_are_stored_and_applied(
     assert measure(model).linear_bytes == measure(plain).linear_bytes
     assert measure(model).other_bytes == measure(plain).other_bytes + 5 * len(linears)
     # As stored, so loaded.
-    ptq161.save(model, tiny_tokenizer, tmp_path / "packed")
+    file = ptq161.save(model, tiny_tokenizer, tmp_path / "packed")
+    assert _packed_size(model, file)["activation_bits"] == bits and "activation_bits" not in _packed_size(plain, file)
     with torch.no_grad():
         logits = model(TOKENS).logits
         loaded = ptq161.load(tmp_path / "packed")[0], AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
