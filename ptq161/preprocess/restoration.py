@@ -59,6 +59,7 @@ class Restoration:
         format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
         spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
         refresh_every: ``metis``: steps between two estimates of the subspace of these.
+        spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.
         spectral_schedule: ``metis``: ``none``; ``ysche``, the released code's change of a gradient's singular values;
             ``amplified``, what it is meant to be (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
         regulariser: strength of the dual-range regulariser of the trained weights, added to the loss; 0 for none. With
@@ -107,6 +108,7 @@ class Restoration:
     format: str = "nvfp4"
     spectral_rank: int = 0
     refresh_every: int = 8
+    spectral_factors: str = "format"
     spectral_schedule: str = "none"
     regulariser: float = 0.0
     regulariser_alpha1: float = 1.0

@@ -40,6 +40,7 @@ from ptq161.training.targets import ROLES
         ({"format": "fp4"}, "preprocess.format=fp4: use one of nvfp4, mxfp4, fp8."),
         ({"spectral_rank": -1}, "preprocess.spectral_rank=-1: use at least 0."),
         ({"refresh_every": 0}, "preprocess.refresh_every=0: use at least 1."),
+        ({"spectral_factors": "half"}, "preprocess.spectral_factors=half: use one of format, float."),
         (
             {"spectral_schedule": "linear", "spectral_rank": 2},
             "preprocess.spectral_schedule=linear: use one of none, ysche, amplified.",

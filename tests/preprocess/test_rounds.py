@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,29 @@ def test_integers_restore_about_as_well_as_floats(
         assert len(emitted["preprocess_trained_bytes"]) == len(emitted["preprocess_base_bytes"]) == 1
     assert losses["8 bits"] == pytest.approx(losses["float"], rel=0.03)
     assert losses["float"] < losses["5 bits"] < 1.3 * losses["float"], losses
+
+
+def test_floats_of_few_bits_restore_less_than_float_and_more_with_the_spectral_split(
+    pretrained: Callable[[], PreTrainedModel], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """FP8 within a few percent of float; FP4 with singular vectors in float between float and FP4 without a split."""
+    model, calibration = pretrained(), text_tokens(tiny_tokenizer, 500, 8)
+    training = text_tokens(tiny_tokenizer, 100, 160)
+    losses = {}
+    for name, changes in {
+        "float": {},
+        "fp8": {"arithmetic": "metis", "format": "fp8"},
+        "direct": {"arithmetic": "metis"},
+        "spectral": {"arithmetic": "metis", "spectral_rank": 6, "spectral_factors": "float"},
+    }.items():
+        emitted: dict[str, list[float]] = {}
+        restoration = short(update="full", lr=1e-3, steps=40, batch_size=4, seq_len=64, **changes)
+        restore(model, training, calibration, COARSE, restoration, on_metric=appending(emitted))
+        curve = emitted["preprocess_loss"]
+        losses[name] = sum(curve[-5:]) / 5
+        assert losses[name] < 0.5 * sum(curve[:3]) / 3, name
+    assert losses["fp8"] == pytest.approx(losses["float"], rel=0.05)
+    assert 1.02 * losses["float"] < losses["spectral"] < 0.95 * losses["direct"], losses
 
 
 def appending(emitted: dict[str, list[float]]) -> Callable[..., None]:
@@ -209,6 +233,22 @@ def test_a_killed_training_in_an_arithmetic_ends_in_the_same_bytes(tiny_model: T
     torch.manual_seed(99)
     assert same(restored(model, restoration, folder=tmp_path), expected)
     assert not same(restored(model, short(steps=5, arithmetic="gse", bits=6)), expected)
+
+
+def test_a_killed_training_in_a_spectral_arithmetic_ends_in_the_same_bytes(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Its subspace is older than the checkpoint that it goes on from."""
+    model = tiny_model("llama")
+    settings = {"update": "full", "arithmetic": "metis", "spectral_rank": 3, "stochastic_rounding": True}
+    restoration = short(steps=5, refresh_every=3, **settings)
+    expected = restored(model, restoration)
+    with pytest.raises(KilledError):
+        restored(model, restoration, folder=tmp_path, on_metric=killing(3))
+    torch.manual_seed(99)
+    assert same(restored(model, restoration, folder=tmp_path), expected)
+    assert not same(restored(model, short(steps=5, refresh_every=1, **settings)), expected)
+    assert same(restored(model, dataclasses.replace(restoration, gradient_checkpointing=True)), expected)
 
 
 def recording(emitted: list[Any]) -> Callable[..., None]:

@@ -52,6 +52,19 @@ def test_an_epoch_takes_each_sequence_once() -> None:
     assert not torch.equal(order, _sequence_order(6, short(steps=5, batch_size=2), 1, 0))
 
 
+def test_a_regulariser_moves_what_it_weighs(tiny_model: TinyModel) -> None:
+    """It adds to the loss; that of large numbers makes weights smaller."""
+    settings = {"update": "full", "lr": 1e-3, "steps": 8, "regulariser_alpha2": 0.0}
+    losses: dict[str, dict[str, list[float]]] = {"without": {}, "with": {}}
+    without = trained(tiny_model("llama"), short(**settings), losses["without"])
+    found = trained(tiny_model("llama"), short(regulariser=100.0, **settings), losses["with"])
+    added = losses["with"]["preprocess_loss"][0] - losses["without"]["preprocess_loss"][0]
+    packed = ptq161.quantize(tiny_model("llama"), TOKENS, RTN(bits=3))
+    start = trained_parameters(make_student(packed, short(update="full"), CPU))
+    assert added == pytest.approx(sum(100 * float(p.detach().square().mean()) for p in start.values()), rel=1e-3)
+    assert all(found[name].norm() < without[name].norm() for name in found)
+
+
 def test_the_rate_rises_and_falls_along_a_cosine(tiny_model: TinyModel) -> None:
     emitted: dict[str, list[float]] = {}
     trained(tiny_model("llama"), short(steps=10, lr=1e-3, warmup_share=0.2), emitted)

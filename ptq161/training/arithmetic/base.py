@@ -82,6 +82,10 @@ class ArithmeticSettings(Protocol):
         """Steps between two estimates of the subspace of these."""
 
     @property
+    def spectral_factors(self) -> str:
+        """Whether their singular vectors are rounded, too: ``format`` or ``float``."""
+
+    @property
     def spectral_schedule(self) -> str:
         """What becomes of a gradient's singular values: ``none``, ``ysche`` or ``amplified``."""
 

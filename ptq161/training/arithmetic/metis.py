@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ptq161.errors import UserError
 from ptq161.training.arithmetic.base import Arithmetic, ArithmeticSettings, StatefulQuantizer
 from ptq161.training.arithmetic.blockfloat import quantize
 from ptq161.training.arithmetic.spectral import (
+    FACTORS,
     SCHEDULES,
     Rounding,
     Uniforms,
@@ -42,6 +44,7 @@ class SpectralQuantizer(StatefulQuantizer):
         rounding: of the format.
         every: backward passes between two estimates of the subspace.
         stochastic: round at random, with torch's global generator.
+        factors: one of ``FACTORS``.
         schedule: one of ``SCHEDULES``.
     """
 
@@ -56,10 +59,12 @@ class SpectralQuantizer(StatefulQuantizer):
         every: int,
         *,
         stochastic: bool,
+        factors: str = "format",
         schedule: str = "none",
     ) -> None:
         super().__init__()
-        self.rounding, self.every, self.stochastic, self.schedule = rounding, every, stochastic, schedule
+        self.rounding, self.every, self.stochastic = rounding, every, stochastic
+        self.factors, self.schedule = factors, schedule
         # The part in a subspace of zeros is zero, and all of the matrix is the residual.
         self.register_buffer("basis", torch.zeros(columns, rank))
         self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
@@ -76,8 +81,14 @@ class SpectralQuantizer(StatefulQuantizer):
         uniforms = Uniforms()
         if self.stochastic:
             uniforms = Uniforms(draw(rank, rows), draw(self.basis.T.shape), draw(matrix.shape))
-        spectrum = project(matrix, self.basis)
-        return quantize_spectral(matrix, spectrum, self.rounding, uniforms, schedule=self.schedule)
+        return quantize_spectral(
+            matrix,
+            project(matrix, self.basis),
+            self.rounding,
+            uniforms,
+            factors=self.factors,
+            schedule=self.schedule,
+        )
 
 
 class GradientQuantizer(SpectralQuantizer):
@@ -110,11 +121,9 @@ def arithmetic(settings: ArithmeticSettings, weight: Tensor) -> Arithmetic:
     rounding = partial(_rounding, format=format)
     every = settings.refresh_every * settings.accumulation
     outputs, inputs = weight.shape
-    of_input = SpectralQuantizer(inputs, rank, rounding, every, stochastic=stochastic)
-    of_weight = SpectralQuantizer(inputs, rank, rounding, every, stochastic=stochastic)
-    of_gradient = GradientQuantizer(
-        outputs, rank, rounding, every, stochastic=stochastic, schedule=settings.spectral_schedule
-    )
+    options: dict[str, Any] = {"stochastic": stochastic, "factors": settings.spectral_factors}
+    of_input, of_weight = (SpectralQuantizer(inputs, rank, rounding, every, **options) for _ in range(2))
+    of_gradient = GradientQuantizer(outputs, rank, rounding, every, schedule=settings.spectral_schedule, **options)
     of_gradient.others = (of_input, of_weight)
     return Arithmetic(of_input, of_weight, of_gradient, quantizes_once=True)
 
@@ -130,6 +139,7 @@ def check_metis(group: str, settings: ArithmeticSettings) -> None:
         UserError: a value is out of range.
     """
     check_choice(f"{group}.format", settings.format, FORMATS)
+    check_choice(f"{group}.spectral_factors", settings.spectral_factors, FACTORS)
     check_choice(f"{group}.spectral_schedule", settings.spectral_schedule, SCHEDULES)
     check_at_least(f"{group}.spectral_rank", settings.spectral_rank, 0)
     check_at_least(f"{group}.refresh_every", settings.refresh_every, 1)

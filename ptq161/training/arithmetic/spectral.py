@@ -19,6 +19,9 @@ from ptq161.errors import UserError
 Rounding = Callable[[Tensor, Tensor | None], Tensor]
 """``rounding(x, uniform)`` returns what a format holds of ``x``; ``uniform`` is of its shape, or None for nearest."""
 
+FACTORS = ("format", "float")
+"""What becomes of U and V: rounded to the format, as released, or left as they are."""
+
 SCHEDULES = ("none", "ysche", "amplified")
 """Changes of a gradient's singular values; see :func:`quantize_spectral`."""
 
@@ -218,6 +221,7 @@ def quantize_spectral(
     rounding: Rounding,
     uniforms: Uniforms = NEAREST,
     *,
+    factors: str = "format",
     schedule: str = "none",
 ) -> Tensor:
     """Return ``M' = Q(U) S Q(V)^T + Q(R)`` with ``R = M - U S V^T`` (``svd_quant`` of typename-yyf/Metis-quantization).
@@ -227,18 +231,23 @@ def quantize_spectral(
     low-rank part before it doubles the rest, so that these singular values come out at 0.5 of their size in place of
     1.5; ``amplified`` subtracts the plain one.
 
+    Rounding both factors loses more along the large singular values than rounding the matrix does: sqrt(2) times a
+    rounding's relative error, of the largest part of the matrix. ``factors="float"``, which is this project's own,
+    rounds the residual alone.
+
     Args:
         matrix: ``[m, n]``.
         spectrum: of the matrix; any low-rank part will do.
         rounding: of the format.
         uniforms: random numbers for each part.
+        factors: one of ``FACTORS``.
         schedule: one of ``SCHEDULES``.
 
     Returns:
         ``[m, n]``.
 
     Raises:
-        UserError: the schedule is unknown.
+        UserError: a choice is unknown.
 
     Example:
         >>> matrix = torch.tensor([[40.0, 0.0], [0.0, 1.0]])
@@ -246,6 +255,7 @@ def quantize_spectral(
         tensor([[40.,  0.],
                 [ 0.,  1.]])
     """
+    check_choice("factors", factors, FACTORS)
     check_choice("schedule", schedule, SCHEDULES)
     values = spectrum.values
     if schedule != "none":
@@ -253,8 +263,9 @@ def quantize_spectral(
         values = torch.where(enlarged, values * _SINGULAR_FACTOR, values)
     subtracted = spectrum._replace(values=values) if schedule == "ysche" else spectrum
     residual = rounding(matrix - subtracted.matrix(), uniforms.residual)
-    left = rounding(spectrum.left.T, uniforms.left).T
-    right = rounding(spectrum.right.T, uniforms.right).T
+    left, right = spectrum.left, spectrum.right
+    if factors == "format":
+        left, right = rounding(left.T, uniforms.left).T, rounding(right.T, uniforms.right).T
     rest = residual if schedule == "none" else residual * _RESIDUAL_FACTOR
     return Spectrum(left, values, right).matrix() + rest
 

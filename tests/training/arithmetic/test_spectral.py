@@ -136,6 +136,18 @@ def test_the_small_singular_values_lose_what_they_lose_without_the_large_ones(fo
 
 
 @pytest.mark.parametrize("format", ["nvfp4e2m1b", "mxfp4e2m1b", "fp4e2m1", "fp8e4m3"])
+def test_factors_in_float_lose_what_the_residual_does(format: str) -> None:
+    """So the product is nearer than direct rounding, which one with rounded factors is not in every format."""
+    matrix, fp = with_large_singular_values(), rounding(format, as_released=False)
+    spectrum = truncated_svd(matrix, 3)
+    found = quantize_spectral(matrix, spectrum, fp, factors="float")
+    rest = matrix - spectrum.matrix()
+    torch.testing.assert_close(found - matrix, fp(rest, None) - rest, rtol=1e-3, atol=1e-3)
+    direct, spectral = errors(matrix, format)
+    assert (found - matrix).norm() < 0.6 * min(direct.norm(), spectral.norm())
+
+
+@pytest.mark.parametrize("format", ["nvfp4e2m1b", "mxfp4e2m1b", "fp4e2m1", "fp8e4m3"])
 def test_a_flat_matrix_loses_the_same_by_the_product(format: str) -> None:
     direct, spectral = errors(flat(), format)
     assert float(spectral.norm()) == pytest.approx(float(direct.norm()), rel=0.1)
@@ -193,5 +205,7 @@ def test_ranks_out_of_range(rank: int) -> None:
 def test_arguments_out_of_range() -> None:
     with pytest.raises(UserError, match="iterations=-1: use at least 0"):
         subspace_iteration(torch.ones(4, 6), torch.ones(6, 2), -1)
+    with pytest.raises(UserError, match="factors=half: use one of format, float"):
+        quantize_spectral(torch.eye(4), truncated_svd(torch.eye(4), 1), identity, factors="half")
     with pytest.raises(UserError, match="schedule=linear: use one of none, ysche, amplified"):
         quantize_spectral(torch.eye(4), truncated_svd(torch.eye(4), 1), identity, schedule="linear")
