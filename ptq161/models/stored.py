@@ -82,9 +82,11 @@ class StoredModel:
         self._sources = self._route()
         self._check_layout()
         lazy = _weights_of_linears(model)
-        missing = self._load(set(self._sources) - lazy)
+        rest = set(self._sources) - lazy
+        self._load(rest)
+        check_finite((name, weight) for name, weight in model.named_parameters() if name in rest)
+        missing = self._load(rest)  # mapped anew: the pages that were read for the check are given back
         model.tie_weights(missing_keys=missing - lazy, recompute_mapping=False)
-        check_finite((name, weight) for name, weight in model.named_parameters() if name not in lazy)
         # As they are stored, for reading; as the driver sees them while they are not in memory.
         self._fused = [_sharing_copy(block) for block in decoder_blocks(model)]
         split_experts(model)
