@@ -60,8 +60,9 @@ class Tuning:
     format: ClassVar[str] = "nvfp4"
     spectral_rank: ClassVar[int] = 0
     refresh_every: ClassVar[int] = 8
+    spectral_factors: ClassVar[str] = "format"
     spectral_schedule: ClassVar[str] = "none"
-    """These four belong to an arithmetic that adapters do not have."""
+    """These five belong to an arithmetic that adapters do not have."""
 
     rank: int = 64
     alpha: float = 16.0
