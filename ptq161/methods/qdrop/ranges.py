@@ -58,9 +58,11 @@ def search_range(x: Tensor, bits: int, per_channel: bool = True) -> tuple[Tensor
         raise UserError("there are no values to find a range for.")
     if not bool(torch.isfinite(rows).all()):
         raise UserError("a value is NaN or infinite; check the model's weights.")
-    low, high = rows.amin(), rows.amax()
-    search = _search_sizes if low >= 0 or high <= 0 else _search_all
-    found = [search(part, bits, bool(low >= 0)) for part in rows.split(_rows_at_a_time(rows, bits))]
+    low, high = float(rows.amin()), float(rows.amax())
+    found = [
+        _search_all(part, bits) if low < 0 < high else _search_sizes(part, bits, is_positive=low >= 0)
+        for part in rows.split(_rows_at_a_time(rows, bits))
+    ]
     scales, zero_points = zip(*found, strict=True)
     return torch.cat(scales), torch.cat(zero_points).to(torch.int32)
 
@@ -70,7 +72,7 @@ def _rows_at_a_time(rows: Tensor, bits: int) -> int:
     return max(1, min(_CHUNK // rows.shape[1], _BOUNDS // candidates))
 
 
-def _search_sizes(rows: Tensor, bits: int, is_positive: bool) -> tuple[Tensor, Tensor]:
+def _search_sizes(rows: Tensor, bits: int, *, is_positive: bool) -> tuple[Tensor, Tensor]:
     """Search the ranges of values of one sign: from zero."""
     size = rows.abs().amax(1)
     best = torch.full_like(size, torch.inf)
@@ -86,7 +88,7 @@ def _search_sizes(rows: Tensor, bits: int, is_positive: bool) -> tuple[Tensor, T
     return scale, zero_point
 
 
-def _search_all(rows: Tensor, bits: int, _: bool) -> tuple[Tensor, Tensor]:
+def _search_all(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Search sizes and zero points, in the order of their bounds, until no bound is below the least error."""
     size = rows.amax(1).clamp(min=0) - rows.amin(1).clamp(max=0)
     bounds, order = _lower_bounds(rows, size, bits).sort(dim=1, stable=True)
