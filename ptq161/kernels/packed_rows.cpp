@@ -1,6 +1,7 @@
-// Products of a few rows with the packed weights of three formats, and their dense forms, told in packed_rows.h; the
-// formats' tensors are described in ptq161/packed.
+// Products of a few rows with the packed weights of three formats, and their dense forms, told in packed_weight.h,
+// packed_rows.h and packed_dense.h; the formats' tensors are described in ptq161/packed.
 
+#include "packed_dense.h"
 #include "packed_rows.h"
 
 namespace {

@@ -42,7 +42,7 @@ class Operands(NamedTuple):
 
 def usable(dtype: torch.dtype, tensor: Tensor) -> bool:
     """Whether the operators serve a dtype and the device of a tensor, and are compiled."""
-    return dtype in DTYPES and native.usable("packed_rows", tensor) and _fakes()
+    return dtype in DTYPES and tensor.device.type == "cpu" and _loaded()
 
 
 def product(operands: Operands, x: Tensor, bias: Tensor | None, *, int8: bool = False, level: int = HIGHEST) -> Tensor:
@@ -78,9 +78,17 @@ def dense(operands: Operands, dtype: torch.dtype) -> Tensor:
     return weight
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it without annotations
+def _loaded() -> bool:
+    """Whether there are operators, which torch's compiler is not to trace."""
+    return _load()
+
+
 @functools.cache
-def _fakes() -> bool:
-    """Tell torch the shapes of results, for tracing; once, with the operators loaded."""
+def _load() -> bool:
+    """Load the operators, once, and tell torch the shapes of their results, for tracing; False if there are none."""
+    if not native.load("packed_rows"):
+        return False
 
     def register(name: str, rows: Any, in_features: Any) -> None:
         def of_product(x: Tensor, *operands: Any) -> Tensor:

@@ -85,9 +85,10 @@ class PackedLinear(nn.Module):
             return self._int8_product(x, bias)
         if self._dense is not None:
             return F.linear(x, self._dense.to(x.dtype), bias)
-        if x.device.type != "cpu" or self._needs_gradient(x):
-            return F.linear(x, self.dequantize().to(x.dtype), bias)
         packed = self.packed
+        if x.device.type != "cpu" or self._needs_gradient(x):
+            learned = any(tensor is not None and tensor.requires_grad for tensor in self._buffers.values())
+            return F.linear(x, packed.dequantize().to(x.dtype) if learned else packed.dense(x.dtype), bias)
         if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
             y = packed.rows_product(x, bias)
             if y is not None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq161.kernels import native, packed_rows
+from ptq161.kernels import packed_rows
 from ptq161.packed.linear import PackedLinear, int8_product
 from ptq161.packed.weight import PackedWeight
 from tests.kernels.packed_weights import MAKERS, SHAPES, structured_binary, uniform
@@ -145,6 +145,12 @@ def test_torch_can_trace_the_operators(kind: str) -> None:
     torch.library.opcheck(dense.default, (*operands.tensors, *settings, True))
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_torch_can_compile_a_layer(rows: int) -> None:
+    layer, x = PackedLinear(structured_binary(64, 97), torch.randn(64)), torch.randn(rows, 97)
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
 @pytest.mark.parametrize("kind", ["structured_binary", "uniform 3 bits", "allotted"])
 def test_without_a_compiler_torch_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -152,23 +158,25 @@ def test_without_a_compiler_torch_gives_the_same(kind: str, monkeypatch: pytest.
     exact = layer(x)
     layer.int8 = True
     rounded = layer(x)
-    monkeypatch.setattr(native, "usable", lambda *_: False)
+    monkeypatch.setattr(packed_rows, "usable", lambda *_: False)
     torch.testing.assert_close(layer(x), rounded, rtol=1e-4, atol=1e-3)
     layer.int8 = False
     torch.testing.assert_close(layer(x), exact, rtol=1e-4, atol=1e-3)
 
 
 PROGRAM = """
+import os
 import torch
 from ptq161.kernels import native, packed_rows
 from tests.kernels.packed_weights import MAKERS, SHAPES
 
+del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
 native._OPTIONS = (*native._OPTIONS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
 assert native.load("packed_rows")
 for kind, make in MAKERS.items():
-    for shape in SHAPES:
+    for shape in SHAPES[1::2]:
         packed, bias = make(*shape), torch.randn(shape[0])
-        for rows in (1, 2, 7):
+        for rows in (1, 6):
             for level in range(packed_rows.HIGHEST + 1):
                 for int8 in (False, True):
                     x = torch.randn(rows, shape[1])

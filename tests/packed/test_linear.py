@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ptq161
-from ptq161.kernels import native
+from ptq161.kernels import packed_rows
 from ptq161.methods.ptq161 import PTQ161, initial_scales, pack_weight, salient_mask
 from ptq161.packed.bits import pack_plane
 from ptq161.packed.linear import FEW_ROWS, PackedLinear, dense_cache
@@ -78,7 +78,7 @@ def test_each_forward_dequantizes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     dequantize = StructuredBinaryWeight.dequantize
     monkeypatch.setattr(StructuredBinaryWeight, "dequantize", lambda self: calls.append(0) or dequantize(self))
-    monkeypatch.setattr(native, "usable", lambda *_: False)
+    monkeypatch.setattr(packed_rows, "usable", lambda *_: False)
     x = torch.randn(FEW_ROWS + 1, IN)
     linear(x), linear(x)
     assert len(calls) == 2

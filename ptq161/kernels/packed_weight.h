@@ -1,0 +1,92 @@
+// A packed weight as a list of segments, each a set of columns with codes of as many bits:
+//     W[o, j] = (scale[o] * code[o, j] + shift[o]) * factor[j]
+
+#pragma once
+
+#include "bfloat16.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+namespace packed_rows {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrainWeights = 1 << 17;  // that a thread is woken for
+
+// Floats of a stored tensor, in float32 or float16: the value of row o is the one at o * stride.
+struct Stored {
+  const void* data = nullptr;
+  bool half = false;
+  int64_t stride = 1;
+
+  float operator[](int64_t o) const {
+    if (!half) return static_cast<const float*>(data)[o * stride];
+    const uint32_t bits = static_cast<const uint16_t*>(data)[o * stride];
+    // Exponents of float16 are moved to those of float32 by a product, which is exact for small ones, too.
+    const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
+    return bits & 0x8000u ? -magnitude : magnitude;
+  }
+};
+
+// What is added to scale * code: a mean, with signs as codes; or minus scale times the code of zero.
+enum class Shift { kMean, kZeroPoint, kZeroNibble, kConstant };
+
+struct Segment {
+  int bits;
+  int64_t n;              // columns
+  const uint8_t* codes;   // of row 0
+  int64_t row_bytes;
+  const uint8_t* end;     // of the tensor
+  Stored scale;
+  float step = 1.0f;      // times scale
+  Shift shift = Shift::kConstant;
+  Stored offset{};                   // of kMean and kZeroPoint
+  const uint8_t* nibbles = nullptr;  // of kZeroNibble
+  float constant = 0.0f;             // of kConstant
+  bool scales_factor = false;        // the scale is rounded with the columns' factors, not with the codes
+
+  // Scale and shift of row o.
+  void terms(int64_t o, float& a, float& b) const {
+    a = scale[o] * step;
+    switch (shift) {
+      case Shift::kMean:  // scale * (2 * code - 1) + mean
+        b = offset[o] - a;
+        a = 2.0f * a;
+        break;
+      case Shift::kZeroPoint: b = -a * offset[o]; break;
+      case Shift::kZeroNibble: b = -a * static_cast<float>(nibbles[o / 2] >> (o % 2 * 4) & 15); break;
+      case Shift::kConstant: b = -a * constant; break;
+    }
+  }
+
+  // What the codes of row o stand for before the columns' factors, rounded as by the format's `values()`.
+  float value(int64_t o, int code) const {
+    const float c = static_cast<float>(code);
+    switch (shift) {
+      case Shift::kMean: return scale[o] * (2.0f * c - 1.0f) + offset[o];
+      case Shift::kZeroPoint: return scale[o] * (c - offset[o]);
+      case Shift::kZeroNibble: return (c - static_cast<float>(nibbles[o / 2] >> (o % 2 * 4) & 15)) * scale[o];
+      default: return scales_factor ? (c - constant) * step : scale[o] * (c - constant);
+    }
+  }
+};
+
+struct Weight {
+  int64_t rows, columns;
+  std::vector<Segment> segments;
+  std::vector<int32_t> segment_of;  // [columns]
+  std::vector<float> factor;        // [columns]
+  std::vector<float> divisor;       // [columns], whose inverse is the factor, or empty
+  float scale = 1.0f;               // of everything
+};
+
+}  // namespace packed_rows
