@@ -79,8 +79,8 @@ class StoredModel:
         self.model = model
         conversions: list[Any] = get_model_conversion_mapping(model)
         self._conversions = conversions
-        self._sources = self._route()
-        self._check_layout()
+        self._sources, converted = self._route()
+        self._check_layout(converted)
         lazy = _weights_of_linears(model)
         rest = set(self._sources) - lazy
         self._load(rest)
@@ -131,22 +131,25 @@ class StoredModel:
         check_finite(lazy)
         split_experts(self.model)
 
-    def _route(self) -> dict[str, list[str]]:
-        """Return, for each tensor of the model, those of the folder that it is made of."""
+    def _route(self) -> tuple[dict[str, list[str]], set[str]]:
+        """Return, for each tensor of the model, those of the folder that it is made of; and which of these change."""
         empty = self.model.state_dict()
         renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
         prefix = self.model.base_model_prefix
         sources: dict[str, list[str]] = {}
+        converted: set[str] = set()
         for name in self._files:
-            target, _ = rename_source_key(name, renamings, converters, prefix, empty)
+            target, pattern = rename_source_key(name, renamings, converters, prefix, empty)
             if target not in empty and name in empty:
-                target, _ = rename_source_key(name, [], [], prefix, empty)
+                target, pattern = rename_source_key(name, [], [], prefix, empty)
             if target in empty:
                 sources.setdefault(target, []).append(name)
-        return sources
+                if pattern is not None:
+                    converted.add(name)
+        return sources, converted
 
-    def _check_layout(self) -> None:
+    def _check_layout(self, converted: set[str]) -> None:
         """Check that every tensor is there, and its shape where it is stored as the model has it."""
         wanted = self.model.state_dict()
         tied = self.model.all_tied_weights_keys
@@ -155,17 +158,11 @@ class StoredModel:
         excused = {name for pair in tied.items() for name in pair if not absent.issuperset(pair)}
         if missing := absent - excused:
             raise UserError(f"{self._folder}: tensor {min(missing)} is missing from the weights; {_ADVICE}.")
-        alone = {names[0]: target for target, names in self._sources.items() if len(names) == 1}
+        kept = {name: target for target, names in self._sources.items() for name in names if name not in converted}
         with reading(self._folder, _ADVICE):
-            shapes = {name: part.get_shape() for name, part in self._slices(alone)}
-        converted = {
-            name
-            for name in alone
-            for entry in self._conversions
-            if isinstance(entry, WeightConverter) and entry.rename_source_key(name)[1] is not None
-        }
-        for name, target in alone.items():
-            if name not in converted and shapes[name] != list(wanted[target].shape):
+            shapes = {name: part.get_shape() for name, part in self._slices(kept)}
+        for name, target in kept.items():
+            if shapes[name] != list(wanted[target].shape):
                 raise UserError(
                     f"{self._folder}: tensor {name} has shape {shapes[name]} and by the config "
                     f"{list(wanted[target].shape)}; {_ADVICE}."
