@@ -25,8 +25,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import ptq161
 from ptq161.packed.allotted import AllottedWeight, Grid
-from ptq161.packed.linear import int8_activations, tiled_product
-from ptq161.packed.model import cast_rest, densify, measure
+from ptq161.packed.linear import tiled_product
+from ptq161.packed.model import cast_rest, densify, measure, packed_linears
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import UniformWeight
 from ptq161.packed.weight import PackedWeight
@@ -137,18 +137,14 @@ def models(checkpoint: str | None, tokens: int) -> Contestants:
     nbytes = {id(m): sum(p.numel() * p.element_size() for p in m.parameters()) for m in (dense, full)}
     packed_bytes = size.linear_bytes + size.other_bytes
 
-    def int8(step: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with int8_activations(packed):
-                step()
-
-        return run
-
+    rounded = copy.deepcopy(packed)
+    for layer in packed_linears(rounded).values():
+        layer.int8 = True
     return {
         "dense float32": (Decoding(full, tokens), nbytes[id(full)]),
         "torch bfloat16": (Decoding(dense, tokens), nbytes[id(dense)]),
         "packed": (Decoding(packed, tokens), packed_bytes),
-        "packed, int8": (int8(Decoding(packed, tokens)), packed_bytes),
+        "packed, int8": (Decoding(rounded, tokens), packed_bytes),
     }
 
 

@@ -23,19 +23,24 @@ constexpr int chunk_bytes(int bits) { return kUnits * (bits == 3 ? 3 : 4); }
 constexpr int chunk_codes(int bits) { return kUnits * unit_codes(bits); }
 
 // Where value j of a float vector is stored.
-inline int64_t place_float(int bits, int64_t j) {
-  const int64_t codes = unit_codes(bits), unit = j / codes;
+template <int B>
+inline int64_t place_float(int64_t j) {
+  constexpr int64_t codes = unit_codes(B);
+  const int64_t unit = j / codes;
   return (unit / kUnits * codes + j % codes) * kUnits + unit % kUnits;
 }
 
 // Where value j of an eight-bit vector is stored: codes of 3 bits four steps at a time, others byte by byte.
-inline int64_t place_int8(int bits, int64_t j) {
-  if (bits == 3) {
+template <int B>
+inline int64_t place_int8(int64_t j) {
+  if constexpr (B == 3) {
     const int64_t unit = j / 8, step = j % 8;
     return unit / kUnits * 128 + step / 4 * 64 + unit % kUnits * 4 + step % 4;
+  } else {
+    constexpr int64_t codes = 8 / B;
+    const int64_t byte = j / codes;
+    return (byte / 64 * codes + j % codes) * 64 + byte % 64;
   }
-  const int64_t codes = 8 / bits, byte = j / codes;
-  return (byte / 64 * codes + j % codes) * 64 + byte % 64;
 }
 
 // The bytes of the chunk at `from`, in a buffer where less than a load of them is left of the tensor. What lies behind
@@ -118,7 +123,7 @@ void dot_portable(const Int8Dot& d) {
       units_of<B>(bytes, units);
       for (int j = 0; j < chunk_codes(B); ++j) {
         const int32_t code = units[j / unit_codes(B)] >> (j % unit_codes(B) * B) & ((1u << B) - 1);
-        const int8_t* x = d.x + c * chunk_codes(B) + place_int8(B, j);
+        const int8_t* x = d.x + c * chunk_codes(B) + place_int8<B>(j);
         for (int m = 0; m < M; ++m) sums[m] += code * x[m * d.stride];
       }
     }

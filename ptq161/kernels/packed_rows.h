@@ -66,37 +66,45 @@ struct Vectors {
   std::vector<float> scale, sum;  // [segments, M]: of a value; of the segment's values, scaled
 };
 
-template <typename X>
-constexpr bool kInt8 = std::is_same_v<X, int8_t>;
-
 inline int64_t chunks_of(const Segment& s) { return (s.n + chunk_codes(s.bits) - 1) / chunk_codes(s.bits); }
 
-// Values of one segment of one row, in place; returns scale and sum of what is placed.
+// Puts the n values of one segment of one row in place; returns scale and sum of what is placed.
+template <int B>
+void place(const float* v, int64_t n, float* to, float& scale, float& sum) {
+  scale = 1.0f;
+  sum = 0.0f;
+  for (int64_t j = 0; j < n; ++j) {
+    to[place_float<B>(j)] = v[j];
+    sum += v[j];
+  }
+}
+
+template <int B>
+void place(const float* v, int64_t n, int8_t* to, float& scale, float& sum) {
+  float most = 0.0f;
+  bool finite = true;
+  for (int64_t j = 0; j < n; ++j) {
+    most = std::max(most, std::fabs(v[j]));
+    finite = finite && std::isfinite(v[j]);
+  }
+  scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
+  int64_t total = 0;
+  for (int64_t j = 0; finite && j < n; ++j) {
+    const auto q = static_cast<int8_t>(std::nearbyint(v[j] * inverse));
+    to[place_int8<B>(j)] = q;
+    total += q;
+  }
+  sum = scale * static_cast<float>(total);
+}
+
 template <typename X>
-void place(const Segment& s, const float* v, X* to, float& scale, float& sum) {
-  if constexpr (kInt8<X>) {
-    float most = 0.0f;
-    bool finite = true;
-    for (int64_t j = 0; j < s.n; ++j) {
-      most = std::max(most, std::fabs(v[j]));
-      finite = finite && std::isfinite(v[j]);
-    }
-    scale = finite ? most / 127.0f : std::numeric_limits<float>::quiet_NaN();
-    const float inverse = finite && most > 0.0f ? 127.0f / most : 0.0f;
-    int64_t total = 0;
-    for (int64_t j = 0; finite && j < s.n; ++j) {
-      const auto q = static_cast<int8_t>(std::nearbyint(v[j] * inverse));
-      to[place_int8(s.bits, j)] = q;
-      total += q;
-    }
-    sum = scale * static_cast<float>(total);
-  } else {
-    scale = 1.0f;
-    sum = 0.0f;
-    for (int64_t j = 0; j < s.n; ++j) {
-      to[place_float(s.bits, j)] = v[j];
-      sum += v[j];
-    }
+void place(int bits, const float* v, int64_t n, X* to, float& scale, float& sum) {
+  switch (bits) {
+    case 1: return place<1>(v, n, to, scale, sum);
+    case 2: return place<2>(v, n, to, scale, sum);
+    case 3: return place<3>(v, n, to, scale, sum);
+    default: return place<4>(v, n, to, scale, sum);
   }
 }
 
@@ -124,8 +132,8 @@ Vectors<X> vectors_of(const Weight& w, const float* x, int64_t n_rows) {
     }
     for (size_t s = 0; s < n_segments; ++s) {
       const size_t i = s * n_rows + m;
-      place(w.segments[s], gathered.data() + first[s], v.values.data() + m * v.stride + v.start[s], v.scale[i],
-            v.sum[i]);
+      place(w.segments[s].bits, gathered.data() + first[s], w.segments[s].n,
+            v.values.data() + m * v.stride + v.start[s], v.scale[i], v.sum[i]);
     }
   }
   return v;
@@ -145,7 +153,7 @@ void dot(int bits, const D& d) {
 template <typename Isa, typename X, int M>
 void multiply(const Weight& w, const float* x, float* y) {
   constexpr int R = Isa::template rows<M>;
-  using Sum = std::conditional_t<kInt8<X>, int32_t, float>;
+  using Sum = std::conditional_t<std::is_same_v<X, int8_t>, int32_t, float>;
   const Vectors<X> v = vectors_of<X>(w, x, M);
   const int64_t n_blocks = (w.rows + R - 1) / R;
   const int64_t grain = std::max<int64_t>(1, kGrainWeights / (R * M * std::max<int64_t>(1, w.columns)));
