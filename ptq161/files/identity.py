@@ -54,7 +54,8 @@ def run(
         calibration: the calibration text by content, number and length of its windows; None without a method. Methods
             without data have one too: the output errors in each record are measured on its tokens.
         preprocess: settings and training text by content; None leaves the weights as they are.
-        finetune: settings and training text by content; None leaves the packed weights as they are.
+        finetune: settings and training text by content; None leaves the packed weights as they are. Without a method,
+            that of adapters on a packed checkpoint.
         evaluation: texts and tasks by content, with their limits.
         full_precision: whether the unquantized model is scored too; None without a method.
         seed: None where no random number is drawn.
@@ -152,6 +153,24 @@ def distillation(
     return {
         "packed": packed,
         "full_precision": full_precision,
+        "tokens": tokens,
+        "finetune": {key: value for key, value in describe(settings).items() if key not in _WITHOUT_EFFECT},
+        **_computed(seed, device, *_LIBRARY, *_TRAINING),
+    }
+
+
+def tuning(*, packed: str, tokens: str, settings: Any, seed: int, device: torch.device) -> dict[str, Any]:
+    """Describe a training of adapters on a quantized model.
+
+    Args:
+        packed: hash of the quantized model.
+        tokens: hash of the tokens that they are trained on and of those held out.
+        settings: hyperparameters, a ``Tuning``.
+        seed: of the initial adapters and the order of the sequences.
+        device: where they are trained.
+    """
+    return {
+        "packed": packed,
         "tokens": tokens,
         "finetune": {key: value for key, value in describe(settings).items() if key not in _WITHOUT_EFFECT},
         **_computed(seed, device, *_LIBRARY, *_TRAINING),

@@ -1,15 +1,24 @@
-"""What is checked before a finetuning: formats, models and tokens."""
+"""What finetunings have in common before they begin: checks of formats, models and tokens; folder; what is held out."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.errors import UserError
+from ptq161.files.atomic import writing
+from ptq161.files.fingerprints import KeyedFolder
+from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.tuning import Tuning
 from ptq161.methods.coded import LEARNABLE
 from ptq161.models.architectures import decoder_blocks
 from ptq161.models.checks import as_tokens, check_head, check_quantizable
 from ptq161.packed.model import packed_linears
+from ptq161.packed.trainable import scale_tensors
+from ptq161.training.checkpoint import TrainingCheckpoint
+from ptq161.training.held_out import HeldOut
+from ptq161.training.settings import Training
 
 
 def check_formats(packed: PreTrainedModel) -> None:
@@ -24,6 +33,21 @@ def check_formats(packed: PreTrainedModel) -> None:
                 f"finetune.update=codes: the codes of {name} (format {layer.packed.format}) cannot be learned, only "
                 f"those of the formats {', '.join(LEARNABLE)}; use update=scales."
             )
+
+
+def check_scales(packed: PreTrainedModel, distillation: Distillation) -> None:
+    """Check that there is something to train in a quantized model.
+
+    Raises:
+        UserError: its formats store no scales, and its norms are not trained.
+    """
+    if distillation.train_norms or any(scale_tensors(layer.packed) for layer in packed_linears(packed).values()):
+        return
+    formats = ", ".join(sorted({layer.packed.format for layer in packed_linears(packed).values()}))
+    raise UserError(
+        f"finetune.train_norms=false: the format {formats} stores no scales, so there is nothing to train; use "
+        "train_norms=true."
+    )
 
 
 def check_pair(packed: PreTrainedModel, full: PreTrainedModel) -> None:
@@ -66,6 +90,28 @@ def split_held_out(
             f"finetune.held_out to at most {len(taken) - 1}, or give more text."
         )
     return taken[n:], taken[:n]
+
+
+def folder_checkpoint(
+    folder: KeyedFolder | None, file: str, training: Training, device: torch.device
+) -> TrainingCheckpoint | None:
+    """Return the checkpoint of a training in its folder, which is made; None where there is none.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if folder is None:
+        return None
+    with writing(folder.path, training.names.advice):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    return TrainingCheckpoint(folder.path / file, training, device)
+
+
+def held_out_of(tokens: Tensor, settings: Distillation | Tuning) -> HeldOut | None:
+    """Return what is held out of a training; None for no tokens."""
+    if not len(tokens):
+        return None
+    return HeldOut(tokens, settings.held_out_every, settings.patience, settings.batch_size)
 
 
 def _embedding(model: PreTrainedModel) -> list[int]:

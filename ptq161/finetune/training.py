@@ -12,14 +12,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.files import identity
-from ptq161.files.atomic import writing
 from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.files.hashing import sha256_of_tensors
-from ptq161.finetune.checks import check_formats, check_pair, split_held_out
+from ptq161.finetune.checks import (
+    check_formats,
+    check_pair,
+    check_scales,
+    folder_checkpoint,
+    held_out_of,
+    split_held_out,
+)
 from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.student import make_student
 from ptq161.methods.base import OnMetric, ignore_metric
@@ -30,8 +35,6 @@ from ptq161.models.experts import split_experts
 from ptq161.numerics import COMPUTE_DTYPES, plain_torch, working_device
 from ptq161.packed.checkpoint import own_save
 from ptq161.packed.model import sha256_of_packed
-from ptq161.training.checkpoint import TrainingCheckpoint
-from ptq161.training.held_out import HeldOut
 from ptq161.training.loop import random_numbers, run_steps
 from ptq161.training.losses import frozen_copy, objective
 
@@ -82,6 +85,8 @@ def distil(
     check_pair(packed, full)
     if distillation.update == "codes":
         check_formats(packed)
+    else:
+        check_scales(packed, distillation)
     check_seq_len("finetune.seq_len", distillation.seq_len, max_seq_len(packed.config))
     trained, held_out = split_held_out(packed, tokens, held_out_tokens, distillation.held_out)
     target = working_device(device, packed.device)
@@ -95,11 +100,7 @@ def distil(
             device=target,
         )
         folder = claim(Path(folder).expanduser(), found, distillation.names.advice)
-    checkpoint = None
-    if folder is not None:
-        with writing(folder.path, distillation.names.advice):
-            folder.path.mkdir(parents=True, exist_ok=True)
-        checkpoint = TrainingCheckpoint(folder.path / _FILE, distillation, target)
+    checkpoint = folder_checkpoint(folder, _FILE, distillation, target)
     with evaluation_mode(full), random_numbers(target, seed, "distillation"):
         teacher = _teacher(full, distillation, target)
         student = make_student(packed, teacher, distillation, target)
@@ -115,18 +116,12 @@ def distil(
             seed=seed,
             where={},
             progress=progress,
-            held_out=_held_out(held_out, distillation),
+            held_out=held_out_of(held_out, distillation),
             at_first_gradients=lambda: damp(optimizer.param_groups[1:]),
         )
     student.store(packed)
     own_save(packed)
     return packed
-
-
-def _held_out(tokens: Tensor, distillation: Distillation) -> HeldOut | None:
-    if not len(tokens):
-        return None
-    return HeldOut(tokens, distillation.held_out_every, distillation.patience, distillation.batch_size)
 
 
 def _teacher(full: PreTrainedModel, distillation: Distillation, device: torch.device) -> PreTrainedModel:

@@ -5,6 +5,7 @@ Importing this package registers every storage format, so that any checkpoint lo
 """
 
 from ptq161.packed import (
+    adapted,
     allotted,
     awq,
     billm,
@@ -25,6 +26,7 @@ from ptq161.packed.weight import PackedWeight
 __all__ = [
     "PackedLinear",
     "PackedWeight",
+    "adapted",
     "allotted",
     "awq",
     "billm",

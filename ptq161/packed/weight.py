@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -105,6 +105,11 @@ class PackedWeight(ABC):
         fields: dict[str, Any] = {**plain, **tensors}
         return cls(**fields)
 
+    @classmethod
+    def own_fields(cls, names: Collection[str]) -> set[str]:
+        """Return which of the names of settings and tensors are those of fields; others are of a weight within."""
+        return set(names)
+
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
         """Return the same weight over other tensors of the same names (another device, or a module's buffers)."""
         changes: dict[str, Any] = dict(tensors)
@@ -136,7 +141,7 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
             f"this version of ptq161 reads version {cls.version}."
         )
-    given = {*settings, *tensors} - {"format", "version", "exponent"}  # which is left out where it is zero
+    given = cls.own_fields({*settings, *tensors}) - {"format", "version", "exponent"}  # left out where it is zero
     wrong = sorted(given ^ {field.name for field in dataclasses.fields(cls) if field.name != "exponent"})
     if wrong:
         raise UserError(

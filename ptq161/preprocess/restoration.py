@@ -9,22 +9,12 @@ from ptq161.checks import check_at_least, check_choice
 from ptq161.errors import UserError
 from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
+from ptq161.training.targets import ROLES
 
 _UPDATES = ("lora", "full")
 _BASES = ("packed", "nf4")
 _OBJECTIVES = ("lm", "kl", "kl_hidden")
 _MASKS = ("first", "fresh")
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "o": ("o_proj", "out_proj"),
-    "gate": ("gate_proj",),
-    "up": ("up_proj", "fc1"),
-    "down": ("down_proj", "fc2"),
-}
-"""Role of a linear in its decoder block -> its names in the architectures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +30,8 @@ class Restoration:
         dropout: of the low-rank update's inputs.
         base: what the low-rank update is trained on: ``packed``, the quantized model, or ``nf4``, its trained linears
             rounded to NormalFloat codes of 4 bits, to which the update is then added.
-        targets: the linears that are trained, by their role in a block (``ROLES``); a role that an architecture lacks
-            (the gate of OPT) is left out.
+        targets: the linears that are trained, by their role in a block (``ptq161.training.targets.ROLES``); a role
+            that an architecture lacks (the gate of OPT) is left out.
         objective: ``lm``, the next token's cross-entropy; ``kl``, the divergence of the next token's distribution from
             the full-precision model's; ``kl_hidden``, that and ``hidden_weight`` x the hidden states' relative error.
         hidden_weight: weight of the hidden states in ``kl_hidden``.

@@ -27,8 +27,9 @@ from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.restoration import Restoration
-from ptq161.preprocess.student import check_ranks, make_student, memory, merge, target_names
+from ptq161.preprocess.student import make_student, memory, merge, trained_sizes
 from ptq161.preprocess.training import train
+from ptq161.training.arithmetic.metis import check_ranks
 from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import random_numbers
 from ptq161.training.losses import frozen_copy, objective
@@ -77,8 +78,7 @@ def restore(
         UserError: the model or the tokens do not fit; a loss is not finite; ``folder`` belongs to another training.
     """
     check_quantizable(model)
-    target_names(model, restoration)
-    check_ranks(model, restoration)
+    check_ranks(restoration, trained_sizes(model, restoration))
     tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))
     calibration = as_tokens(model, calibration, "calibration", "[n_samples, seq_len]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -12,19 +11,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.errors import UserError
 from ptq161.methods import nf4
-from ptq161.models.architectures import architecture_of, blocks_path, decoder_blocks, input_groups
+from ptq161.models.architectures import blocks_path, decoder_blocks
 from ptq161.models.experts import fuse_experts
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, densify, tensor_bytes
 from ptq161.packed.weight import PackedWeight
-from ptq161.preprocess.restoration import ROLES, Restoration
+from ptq161.preprocess.restoration import Restoration
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
-from ptq161.training.arithmetic.metis import check_spectral_rank
 from ptq161.training.arithmetic.registry import FLOAT
 from ptq161.training.loop import trained_parameters
+from ptq161.training.targets import linears_of_roles
 
 _ADAPTER = "default"
 
@@ -35,40 +33,18 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     Raises:
         UserError: the architecture has none of the roles in ``restoration.targets``.
     """
-    ends = {end for role in restoration.targets for end in ROLES[role]}
-
-    def is_target(path: str) -> bool:
-        return path.rpartition(".")[2] in ends
-
-    if not any(is_target(path) for group in architecture_of(model).linears for path in group):
-        raise UserError(
-            f"preprocess.targets={restoration.targets}: a {model.config.model_type} model has no such linear; "
-            f"add one of {', '.join(role for role in ROLES if role not in restoration.targets)}."
-        )
-    home = blocks_path(model)
-    return [
-        f"{home}.{i}.{path}"
-        for i, block in enumerate(decoder_blocks(model))
-        for group in input_groups(model, block)
-        for path in group
-        if is_target(path)
-    ]
+    return linears_of_roles(model, restoration.targets, "preprocess.targets")
 
 
-def check_ranks(model: PreTrainedModel, restoration: Restoration) -> None:
-    """Check that an arithmetic can split off as many singular values of each trained matrix as its settings say.
+def trained_sizes(model: PreTrainedModel, restoration: Restoration) -> list[list[int]]:
+    """Return the sizes of each linear that is trained, with the rank of a low-rank update.
 
-    Raises:
-        UserError: a matrix is too small.
+    An expert that transformers keeps in one tensor with the others is left out.
     """
-    if restoration.arithmetic != "metis" or not restoration.spectral_rank:
-        return
-    for name in target_names(model, restoration):
-        with contextlib.suppress(AttributeError):  # an expert that transformers keeps fused with the others
-            sizes = list(_linear(model, name).weight.shape)
-            check_spectral_rank("preprocess", restoration.spectral_rank, sizes)
-            if restoration.update == "lora":
-                check_spectral_rank("preprocess", restoration.spectral_rank, [restoration.rank, *sizes])
+    rank = [restoration.rank] if restoration.update == "lora" else []
+    modules = dict(model.named_modules())
+    linears = (modules.get(name) for name in target_names(model, restoration))
+    return [[linear.out_features, linear.in_features, *rank] for linear in linears if isinstance(linear, nn.Linear)]
 
 
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:

@@ -18,7 +18,13 @@ _TEXTS: Mapping[str, list[str]] = {
     "finetune.corpora": [],
 }
 """Keys that name a text, or a list of texts, from which a run learns -> the texts where the key is missing."""
-TEXT_FREE = ("ptq161.methods.rtn.RTN", "ptq161.methods.fp4.FP4", "ptq161.methods.fp8.FP8")
+TEXT_FREE = (
+    "ptq161.methods.fp4.FP4",
+    "ptq161.methods.fp8.FP8",
+    "ptq161.methods.gse.GSE",
+    "ptq161.methods.nf4.NF4",
+    "ptq161.methods.rtn.RTN",
+)
 """Methods that read no calibration text: their classes need neither statistics nor the full-precision chain.
 
 They are named here, since importing a method takes torch, which the report does without."""
@@ -52,6 +58,8 @@ def text_seen(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
         texts = config.get(key) or default
         file = manifest.get("text_files", {}).get(group, "")[:8] or Path(str(config.get(f"{group}.text_file"))).name
         listed = [texts] if isinstance(texts, str) else texts
+        if group in manifest.get("text_files", {}) and "text_file" not in listed:
+            listed = ["text_file"]  # which adapters are trained on in the place of the corpora
         for name in [part for text in listed for part in UNIONS.get(text, (text,))]:
             names.add(f"text_file {file}" if name == "text_file" else str(name))
     return ", ".join(sorted(names)) or NO_TEXT

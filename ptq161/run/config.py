@@ -20,6 +20,7 @@ from ptq161.data.settings import CalibConfig
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.finetune.distillation import Distillation, check_learnable
+from ptq161.finetune.tuning import Tuning
 from ptq161.methods.base import Method
 from ptq161.methods.ptq161.saliency import check_mask_ratio
 from ptq161.models.settings import ModelConfig
@@ -61,7 +62,7 @@ class RunConfig:
     calib: CalibConfig
     preprocess: Restoration | None
     preprocess_name: str
-    finetune: Distillation | None
+    finetune: Distillation | Tuning | None
     finetune_name: str
     eval: EvalConfig
     tracker: TrackerConfig
@@ -98,7 +99,7 @@ def load_run_config(cfg: DictConfig) -> RunConfig:
     method_name, method = _build_method(values.pop("method"), device)
     preprocess_name, preprocess = _build_training("preprocess", Restoration, values.pop("preprocess"), device, method)
     finetune_name, finetune = _build_training("finetune", Distillation, values.pop("finetune"), device, method)
-    if finetune is not None and finetune.update == "codes" and method is not None:
+    if isinstance(finetune, Distillation) and finetune.update == "codes" and method is not None:
         check_learnable(method, method_name)
     built = {
         key: build(hints[key], value, key) if dataclasses.is_dataclass(hints[key]) else value
@@ -163,9 +164,15 @@ def _build_training(
         fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # _T is a dataclass
         values = {key: value for key, value in values.items() if key not in fields}
     name, training = _build_target(values, group)
-    if training is not None and method is None:
-        raise UserError(f"{group}={name}: method=none quantizes nothing; choose a method, or {group}=none.")
+    # Adapters are trained on a packed checkpoint, too, which has been quantized (ptq161.run.preflight).
+    if training is not None and method is None and not isinstance(training, Tuning):
+        raise UserError(nothing_quantized(group, name))
     return name, training
+
+
+def nothing_quantized(group: str, name: str) -> str:
+    """Return the sentence for a training of what ``method=none`` does not quantize."""
+    return f"{group}={name}: method=none quantizes nothing; choose a method, or {group}=none."
 
 
 def _build_target(values: dict[str, Any], group: str) -> tuple[str, Any]:

@@ -23,6 +23,7 @@ from ptq161.evaluation.zero_shot import open_tasks, sha256_of_documents
 from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_file
 from ptq161.files.identity import describe, run
+from ptq161.finetune.tuning import Tuning
 from ptq161.models.loading import hub_commit, is_packed_folder
 from ptq161.models.settings import ModelConfig
 from ptq161.run.config import RunConfig
@@ -56,15 +57,16 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
 
     packed = config.model.path is not None and is_packed_folder(config.model.path)
     method = None if packed else config.method
+    is_finetuned = config.finetune is not None and (method is not None or isinstance(config.finetune, Tuning))
     return run(
         model=_model_content(config.model, sha256),
         method=method,
         calibration=None if method is None else _calibration(config.calib, sha256),
         preprocess=None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
-        finetune=None if method is None or config.finetune is None else _training(config.finetune, sha256),
+        finetune=_training(config.finetune, sha256) if is_finetuned and config.finetune is not None else None,
         evaluation=_evaluation(config.eval, sha256),
         full_precision=None if method is None else config.eval.full_precision,
-        seed=None if method is None else config.seed,
+        seed=None if method is None and not is_finetuned else config.seed,
         device=config.device,
         dtype=config.dtype,
     )

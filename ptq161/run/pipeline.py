@@ -8,13 +8,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from ptq161.finetune.distillation import Distillation
+from ptq161.finetune.tuning import Tuning
 from ptq161.methods.base import Method
 from ptq161.run.config import RunConfig
+from ptq161.run.finetuning import finetune
 from ptq161.run.session import Results, RunContext, Session, is_packed_model, run_once
 from ptq161.run.stages import (
     BEFORE_FINETUNE,
+    Texts,
+    Weights,
     calibrate,
-    finetune,
     load_model,
     load_packed,
     open_texts,
@@ -74,12 +78,9 @@ def _quantize_and_evaluate(session: Session, method: Method) -> Results:
 
     packed = quantize_model(session, weights, texts, calibration, method)
 
-    # Finetuning: what the packed weights store is distilled from the full-precision model.
+    # Finetuning: what the packed weights store is distilled from the full-precision model, or adapters are trained.
     if finetuning is not None:
-        if finetuning.score_before:
-            before = dataclasses.replace(packed, label=BEFORE_FINETUNE)
-            results["before_finetune"] = score(session, before, texts).metrics
-        packed = finetune(session, packed, texts, method, finetuning)
+        packed = _finetuned(session, packed, texts, finetuning, results)
 
     scores = score(session, packed, texts)
     return {"metrics": scores.metrics, **results, "protocol": scores.protocol}
@@ -93,5 +94,18 @@ def _evaluate_full_precision(session: Session) -> Results:
 
 def _evaluate_packed(session: Session, folder: str) -> Results:
     packed, texts = load_packed(session, folder)
+    results: Results = {"full_precision": {}}
+    if isinstance(session.config.finetune, Tuning):
+        packed = _finetuned(session, packed, texts, session.config.finetune, results)
     scores = score(session, packed, texts)
-    return {"metrics": scores.metrics, "full_precision": {}, "protocol": scores.protocol}
+    return {"metrics": scores.metrics, **results, "protocol": scores.protocol}
+
+
+def _finetuned(
+    session: Session, packed: Weights, texts: Texts, finetuning: Distillation | Tuning, results: Results
+) -> Weights:
+    """Finetune a quantized model, with its scores before among the results."""
+    if finetuning.score_before:
+        before = dataclasses.replace(packed, label=BEFORE_FINETUNE)
+        results["before_finetune"] = score(session, before, texts).metrics
+    return finetune(session, packed, texts, finetuning)

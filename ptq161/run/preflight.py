@@ -14,11 +14,12 @@ from ptq161.data.text import check_text
 from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.files.paths import absolute_path
-from ptq161.run.config import RunConfig, load_run_config
+from ptq161.finetune.tuning import Tuning
+from ptq161.run.config import RunConfig, load_run_config, nothing_quantized
 from ptq161.training.settings import Training
 
 QUANTIZATION = ("method", "mask_ratio", "block_size", "calib", "preprocess", "finetune", "recipe")
-"""Keys that configure the quantization; they are refused for a model that is already quantized."""
+"""Keys that configure the quantization; they are refused for a model that is already quantized, but for adapters."""
 
 _PATHS = ("model.path", "calib.text_file", "eval.text_file", "preprocess.text_file", "finetune.text_file")
 
@@ -60,8 +61,15 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         if training is not None and "text_file" in training.corpora_read:
             _check_training_file(training, config.eval)
     if config.model.path is not None:
-        _check_model_folder(config.model.path, overrides)
+        _check_model_folder(config.model.path, overrides, unread_of_packed(config))
+    if config.method is None and config.finetune is not None and not _is_packed(config.model.path):
+        raise UserError(nothing_quantized("finetune", config.finetune_name))
     return config
+
+
+def unread_of_packed(config: RunConfig) -> tuple[str, ...]:
+    """Return the keys that a run of a model that is already quantized does not read; adapters are trained on any."""
+    return tuple(key for key in QUANTIZATION if key != "finetune" or not isinstance(config.finetune, Tuning))
 
 
 def name_local_model(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -110,16 +118,18 @@ def _check_training_file(training: Training, evaluation: EvalConfig) -> None:
         raise UserError(f"{setting}={file} is the file of eval.text_file as well: train on another text.")
 
 
-def _check_model_folder(folder: str, overrides: Sequence[str]) -> None:
+def _check_model_folder(folder: str, overrides: Sequence[str], unread: Sequence[str]) -> None:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json is there; give the folder of a Hugging Face model.")
-    explicit = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] in QUANTIZATION]
-    if not explicit:
-        return
-    from ptq161.models.loading import is_packed_folder  # takes seconds, which the errors above need not wait for
-
-    if is_packed_folder(folder):
+    explicit = [o for o in overrides if o.lstrip("+~").split("=")[0].split(".")[0] in unread]
+    if explicit and _is_packed(folder):
         raise UserError(
             f"{explicit[0]}: the model {folder} is already quantized; leave this setting out to evaluate the model, "
             "or give a full-precision model."
         )
+
+
+def _is_packed(folder: str | None) -> bool:
+    from ptq161.models.loading import is_packed_folder  # takes seconds, which other errors need not wait for
+
+    return folder is not None and is_packed_folder(folder)

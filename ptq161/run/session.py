@@ -21,7 +21,7 @@ from ptq161.files.fingerprints import key_of
 from ptq161.models.loading import is_packed_folder
 from ptq161.run.config import RunConfig
 from ptq161.run.contents import identity, text_files
-from ptq161.run.preflight import QUANTIZATION
+from ptq161.run.preflight import unread_of_packed
 from ptq161.tracking.ownership import owned
 from ptq161.tracking.record import RunRecord
 
@@ -134,7 +134,7 @@ def run_once(config: RunConfig, context: RunContext, compute: Callable[[Session]
 
 
 def _open_record(config: RunConfig, context: RunContext) -> contextlib.AbstractContextManager[RunRecord]:
-    unread = QUANTIZATION if is_packed_model(config) else ()  # settings that this run does not use are not recorded
+    unread = unread_of_packed(config) if is_packed_model(config) else ()  # what is not used is not recorded
     return RunRecord.open(
         context.run_dir,
         config={key: value for key, value in context.resolved.items() if key not in unread},

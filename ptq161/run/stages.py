@@ -25,9 +25,6 @@ from ptq161.evaluation.sample import greedy_sample
 from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
-from ptq161.finetune.distillation import Distillation
-from ptq161.finetune.sampling import first_token, sample_text
-from ptq161.finetune.training import distil
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key, decoder_blocks, max_seq_len
 from ptq161.models.checks import check_quantizable, check_seq_len
@@ -40,8 +37,6 @@ from ptq161.packed.model import cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.run.session import Session, timed
-from ptq161.seeding import stage_generator
-from ptq161.training.losses import frozen_copy
 from ptq161.training.settings import Training
 from ptq161.training.text import training_tokens
 
@@ -164,7 +159,7 @@ def _training(
     return tokens
 
 
-# --- preprocess, quantize, finetune -----------------------------------------------------------------------------------
+# --- preprocess, quantize -----------------------------------------------------------------------------------
 
 
 @timed("preprocess")
@@ -216,67 +211,13 @@ def quantize_model(session: Session, weights: Weights, texts: Texts, calibration
             resume=folder,
         )
     cast_rest(model, COMPUTE_DTYPES[config.dtype])
-    return _saved(session, model, texts, method)
+    return save_checkpoint(session, model, texts, method.nominal_bits())
 
 
-@timed("finetune")
-def finetune(session: Session, packed: Weights, texts: Texts, method: Method, distillation: Distillation) -> Weights:
-    """Distil the quantized model in place from the full-precision one, and save it as the run's checkpoint."""
-    config, model = session.config, packed.model
-    # Loaded again, since the quantization took the first in place.
-    full = load_weights(config.model)
-    tokens = texts.distillation if distillation.corpora_read else _sampled(session, full, texts, distillation)
-    distilled = identity.distillation(
-        packed=packed.sha256,
-        full_precision=str(session.record.manifest["model_sha256"]),
-        tokens=sha256_of_tensors({"tokens": tokens}),
-        settings=distillation,
-        seed=config.seed,
-        device=config.device,
-    )
-    with session.stages.folder("finetuned", distilled) as folder:
-        distil(
-            model,
-            full,
-            tokens,
-            distillation,
-            folder=folder,
-            on_metric=session.record.metric,
-            seed=config.seed,
-            device=config.device,
-            progress=True,
-        )
-    return _saved(session, model, texts, method)
-
-
-def _sampled(session: Session, full: PreTrainedModel, texts: Texts, distillation: Distillation) -> Tensor:
-    """Sample the finetuning's text from the full-precision model."""
-    config = session.config
-    first = first_token(texts.tokenizer)
-    n, seq_len, dtype = distillation.sequences, distillation.seq_len, distillation.compute_dtype
-    said = identity.sampled_text(
-        weights=str(session.record.manifest["model_sha256"]),
-        config=config_key(full),
-        n=n,
-        seq_len=seq_len,
-        first=first,
-        dtype=dtype,
-        seed=config.seed,
-        device=config.device,
-    )
-
-    def sample() -> Tensor:
-        speaker = frozen_copy(full, COMPUTE_DTYPES[dtype], config.device)
-        generator = stage_generator(config.seed, "sampled text")
-        return sample_text(speaker, n, seq_len, generator, first=first, progress=True)
-
-    return session.stages.tensor("tokens", said, sample)
-
-
-def _saved(session: Session, model: PreTrainedModel, texts: Texts, method: Method) -> Weights:
+def save_checkpoint(session: Session, model: PreTrainedModel, texts: Texts, nominal_bits: float | None) -> Weights:
     """Save a packed model as the run's checkpoint, in the place of an earlier stage's."""
     folder = session.record.run_dir / CHECKPOINT
-    file = save(model, texts.tokenizer, folder, nominal_bits=method.nominal_bits(), overwrite=True)
+    file = save(model, texts.tokenizer, folder, nominal_bits=nominal_bits, overwrite=True)
     return _packed(session, model, file)
 
 

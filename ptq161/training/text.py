@@ -53,7 +53,7 @@ def training_tokens(
         group = training.names.group
         raise UserError(
             f"{group}.seq_len={training.seq_len} is more than the {len(tokens)} tokens of "
-            f"{group}.corpora={training.corpora}: set {group}.seq_len to at most {len(tokens)}."
+            f"{group}.corpora={training.corpora_read}: set {group}.seq_len to at most {len(tokens)}."
         )
     if n < training.sequences:
         log.info("training takes %d sequences and the text has %d: they are repeated", training.sequences, n)
@@ -62,7 +62,7 @@ def training_tokens(
 
 def _shuffled(training: Training, seed: int, hub_root: Path | None) -> Iterator[str]:
     """Yield the documents of all corpora in random order."""
-    sources: list[Sequence[str]] = [_documents(name, training, hub_root) for name in training.corpora]
+    sources: list[Sequence[str]] = [_documents(name, training, hub_root) for name in training.corpora_read]
     ends = torch.tensor([len(source) for source in sources]).cumsum(0)
     for index in torch.randperm(
         int(ends[-1]), generator=stage_generator(seed, f"{training.names.stage} text")

@@ -111,5 +111,29 @@ def test_packed_checkpoints_are_not_finetuned(finetuned: tuple[Ended, Path, list
     assert printed.startswith("finetune=scales: the model ") and "already quantized" in printed
 
 
+def test_adapters_on_a_stored_checkpoint(
+    finetuned: tuple[Ended, Path, list[str]], program: Program, training: list[str]
+) -> None:
+    """Trained on a file, scored before and after, stored beside the packed weights, and applied when it is loaded."""
+    (file,) = (setting for setting in training if setting.startswith("finetune.text_file="))
+    settings = ["steps=4", "batch_size=2", "seq_len=64", "rank=4", "lr=0.01", "held_out=2"]
+    base = [*_without_calibration(program), "tracker=none"]
+    command = [f"model.path={finetuned[1] / 'checkpoint'}", "finetune=gsq_tuning", file]
+    ended = program(*base, *command, *(f"finetune.{s}" for s in settings), "hydra.run.dir=tuned")
+    assert ended.status == 0, ended.stderr
+    tuned = read_run(program.folder / "tuned")
+    assert tuned.results is not None and set(tuned.manifest["text_files"]) == {"finetune"}
+    before, after = tuned.results["before_finetune"], tuned.results["metrics"]
+    (ppl,) = (name for name in after if name.startswith("ppl/"))
+    assert before.keys() == after.keys() and before[ppl] != after[ppl]
+    assert before["bits_per_weight"] < after["bits_per_weight"]
+    assert len([m for m in tuned.metrics if m["name"] == "finetune_loss"]) == 4
+    assert {"finetune_trained_bytes", "finetune_base_bytes"} <= {m["name"] for m in tuned.metrics}
+    again = program(*base, f"model.path={program.folder / 'tuned' / 'checkpoint'}", "hydra.run.dir=again")
+    assert again.status == 0, again.stderr
+    scored = read_run(program.folder / "again").results
+    assert scored is not None and scored["metrics"] == after
+
+
 def _without_calibration(program: Program) -> list[str]:
     return [override for override in program.tiny if not override.startswith(("model.path", "calib"))]

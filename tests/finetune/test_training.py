@@ -296,3 +296,8 @@ def test_tokens_that_do_not_fit() -> None:
     )
     given = distil(packed, full, tokens()[:4], short(), held_out_tokens=tokens()[4:8])
     assert divergence(given, tokens()[4:8]) < divergence(packed_model("rtn"), tokens()[4:8])
+
+
+def test_a_format_without_scales_has_norms_to_train() -> None:
+    with pytest.raises(UserError, match=r"^finetune.train_norms=false: the format gse stores no scales"):
+        finetuned("gse", short(train_norms=False))

@@ -8,7 +8,8 @@ import pytest
 
 from ptq161.errors import UserError
 from ptq161.models.architectures import ARCHITECTURES
-from ptq161.preprocess.restoration import ROLES, Restoration
+from ptq161.preprocess.restoration import Restoration
+from ptq161.training.targets import ROLES
 
 
 @pytest.mark.parametrize(

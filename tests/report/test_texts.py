@@ -53,6 +53,11 @@ FILE = {"calib.name": "text_file", "calib.text_file": "/texts/notes.txt"}
             {"text_files": {"preprocess": "fedcba9876543210"}},
             "squad, text_file fedcba98",
         ),
+        (
+            {"finetune.corpora": ["passages"], "finetune.text_file": "a.txt"},
+            {"text_files": {"finetune": "fedcba9876543210"}},
+            "squad, text_file fedcba98",
+        ),
     ],
 )
 def test_the_text_that_a_run_has_seen(changed: dict[str, Any], facts: dict[str, Any], text: str) -> None:

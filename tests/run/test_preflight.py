@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedTokenizerFast
 
+import ptq161
 from ptq161.errors import UserError
 from ptq161.run.contents import identity
 from ptq161.run.preflight import checked_config, make_paths_absolute, name_local_model
+from tests.conftest import _tiny_model
 from tests.run.test_config import COMPLETE
 
 
@@ -114,3 +118,31 @@ def test_a_training_text_is_not_the_scored_one(typed_in: Path) -> None:
                 checked_config(cfg, [])
         else:
             assert checked_config(cfg, []).preprocess is not None
+
+
+def test_adapters_need_a_quantized_model(typed_in: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """A method, or a packed checkpoint, to which no other part of the quantization may be given."""
+    tuning = {
+        "_target_": "ptq161.finetune.tuning.Tuning",
+        "name": "gsq_tuning",
+        "text_file": "train.txt",
+        "compute_dtype": "float32",
+    }
+    cfg = composed(finetune=tuning)
+    assert checked_config(cfg, ["finetune=gsq_tuning"]).finetune is not None
+    none = OmegaConf.merge(cfg, {"method": {"name": "none"}})
+    none.method = {"name": "none"}
+    with pytest.raises(UserError, match=r"^finetune=gsq_tuning: method=none quantizes nothing; choose a method"):
+        checked_config(none, [])
+    packed = ptq161.quantize(_tiny_model("llama"), torch.zeros(1, 8, dtype=torch.int64), ptq161.RTN())
+    ptq161.save(packed, tiny_tokenizer, "packed")
+    for stored in (composed("packed", finetune=tuning), OmegaConf.merge(none, {"model": {"path": "packed"}})):
+        config = checked_config(stored, ["finetune=gsq_tuning", "finetune.rank=4"])
+        assert config.finetune is not None and config.finetune.corpora_read == ["text_file"]
+        found = identity(config)
+        assert found["method"] is None and found["finetune"]["rank"] == 64 and found["seed"] == 0
+    with pytest.raises(UserError, match=r"^method=rtn: the model .* is already quantized"):
+        checked_config(composed("packed", finetune=tuning), ["finetune=gsq_tuning", "method=rtn"])
+    with pytest.raises(UserError, match=r"^finetune=scales: the model .* is already quantized"):
+        checked_config(composed("packed"), ["finetune=scales"])
+    assert identity(checked_config(composed("packed"), []))["seed"] is None
