@@ -33,6 +33,7 @@ from ptq161.packed.checkpoint import own_save
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import activation_bits, cast_rest, densify, packed_linears, sha256_of_packed, tensor_bytes
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear
+from ptq161.training.arithmetic.metis import check_ranks
 from ptq161.training.loop import random_numbers, run_steps, trained_parameters
 from ptq161.training.losses import objective
 from ptq161.training.targets import linears_of_roles
@@ -161,7 +162,9 @@ def _check(packed: PreTrainedModel, tuning: Tuning) -> list[str]:
                 f"the model has adapters already (at {name}): finetune the checkpoint that they were trained on."
             )
     check_seq_len("finetune.seq_len", tuning.seq_len, max_seq_len(packed.config))
-    return linears_of_roles(packed, tuning.targets, "finetune.targets")
+    names = linears_of_roles(packed, tuning.targets, "finetune.targets")
+    check_ranks(tuning, [[tuning.rank, layers[name].out_features, layers[name].in_features] for name in names])
+    return names
 
 
 def _memory(packed: PreTrainedModel, student: PreTrainedModel, names: list[str]) -> dict[str, int]:

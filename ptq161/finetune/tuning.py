@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ptq161.checks import check_at_least, check_choice
 from ptq161.packed.weight import SCALE_DTYPES
-from ptq161.training.arithmetic.registry import FLOAT, check_arithmetic
+from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 from ptq161.training.targets import ROLES
 
@@ -36,11 +36,17 @@ class Tuning:
         held_out_every: steps between two measurements on them.
         patience: measurements without a new best, after which the training ends; None goes through all steps.
         compute_dtype: of matrix products; trained parameters are always float32.
-        arithmetic: in which the linears with adapters multiply (:mod:`ptq161.training.arithmetic`): ``float`` or
-            ``gse``.
-        bits: of an element of the arithmetic, its sign included; without effect on ``float``, like the next two.
-        group_size: elements that share an exponent.
-        stochastic_rounding: round output gradients up or down at random, to their value on average.
+        arithmetic: in which the linears with adapters multiply (:mod:`ptq161.training.arithmetic`).
+        bits: of an element of ``gse``, its sign included.
+        group_size: ``gse``: elements that share an exponent.
+        stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
+            inputs, weights and output gradients.
+        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
+        spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
+        refresh_every: ``metis``: steps between two estimates of the subspace of these.
+        spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.
+        spectral_schedule: ``metis``: ``none``, ``ysche`` or ``amplified``, for output gradients
+            (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         checkpoint_every: steps between two checkpoints.
         score_before: evaluate the quantized model before the training as well.
@@ -57,12 +63,6 @@ class Tuning:
     objective: ClassVar[str] = "lm"
     """The next token's cross-entropy: there is no full-precision model to compare with."""
     hidden_weight: ClassVar[float] = 1.0
-    format: ClassVar[str] = "nvfp4"
-    spectral_rank: ClassVar[int] = 0
-    refresh_every: ClassVar[int] = 8
-    spectral_factors: ClassVar[str] = "format"
-    spectral_schedule: ClassVar[str] = "none"
-    """These five belong to an arithmetic that adapters do not have."""
 
     rank: int = 64
     alpha: float = 16.0
@@ -86,6 +86,11 @@ class Tuning:
     bits: int = 8
     group_size: int = 32
     stochastic_rounding: bool = False
+    format: str = "nvfp4"
+    spectral_rank: int = 0
+    refresh_every: int = 8
+    spectral_factors: str = "format"
+    spectral_schedule: str = "none"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 20
     score_before: bool = True
@@ -96,7 +101,6 @@ class Tuning:
         check_choice(f"{group}.adapter_dtype", self.adapter_dtype, SCALE_DTYPES)
         check_list(f"{group}.targets", self.targets, tuple(ROLES))
         check_training(self)
-        check_choice(f"{group}.arithmetic", self.arithmetic, (FLOAT, "gse"))
         check_arithmetic(group, self)
         check_counts(self, ("rank", "held_out_every"))
         check_at_least(f"{group}.held_out", self.held_out, 0)

@@ -27,8 +27,9 @@ from ptq161.models.checks import as_tokens, check_causal, check_quantizable, che
 from ptq161.numerics import COMPUTE_DTYPES, working_device
 from ptq161.packed.masks import salient_masks
 from ptq161.preprocess.restoration import Restoration, check_restorable
-from ptq161.preprocess.student import check_ranks, make_student, memory, merge, target_names
+from ptq161.preprocess.student import make_student, memory, merge, trained_sizes
 from ptq161.preprocess.training import train
+from ptq161.training.arithmetic.metis import check_ranks
 from ptq161.training.checkpoint import TrainingCheckpoint
 from ptq161.training.loop import random_numbers
 from ptq161.training.losses import frozen_copy, objective
@@ -78,8 +79,7 @@ def restore(
     """
     check_quantizable(model)
     check_causal(model.config, "preprocess")
-    target_names(model, restoration)
-    check_ranks(model, restoration)
+    check_ranks(restoration, trained_sizes(model, restoration))
     check_restorable(method)
     tokens = as_tokens(model, tokens, "training", "[n, seq_len]")
     check_seq_len("preprocess.seq_len", restoration.seq_len, max_seq_len(model.config))

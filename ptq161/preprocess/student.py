@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -21,7 +20,6 @@ from ptq161.packed.model import cast_rest, densify, tensor_bytes
 from ptq161.packed.weight import PackedWeight
 from ptq161.preprocess.restoration import Restoration
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
-from ptq161.training.arithmetic.metis import check_spectral_rank
 from ptq161.training.arithmetic.registry import FLOAT
 from ptq161.training.loop import trained_parameters
 from ptq161.training.targets import linears_of_roles
@@ -38,20 +36,15 @@ def target_names(model: PreTrainedModel, restoration: Restoration) -> list[str]:
     return linears_of_roles(model, restoration.targets, "preprocess.targets")
 
 
-def check_ranks(model: PreTrainedModel, restoration: Restoration) -> None:
-    """Check that an arithmetic can split off as many singular values of each trained matrix as its settings say.
+def trained_sizes(model: PreTrainedModel, restoration: Restoration) -> list[list[int]]:
+    """Return the sizes of each linear that is trained, with the rank of a low-rank update.
 
-    Raises:
-        UserError: a matrix is too small.
+    An expert that transformers keeps in one tensor with the others is left out.
     """
-    if restoration.arithmetic != "metis" or not restoration.spectral_rank:
-        return
-    for name in target_names(model, restoration):
-        with contextlib.suppress(AttributeError):  # an expert that transformers keeps fused with the others
-            sizes = list(_linear(model, name).weight.shape)
-            check_spectral_rank("preprocess", restoration.spectral_rank, sizes)
-            if restoration.update == "lora":
-                check_spectral_rank("preprocess", restoration.spectral_rank, [restoration.rank, *sizes])
+    rank = [restoration.rank] if restoration.update == "lora" else []
+    modules = dict(model.named_modules())
+    linears = (modules.get(name) for name in target_names(model, restoration))
+    return [[linear.out_features, linear.in_features, *rank] for linear in linears if isinstance(linear, nn.Linear)]
 
 
 def make_student(packed: PreTrainedModel, restoration: Restoration, device: torch.device) -> PreTrainedModel:

@@ -148,6 +148,18 @@ def test_rounded_activations_have_no_adapters(tiny_model: TinyModel) -> None:
         tune(ptq161.quantize(tiny_model("llama"), tokens()[:2], method), tokens(), short())
 
 
-def test_an_arithmetic_without_adapters_is_refused() -> None:
-    with pytest.raises(UserError, match=r"finetune\.arithmetic=metis"):
-        short(arithmetic="metis")
+@pytest.mark.parametrize("settings", [{"format": "mxfp4"}, {"format": "nvfp4", "spectral_rank": 3}])
+def test_adapters_in_floats_of_four_bits_learn(settings: dict[str, Any]) -> None:
+    losses: list[float] = []
+
+    def on_metric(name: str, value: float, /, **where: int | str) -> None:
+        if name == "finetune_held_out_loss":
+            losses.append(value)
+
+    tune(copy.deepcopy(packed_model("rtn")), tokens(), short(arithmetic="metis", **settings), on_metric=on_metric)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_a_rank_that_an_adapter_does_not_have() -> None:
+    with pytest.raises(UserError, match=r"finetune\.spectral_rank=8: a trained matrix has only 8 rows or columns"):
+        tune(copy.deepcopy(packed_model("rtn")), tokens(), short(arithmetic="metis", spectral_rank=8))

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from ptq161.training.settings import Names
+
 Quantizer = Callable[[Tensor, int], Tensor]
 """``quantize(matrix, dim)`` returns what the format holds of a matrix: a tensor of its shape, of any float dtype.
 
@@ -52,6 +54,10 @@ class StatefulQuantizer(nn.Module):
 
 class ArithmeticSettings(Protocol):
     """Settings of a training, as arithmetics read them; a frozen dataclass."""
+
+    @property
+    def names(self) -> Names:
+        """What the training is called."""
 
     @property
     def arithmetic(self) -> str:

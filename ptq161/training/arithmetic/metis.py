@@ -10,7 +10,7 @@ remembers per class, for all linears alike; here each matrix has its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -117,7 +117,7 @@ def arithmetic(settings: ArithmeticSettings, weight: Tensor) -> Arithmetic:
     if not rank:
         direct = partial(_direct, format=format, stochastic=stochastic)
         return Arithmetic(direct, direct, direct, quantizes_once=True)
-    check_spectral_rank("preprocess", rank, weight.shape)
+    check_ranks(settings, [weight.shape])
     rounding = partial(_rounding, format=format)
     every = settings.refresh_every * settings.accumulation
     outputs, inputs = weight.shape
@@ -150,20 +150,22 @@ def check_metis(group: str, settings: ArithmeticSettings) -> None:
         )
 
 
-def check_spectral_rank(group: str, rank: int, sizes: Sequence[int]) -> None:
-    """Check that a matrix has more singular values than are split off.
+def check_ranks(settings: ArithmeticSettings, sizes: Iterable[Sequence[int]]) -> None:
+    """Check that each trained matrix has more singular values than are split off.
 
     Args:
-        group: the configuration group, for the error.
-        rank: of what is split off.
-        sizes: of the matrix.
+        settings: of a training, in any arithmetic.
+        sizes: of the matrices.
 
     Raises:
-        UserError: it has not.
+        UserError: one has not.
     """
-    if rank >= min(sizes):
+    rank = settings.spectral_rank if settings.arithmetic == "metis" else 0
+    least = min((min(of_one) for of_one in sizes), default=rank + 1)
+    if rank and rank >= least:
         raise UserError(
-            f"{group}.spectral_rank={rank}: a trained matrix has only {min(sizes)} rows or columns; use less, or 0."
+            f"{settings.names.group}.spectral_rank={rank}: a trained matrix has only {least} rows or columns; use "
+            "less, or 0."
         )
 
 

@@ -15,7 +15,7 @@ from ptq161.preprocess.restoration import Restoration
 from ptq161.training.arithmetic.base import Arithmetic, Quantizer
 from ptq161.training.arithmetic.blockfloat import quantize
 from ptq161.training.arithmetic.linears import TrainedLinear, quantizer_buffers
-from ptq161.training.arithmetic.metis import FORMATS, SpectralQuantizer, check_spectral_rank
+from ptq161.training.arithmetic.metis import FORMATS, SpectralQuantizer, check_ranks
 from ptq161.training.arithmetic.product import linear
 from ptq161.training.arithmetic.registry import arithmetic_of
 from ptq161.training.arithmetic.spectral import quantize_spectral, truncated_svd
@@ -160,4 +160,5 @@ def test_the_product_is_nearer_where_one_scale_would_be_stretched() -> None:
 def test_a_rank_that_a_matrix_does_not_have() -> None:
     with pytest.raises(UserError, match=r"preprocess\.spectral_rank=32: a trained matrix has only 32 rows or columns"):
         trained(spectral_rank=32)
-    check_spectral_rank("preprocess", 31, [32, 64])
+    check_ranks(settings(spectral_rank=31), [[32, 64]])
+    check_ranks(settings(spectral_rank=64, arithmetic="gse"), [[32, 64]])
