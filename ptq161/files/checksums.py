@@ -73,7 +73,9 @@ def what_is_wrong(folder: Path, required: Collection[str] = (), among: Collectio
         among: names of the files that are checked; None checks all that are listed.
     """
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), to which other bytes than that of a new line end a line.
+        text = (folder / SUMS).read_bytes().decode()
+        lines = text.removesuffix("\n").split("\n") if text else []
     except (OSError, ValueError) as error:
         return f"{SUMS} cannot be read ({one_line(error)})"
     sums = {}

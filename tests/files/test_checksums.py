@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq161.errors import UserError
-from ptq161.files.checksums import SUMS, check_sums, sums_of
+from ptq161.files.checksums import SUMS, check_sums, sums_of, what_is_wrong
 
 CONTENTS = {
     "config.json": b"{}",
@@ -91,3 +91,19 @@ def test_no_flipped_byte_of_a_listed_file_passes(tmp_path_factory: pytest.TempPa
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
         check_sums(folder)
+
+
+def test_every_bit_of_the_list_itself(tmp_path: Path) -> None:
+    """One of them makes a line break a vertical tab, at which ``str.splitlines`` would break a line as well."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / SUMS).write_text(sums_of(tmp_path))
+    whole = (tmp_path / SUMS).read_bytes()
+    unseen = []
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / SUMS).write_bytes(damaged)
+        if what_is_wrong(tmp_path, required=("a", "b")) is None:
+            unseen.append(bit)
+    assert unseen == []
