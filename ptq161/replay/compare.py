@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ptq161.tracking.read import RunData
 
-_CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version"})
+_TRAININGS = ("preprocess_tokens_per_second", "preprocess_quantize_seconds", "finetune_tokens_per_second")
+_CLOCK = frozenset({"time", "seconds", "peak_memory_bytes", "schema_version", *_TRAININGS})
 """Names of values that are not results of the computation: times, memory, the version of the layout."""
 _LINES = "metrics.jsonl"
 _ENVIRONMENT = ("git", "sources_sha256", "versions", "hardware", "threads", "device", "dtype")

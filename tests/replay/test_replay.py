@@ -73,7 +73,11 @@ def test_everything_that_a_run_computes_is_compared_and_no_clock(record: Record)
 
 def test_equal_runs_are_equal_whatever_the_clock_says(record: Record) -> None:
     results = changed(changed(RESULTS, "seconds", "quantize", to=99.0), "peak_memory_bytes", to=1)
-    comparison = compare(record("a"), record("b", results, [*LINES[:2], ("seconds", 77.0, {})]))
+    speeds = [(f"{stage}_tokens_per_second", 500.0, {"step": 0}) for stage in ("preprocess", "finetune")]
+    slower = [(name, 400.0, where) for name, _, where in speeds]
+    comparison = compare(
+        record("a", lines=[*LINES, *speeds]), record("b", results, [*LINES[:2], ("seconds", 77.0, {}), *slower])
+    )
     assert comparison.equal
     assert (comparison.n_values, comparison.n_different, comparison.missing, comparison.extra) == (8, 0, [], [])
     assert comparison.hashes == {"checkpoint_sha256": ("c0ffee", "c0ffee")}
