@@ -259,7 +259,7 @@ cases(
     ("ptq161.save(model(), None, 'out')", "no packed linears"),
     ("ptq161.save(packed(), None, '../in/tiny')", "tiny holds"),
     ("ptq161.save(packed(), None, '../in/tiny.txt')", "is a file"),
-    ("packed().save_pretrained('out', safe_serialization=False, max_shard_size='1GB')", "max_shard_size"),
+    ("packed().save_pretrained('out', safe_serialization=False, max_shard_size='1KB')", "max_shard_size"),
     ("ptq161.quantize(packed(), tokens(), ptq161.RTN(bits=2))", "already quantized"),
     ("ptq161.quantize(torch.nn.Linear(2, 2), tokens(), ptq161.RTN(bits=2))", "Linear"),
     ("ptq161.quantize(model(), tokens()[:0], ptq161.RTN(bits=2))", "tokens"),

@@ -21,27 +21,28 @@ class FP4(LayerwiseMethod):
     ``scale_dtype`` has no effect: block scales have 8 bits, and the scale of an NVFP4 weight is float32.
 
     Attributes:
-        format: ``nvfp4``, block scales in E4M3 under one scale of the weight, or ``mxfp4``, powers of two.
+        block_format: ``nvfp4``, block scales in E4M3 under one scale of the weight, or ``mxfp4``, powers of two.
         group_size: columns that share a block scale; None is the standard's 16 for NVFP4 and 32 for MXFP4.
 
     Example:
-        >>> FP4(format="mxfp4").nominal_bits()
+        >>> FP4(block_format="mxfp4").nominal_bits()
         4.0
-        >>> FP4(format="int4")
+        >>> FP4(block_format="int4")
         Traceback (most recent call last):
             ...
-        ptq161.errors.UserError: method.format=int4: use one of nvfp4, mxfp4.
+        ptq161.errors.UserError: method.block_format=int4: use one of nvfp4, mxfp4.
     """
 
+    format: ClassVar[str] = "fp4"
     needs_statistics: ClassVar[bool] = False
 
-    format: str = "nvfp4"
+    block_format: str = "nvfp4"
     group_size: int | None = None
 
     def __post_init__(self) -> None:
         """Reject formats that there are not."""
         super().__post_init__()
-        check_fp4(self.format, self.group_size)
+        check_fp4(self.block_format, self.group_size)
 
     def nominal_bits(self) -> float:
         """Bits of a code; scales are not counted."""
@@ -51,4 +52,4 @@ class FP4(LayerwiseMethod):
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
     ) -> dict[str, PackedWeight]:
         """Round each linear on its own; statistics and window are not used."""
-        return {name: FP4Weight.rounded(weight, self.format, self.group_size) for name, weight in weights.items()}
+        return {name: FP4Weight.rounded(weight, self.block_format, self.group_size) for name, weight in weights.items()}

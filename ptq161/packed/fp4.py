@@ -113,7 +113,7 @@ def check_fp4(format: str, block: int | None) -> None:
         >>> check_fp4("fp4", None)
         Traceback (most recent call last):
             ...
-        ptq161.errors.UserError: method.format=fp4: use one of nvfp4, mxfp4.
+        ptq161.errors.UserError: method.block_format=fp4: use one of nvfp4, mxfp4.
     """
-    check_choice("method.format", format, FP4_BLOCKS)
+    check_choice("method.block_format", format, FP4_BLOCKS)
     check_at_least("method.group_size", block, 1)

@@ -1,4 +1,4 @@
-"""Sixty runs over four workers that are killed at random: sixty records, none lost, none double."""
+"""Thirty runs over four workers that are killed at random: thirty records, none lost, none double."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.end_to_end.conftest import Program
 
 pytestmark = pytest.mark.slow
 
-JOBS = 60
+JOBS = 30
 KILLS = 15
 SECONDS = 300  # after which it hangs
 
 
-def test_sixty_runs_over_four_workers_that_are_killed_at_random(program: Program) -> None:
+def test_thirty_runs_over_four_workers_that_are_killed_at_random(program: Program) -> None:
     ratios = [i / 100 for i in range(JOBS)]
     running = program.start(
         "-m",

@@ -93,9 +93,11 @@ def test_zeros_and_what_is_not_finite(format: str) -> None:
             FP4Weight.rounded(torch.full((2, 8), value), format)
 
 
-@pytest.mark.parametrize("arguments", [{"format": "fp4"}, {"group_size": 0}])
+@pytest.mark.parametrize("arguments", [{"block_format": "fp4"}, {"group_size": 0}])
 def test_settings_out_of_range(arguments: dict[str, object]) -> None:
-    with pytest.raises(UserError, match=r"method\.(format=fp4: use one of nvfp4, mxfp4|group_size=0: use at least 1)"):
+    with pytest.raises(
+        UserError, match=r"method\.(block_format=fp4: use one of nvfp4, mxfp4|group_size=0: use at least 1)"
+    ):
         ptq161.FP4(**arguments)  # type: ignore[arg-type]
 
 
@@ -103,7 +105,7 @@ def test_settings_out_of_range(arguments: dict[str, object]) -> None:
 def test_a_model(format: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model("llama")
     original = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    linears = packed_linears(model, ptq161.FP4(format=format))
+    linears = packed_linears(model, ptq161.FP4(block_format=format))
     assert len(linears) == 14
     packed = linears["model.layers.0.mlp.up_proj"].packed
     assert torch.equal(packed.dequantize(), quantize(original, FORMATS[format], as_released=False))

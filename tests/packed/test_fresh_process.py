@@ -39,7 +39,7 @@ from tests.conftest import VPTQ_WITH_ALL
 
 METHODS: list[Method] = [
     RTN(),
-    FP4(format="mxfp4"),
+    FP4(block_format="mxfp4"),
     FP8(group_size=24),
     GPTQ(bits=2),
     AWQ(bits=2),
