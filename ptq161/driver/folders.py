@@ -28,7 +28,7 @@ from ptq161.models.checks import evaluation_mode
 from ptq161.models.settings import ModelConfig
 from ptq161.models.stored import StoredModel
 from ptq161.numerics import plain_torch, working_device
-from ptq161.packed.checkpoint import TENSOR_METADATA, WEIGHTS_FILE, checkpoint_folder, write_around
+from ptq161.packed.layout import TENSOR_METADATA, WEIGHTS_FILE, checkpoint_folder, write_around
 from ptq161.packed.model import packed_linears, stored_tensors
 from ptq161.packed.tensor_file import write_tensors
 

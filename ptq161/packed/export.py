@@ -13,7 +13,8 @@ from ptq161.files.checksums import SUMS, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.models.experts import fuse_experts
 from ptq161.packed.card import CARD, is_ours, write_card
-from ptq161.packed.checkpoint import ADVICE, load, write_rest
+from ptq161.packed.checkpoint import load
+from ptq161.packed.layout import ADVICE, write_rest
 from ptq161.packed.model import densify
 
 

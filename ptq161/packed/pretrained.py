@@ -78,7 +78,7 @@ class PackedQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Name the file of tensors, before transformers looks for one of its own name."""
-        from ptq161.packed.checkpoint import WEIGHTS_FILE
+        from ptq161.packed.layout import WEIGHTS_FILE
 
         config.transformers_weights = WEIGHTS_FILE
         return config
@@ -91,7 +91,8 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, *, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from ptq161.files.reading import reading
-        from ptq161.packed.checkpoint import ADVICE_AGAIN, check_layout, install_empty
+        from ptq161.packed.checkpoint import install_empty
+        from ptq161.packed.layout import ADVICE_AGAIN, check_layout
 
         assert checkpoint_files is not None, "transformers names the file of a folder that has one"
         file = Path(checkpoint_files[0])

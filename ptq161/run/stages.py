@@ -31,8 +31,9 @@ from ptq161.models.architectures import config_key, decoder_blocks, diffusion_of
 from ptq161.models.checks import check_causal, check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.checkpoint import WEIGHTS_FILE, load, save, stored_nominal_bits
+from ptq161.packed.checkpoint import load, save
 from ptq161.packed.export import save_dense
+from ptq161.packed.layout import WEIGHTS_FILE, stored_nominal_bits
 from ptq161.packed.linear import dense_cache
 from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
 from ptq161.preprocess.restoration import Restoration

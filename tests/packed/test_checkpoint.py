@@ -20,7 +20,7 @@ from ptq161.errors import UserError
 from ptq161.files.checksums import SUMS
 from ptq161.methods.ptq161 import PTQ161
 from ptq161.methods.rtn import RTN
-from ptq161.packed.checkpoint import WEIGHTS_FILE, stored_nominal_bits
+from ptq161.packed.layout import WEIGHTS_FILE, stored_nominal_bits
 from ptq161.packed.model import cast_rest, densify, measure, packed_linears
 from tests.conftest import MIXTURES, TINY
 

@@ -20,7 +20,7 @@ from transformers.utils import hub
 
 import ptq161
 from ptq161.errors import UserError
-from ptq161.packed.checkpoint import WEIGHTS_FILE
+from ptq161.packed.layout import WEIGHTS_FILE
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import packed_linears
 from tests.conftest import TINY, every_method

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.qdrop import QDrop
-from ptq161.packed.checkpoint import WEIGHTS_FILE
+from ptq161.packed.layout import WEIGHTS_FILE
 from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
 from ptq161.packed.trainable import ScaledLinear, scale_tensors
