@@ -116,7 +116,7 @@ __getattr__ = lazy_attributes(
 # from_pretrained of transformers opens a packed checkpoint after this.
 import_after("transformers.quantizers.auto", "ptq161.packed.pretrained")
 # LoRA of PEFT takes packed linears after this.
-import_after("peft.tuners.lora.model", "ptq161.packed.adapters")
+import_after("peft.tuners.lora.model", "ptq161.packed.lora")
 
 
 def __dir__() -> list[str]:

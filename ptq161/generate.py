@@ -28,6 +28,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from ptq161.errors import UserError
 from ptq161.files.streams import never_fail_to_print
+from ptq161.models.architectures import max_seq_len
 from ptq161.packed.checkpoint import load
 from ptq161.packed.linear import int8_activations
 
@@ -122,7 +123,7 @@ def generate(
     encoded = tokenizer(prompt, return_tensors="pt")
     tokens: Tensor = encoded["input_ids"]
     n = tokens.shape[-1]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max_seq_len(model.config)
     if n == 0:
         raise UserError("the prompt is empty: give some text to continue.")
     if longest is not None and n + max_new_tokens > longest:

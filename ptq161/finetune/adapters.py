@@ -127,8 +127,9 @@ def make_student(packed: PreTrainedModel, names: list[str], tuning: Tuning, devi
     dtype = COMPUTE_DTYPES[tuning.compute_dtype]
     student = copy.deepcopy(packed)
     cast_rest(student, dtype)
+    layers = packed_linears(student)
     for name in names:
-        layer = _packed_linear(student, name)
+        layer = layers[name]
         base = FrozenLinear(layer.dequantize(), layer.bias, tuning, dtype)
         down, up = torch.empty(tuning.rank, layer.in_features), torch.zeros(layer.out_features, tuning.rank)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))  # as LoRA's authors do
@@ -168,12 +169,12 @@ def _check(packed: PreTrainedModel, tuning: Tuning) -> list[str]:
 
 
 def _memory(packed: PreTrainedModel, student: PreTrainedModel, names: list[str]) -> dict[str, int]:
-    trained = tensor_bytes(trained_parameters(student).values())
+    layers, trained = packed_linears(packed), tensor_bytes(trained_parameters(student).values())
     held = [tensor for name in names for tensor in student.get_submodule(f"{name}.base").buffers()]
     return {
         "trained_bytes": trained,
         "optimizer_bytes": 2 * trained,  # the two moments of AdamW
-        "base_bytes": sum(_packed_linear(packed, name).packed.nbytes for name in names),
+        "base_bytes": sum(layers[name].packed.nbytes for name in names),
         "base_held_bytes": tensor_bytes(held),
     }
 
@@ -181,19 +182,13 @@ def _memory(packed: PreTrainedModel, student: PreTrainedModel, names: list[str])
 @torch.no_grad()
 def _store(packed: PreTrainedModel, student: PreTrainedModel, names: list[str], tuning: Tuning) -> None:
     """Put the adapters beside the packed weights, in the dtype in which they are stored."""
-    adapted = {}
+    layers, adapted = packed_linears(packed), {}
     for name in names:
-        before, adapter = _packed_linear(packed, name), student.get_submodule(name)
+        before, adapter = layers[name], student.get_submodule(name)
         assert isinstance(adapter, LoraLinear)
         home = next(before.buffers()).device
         factors = [factor.detach().to(home) for factor in (adapter.lora_A, adapter.lora_B * adapter.scale)]
         adapted[name] = AdaptedWeight.pack(before.packed, *factors, scale_dtype=tuning.adapter_dtype)
     for name, weight in adapted.items():
-        before = _packed_linear(packed, name)
+        before = layers[name]
         packed.set_submodule(name, PackedLinear(weight, before.bias).train(before.training))
-
-
-def _packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
-    module = model.get_submodule(name)
-    assert isinstance(module, PackedLinear)
-    return module

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ptq161.checks import check_at_least
 from ptq161.methods.base import Window
 from ptq161.methods.layerwise import InputStatistics, LayerwiseMethod
-from ptq161.packed.nf4 import NF4Weight, check_nf4, nf4_parameters
+from ptq161.packed.nf4 import NF4Weight, nf4_parameters
 from ptq161.packed.weight import PackedWeight, check_magnitude
 
 
@@ -34,7 +35,7 @@ class NF4(LayerwiseMethod):
     def __post_init__(self) -> None:
         """Reject a group size that the format cannot hold."""
         super().__post_init__()
-        check_nf4("method", self.group_size)
+        check_at_least("method.group_size", self.group_size, 1)
 
     def nominal_bits(self) -> float:
         """Bits of a code."""
@@ -62,7 +63,7 @@ def quantize_weight(weight: Tensor, group_size: int = 64, *, scale_dtype: str = 
         >>> packed.codes.shape, packed.scales.tolist()
         (torch.Size([1, 2]), [[2.0]])
     """
-    check_nf4("method", group_size)
+    check_at_least("method.group_size", group_size, 1)
     check_magnitude(weight, scale_dtype)
     codes, scales = nf4_parameters(weight, group_size, scale_dtype=scale_dtype)
     return NF4Weight.pack(codes, scales, group_size, scale_dtype=scale_dtype)

@@ -44,7 +44,7 @@ from ptq161.packed.layout import (
     write_around,
 )
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.model import packed_linears, stored_tensors
+from ptq161.packed.model import packed_linears, stored_tensors, tensor_bytes
 from ptq161.packed.weight import packed_weight_from
 
 
@@ -227,7 +227,7 @@ def own_save(model: PreTrainedModel) -> None:
 def _save_pretrained(
     model: PreTrainedModel, save_directory: str | Path, *, max_shard_size: int | str | None = None, **settings: Any
 ) -> None:
-    size = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    size = tensor_bytes(stored_tensors(model).values())
     if max_shard_size is not None and size > convert_file_size_to_int(max_shard_size):
         raise UserError(f"save_pretrained(max_shard_size={max_shard_size}): a packed model is one file, {size} bytes.")
     if given := [name for name, value in settings.items() if value not in (None, False)]:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq161.checks import check_at_least
 from ptq161.errors import UserError
+from ptq161.kernels.minifloat import power_of_two
 from ptq161.packed.bits import pack_indices, unpack_indices
 from ptq161.packed.weight import PackedWeight
 
@@ -188,19 +190,7 @@ def check_gse(group: str, bits: int, group_size: int) -> None:
     """
     if not LEAST_BITS <= bits <= MOST_BITS:
         raise UserError(f"{group}.bits={bits}: use {LEAST_BITS} to {MOST_BITS}.")
-    if group_size < 1:
-        raise UserError(f"{group}.group_size={group_size}: use at least 1.")
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """Return ``2^exponent`` in float32, exactly, for integers from -126 to 127.
-
-    Example:
-        >>> power_of_two(torch.tensor([-1, 3]))
-        tensor([0.5000, 8.0000])
-    """
-    power: Tensor = ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)
-    return power
+    check_at_least(f"{group}.group_size", group_size, 1)
 
 
 def _grouped(x: Tensor, dim: int, group_size: int) -> Tensor:

@@ -216,9 +216,7 @@ def int8_activations(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     for layer in layers:
         if type(layer.packed).segments is PackedWeight.segments:
-            raise UserError(
-                f"activations of eight bits: weights stored as {layer.packed.format!r} have no such product."
-            )
+            raise UserError(_no_int8(layer.packed.format))
     try:
         for layer in layers:
             layer.int8 = True

@@ -12,7 +12,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ptq161.errors import UserError
 from ptq161.packed.bits import pack_codes, unpack_codes
 from ptq161.packed.uniform import grouped, per_column
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -106,23 +105,3 @@ def nf4_parameters(weight: Tensor, group_size: int = 64, *, scale_dtype: str = "
     # A scale that underflows to zero can only stand for zeros.
     shares = torch.where(size > 0, weight.float() / size, 0.0)
     return torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).to(torch.uint8), scales
-
-
-def check_nf4(group: str, group_size: int) -> None:
-    """Check the setting of the format.
-
-    Args:
-        group: the configuration group, for the error.
-        group_size: columns that share a scale.
-
-    Raises:
-        UserError: it is out of range.
-
-    Example:
-        >>> check_nf4("method", group_size=0)
-        Traceback (most recent call last):
-            ...
-        ptq161.errors.UserError: method.group_size=0: use at least 1.
-    """
-    if group_size < 1:
-        raise UserError(f"{group}.group_size={group_size}: use at least 1.")

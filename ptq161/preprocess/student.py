@@ -15,8 +15,7 @@ from ptq161.methods import nf4
 from ptq161.models.architectures import blocks_path, decoder_blocks
 from ptq161.models.experts import fuse_experts
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.linear import PackedLinear
-from ptq161.packed.model import cast_rest, densify, tensor_bytes
+from ptq161.packed.model import cast_rest, densify, packed_linears, tensor_bytes
 from ptq161.packed.weight import PackedWeight
 from ptq161.preprocess.restoration import Restoration
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear, TrainedLinear
@@ -63,8 +62,9 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
             _linear(student, name).weight.data.copy_(base.dequantize())
         _add_adapters(student, names, restoration)
     else:
+        layers = packed_linears(packed)
         for name in names:
-            _linear(student, name).weight = nn.Parameter(_packed_linear(packed, name).dequantize())
+            _linear(student, name).weight = nn.Parameter(layers[name].dequantize())
     if restoration.arithmetic != FLOAT:
         for name in names:
             student.set_submodule(name, _in_arithmetic(student.get_submodule(name), restoration))
@@ -85,7 +85,8 @@ def memory(packed: PreTrainedModel, student: PreTrainedModel, restoration: Resto
         and once for each product of an arithmetic other than float. A full update has no base.
     """
     names = target_names(packed, restoration) if restoration.update == "lora" else []
-    bases = {name: _packed_linear(packed, name).packed for name in names} | _other_bases(packed, restoration)
+    layers = packed_linears(packed)
+    bases = {name: layers[name].packed for name in names} | _other_bases(packed, restoration)
     frozen = (tensor for name in names for tensor in _frozen(student.get_submodule(name)))
     trained = tensor_bytes(trained_parameters(student).values())
     return {
@@ -100,8 +101,8 @@ def _other_bases(packed: PreTrainedModel, restoration: Restoration) -> dict[str,
     """Return the weight under each update where it is not the packed one, by module path."""
     if restoration.base == "packed":
         return {}
-    names = target_names(packed, restoration)
-    return {name: nf4.quantize_weight(_packed_linear(packed, name).dequantize()) for name in names}
+    layers = packed_linears(packed)
+    return {name: nf4.quantize_weight(layers[name].dequantize()) for name in target_names(packed, restoration)}
 
 
 def _frozen(module: nn.Module) -> Iterator[Tensor]:
@@ -173,10 +174,4 @@ def _in_arithmetic(trained: nn.Module, restoration: Restoration) -> nn.Module:
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Linear)
-    return module
-
-
-def _packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
-    module = model.get_submodule(name)
-    assert isinstance(module, PackedLinear)
     return module

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ptq161
 from ptq161.errors import UserError
-from ptq161.packed.adapters import PackedLora
+from ptq161.packed.lora import PackedLora
 from ptq161.packed.model import packed_linears, sha256_of_packed
 from tests.conftest import every_method
 
