@@ -51,7 +51,7 @@ def plan_statistics(
         progress: show a progress bar.
 
     Returns:
-        the statistics of each linear by name (``"{block}.{path}"``), on ``device``.
+        the statistics of each linear by name (``"{block}.{path}"``), where the model is.
 
     Raises:
         UserError: the model has no head, or an activation or a gradient is not finite.
@@ -92,10 +92,13 @@ def plan_statistics(
             leaders = {name: group[0] for group in window.input_groups for name in group}
             for name, energy in energies.items():
                 taken_out = window.rescalings.get(name, Rescaling(0, 0))
+                weight = weights[f"{block_and_path(name)[1]}.weight"]  # of the model itself, not a copy
+                mean_square = squares[leaders[name]] / tokens.numel() * 4.0**taken_out.inputs
+                gradient_energy = energy / tokens.numel() * 4.0 ** -(taken_out.weight + taken_out.inputs)
                 statistics[name] = LinearStatistics(
-                    weight=weights[f"{block_and_path(name)[1]}.weight"],  # of the model itself, not a copy
-                    mean_square=squares[leaders[name]] / tokens.numel() * 4.0**taken_out.inputs,
-                    gradient_energy=energy / tokens.numel() * 4.0 ** -(taken_out.weight + taken_out.inputs),
+                    weight=weight,
+                    mean_square=mean_square.to(weight.device),
+                    gradient_energy=gradient_energy.to(weight.device),
                 )
             bar.update()
     return statistics
