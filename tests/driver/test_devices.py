@@ -24,6 +24,7 @@ from tests.preprocess.conftest import sequences, short
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (3, 16), generator=torch.Generator().manual_seed(0))
 METHODS = every_method(bits=3, epochs=1) | {
+    "qdrop": ptq161.QDrop(bits=3, steps=2, batch_size=2),
     "one level": ptq161.Waterfill(level="model", epochs=1, batch_size=2, absorb_epochs=1),
     "learned codes": ptq161.PTQ161(epochs=1, codes="learned"),
 }
@@ -64,9 +65,9 @@ def test_the_gpu_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(tiny_model: TinyModel, name: str) -> None:
-    expected = ptq161.quantize(tiny_model("llama"), TOKENS, METHODS[name])
+    expected = ptq161.quantize(tiny_model("llama", n_blocks=1), TOKENS, METHODS[name])
     with fake_gpu() as device:
-        found = ptq161.quantize(tiny_model("llama"), TOKENS, METHODS[name], device=device)
+        found = ptq161.quantize(tiny_model("llama", n_blocks=1), TOKENS, METHODS[name], device=device)
     assert_close(found, expected, least=0.9 if name == "quant_dllm" else 0.99)
 
 
@@ -91,7 +92,9 @@ def test_adapters() -> None:
 @pytest.mark.parametrize("name", TRAININGS)
 def test_preprocessing(tiny_model: TinyModel, name: str) -> None:
     settings = short(**TRAININGS[name])
-    expected, _ = restore(tiny_model("llama"), sequences(6), sequences(3), RTN(bits=3), settings)
+    expected, _ = restore(tiny_model("llama", n_blocks=1), sequences(6), sequences(3), RTN(bits=3), settings)
     with fake_gpu() as device:
-        found, _ = restore(tiny_model("llama"), sequences(6), sequences(3), RTN(bits=3), settings, device=device)
+        found, _ = restore(
+            tiny_model("llama", n_blocks=1), sequences(6), sequences(3), RTN(bits=3), settings, device=device
+        )
     assert_close(found, expected, least=0.95 if name in DRAWN else 0.999)
