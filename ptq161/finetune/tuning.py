@@ -7,14 +7,17 @@ from typing import ClassVar
 
 from ptq161.checks import check_at_least, check_choice
 from ptq161.packed.weight import SCALE_DTYPES
+from ptq161.training.arithmetic.base import ArithmeticSettings
 from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 from ptq161.training.targets import ROLES
 
 
-@dataclasses.dataclass(frozen=True)
-class Tuning:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning(ArithmeticSettings):
     """Low-rank adapters on a quantized model, trained on a text (GSQ-Tuning: Zhou et al., ACL 2025, arXiv 2502.12913).
+
+    The settings of the arithmetic are in :class:`ptq161.training.arithmetic.base.ArithmeticSettings`.
 
     Attributes:
         rank: of each adapter.
@@ -36,17 +39,6 @@ class Tuning:
         held_out_every: steps between two measurements on them.
         patience: measurements without a new best, after which the training ends; None goes through all steps.
         compute_dtype: of matrix products; trained parameters are always float32.
-        arithmetic: in which the linears with adapters multiply (:mod:`ptq161.training.arithmetic`).
-        bits: of an element of ``gse``, its sign included.
-        group_size: ``gse``: elements that share an exponent.
-        stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
-            inputs, weights and output gradients.
-        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
-        spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
-        refresh_every: ``metis``: steps between two estimates of the subspace of these.
-        spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.
-        spectral_schedule: ``metis``: ``none``, ``ysche`` or ``amplified``, for output gradients
-            (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         checkpoint_every: steps between two checkpoints.
         score_before: evaluate the quantized model before the training as well.
@@ -74,7 +66,6 @@ class Tuning:
     max_grad_norm: float = 1.0
     steps: int = 60
     batch_size: int = 8
-    accumulation: int = 1
     seq_len: int = 256
     corpora: list[str] = dataclasses.field(default_factory=lambda: ["passages"])
     text_file: str | None = None
@@ -83,14 +74,6 @@ class Tuning:
     patience: int | None = None
     compute_dtype: str = "float32"
     arithmetic: str = "gse"
-    bits: int = 8
-    group_size: int = 32
-    stochastic_rounding: bool = False
-    format: str = "nvfp4"
-    spectral_rank: int = 0
-    refresh_every: int = 8
-    spectral_factors: str = "format"
-    spectral_schedule: str = "none"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 20
     score_before: bool = True

@@ -8,6 +8,7 @@ from typing import ClassVar
 from ptq161.checks import check_at_least, check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Method
+from ptq161.training.arithmetic.base import ArithmeticSettings
 from ptq161.training.arithmetic.registry import check_arithmetic
 from ptq161.training.settings import Names, check_counts, check_list, check_positive, check_share, check_training
 from ptq161.training.targets import ROLES
@@ -18,11 +19,12 @@ _OBJECTIVES = ("lm", "kl", "kl_hidden")
 _MASKS = ("first", "fresh")
 
 
-@dataclasses.dataclass(frozen=True)
-class Restoration:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restoration(ArithmeticSettings):
     """Restorative training before quantization (Zhao et al., ACL 2025, Section 3.4). The defaults are the paper's.
 
-    The paper does not state the number of steps and the batch size.
+    The paper does not state the number of steps and the batch size. The settings of the arithmetic are in
+    :class:`ptq161.training.arithmetic.base.ArithmeticSettings`.
 
     Attributes:
         update: ``lora``, a low-rank update merged after training, or ``full``, the target weights themselves.
@@ -50,18 +52,6 @@ class Restoration:
             first pass (the paper), or ``fresh``, selected anew. Without effect on methods without salient channels.
         gradient_checkpointing: compute each block's activations again in the backward pass in place of keeping them.
         compute_dtype: of matrix products and frozen weights; trained parameters are always float32.
-        arithmetic: in which the trained linears multiply (:mod:`ptq161.training.arithmetic`): ``float``, ``gse`` or
-            ``metis``. The settings from here to ``spectral_schedule`` are without effect on the others.
-        bits: ``gse``: of an element, its sign included.
-        group_size: ``gse``: elements that share an exponent.
-        stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
-            inputs, weights and output gradients.
-        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
-        spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
-        refresh_every: ``metis``: steps between two estimates of the subspace of these.
-        spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.
-        spectral_schedule: ``metis``: ``none``; ``ysche``, the released code's change of a gradient's singular values;
-            ``amplified``, what it is meant to be (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
         regulariser: strength of the dual-range regulariser of the trained weights, added to the loss; 0 for none. With
             a full update only (:func:`ptq161.training.arithmetic.spectral.dual_range`).
         regulariser_alpha1: weight of large numbers in it.
@@ -101,15 +91,6 @@ class Restoration:
     mask: str = "first"
     gradient_checkpointing: bool = False
     compute_dtype: str = "float32"
-    arithmetic: str = "float"
-    bits: int = 8
-    group_size: int = 32
-    stochastic_rounding: bool = False
-    format: str = "nvfp4"
-    spectral_rank: int = 0
-    refresh_every: int = 8
-    spectral_factors: str = "format"
-    spectral_schedule: str = "none"
     regulariser: float = 0.0
     regulariser_alpha1: float = 1.0
     regulariser_alpha2: float = 1.0

@@ -10,8 +10,8 @@ weights and output gradients. To add one:
 2. Write ``arithmetic(settings, weight) -> Arithmetic`` there, and enter it in the registry. It is called once for each
    matrix of weights, so that a quantizer may keep something between steps: then it is a
    :class:`~ptq161.training.arithmetic.base.StatefulQuantizer`, whose buffers go into the checkpoints.
-3. A setting that it needs is a property of :class:`~ptq161.training.arithmetic.base.ArithmeticSettings` and a field of
-   the settings of each training that offers it (``Restoration``, with its YAML); its range is checked in
+3. A setting that it needs is a field of :class:`~ptq161.training.arithmetic.base.ArithmeticSettings`, from which the
+   settings of trainings (``Restoration``, ``Tuning``) have it; its range is checked in
    :func:`~ptq161.training.arithmetic.registry.check_arithmetic`.
 
 The rest follows from the name: the settings accept it, and the linears of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -52,49 +52,36 @@ class StatefulQuantizer(nn.Module):
         raise NotImplementedError
 
 
-class ArithmeticSettings(Protocol):
-    """Settings of a training, as arithmetics read them; a frozen dataclass."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArithmeticSettings:
+    """What arithmetics read of the settings of a training, which inherit it.
 
-    @property
-    def names(self) -> Names:
-        """What the training is called."""
+    Attributes:
+        arithmetic: in which the trained linears multiply: ``float``, ``gse`` or ``metis``. The settings from here to
+            ``spectral_schedule`` are without effect on the others.
+        bits: ``gse``: of an element, its sign included.
+        group_size: ``gse``: elements that share an exponent.
+        stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
+            inputs, weights and output gradients.
+        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
+        spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
+        refresh_every: ``metis``: steps between two estimates of the subspace of these.
+        spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.
+        spectral_schedule: ``metis``: ``none``; ``ysche``, the released code's change of a gradient's singular values;
+            ``amplified``, what it is meant to be (:func:`ptq161.training.arithmetic.spectral.quantize_spectral`).
+        accumulation: forward passes per step.
+    """
 
-    @property
-    def arithmetic(self) -> str:
-        """``float``, or a name in the registry."""
+    names: ClassVar[Names]
+    """What the training is called."""
 
-    @property
-    def bits(self) -> int:
-        """Bits of an element, its sign included."""
-
-    @property
-    def group_size(self) -> int:
-        """Elements that share an exponent."""
-
-    @property
-    def stochastic_rounding(self) -> bool:
-        """Round up or down at random, to the value on average: output gradients of ``gse``, all of ``metis``."""
-
-    @property
-    def format(self) -> str:
-        """``nvfp4``, ``mxfp4`` or ``fp8``: of ``metis``."""
-
-    @property
-    def spectral_rank(self) -> int:
-        """Singular values that are split off; 0 splits nothing."""
-
-    @property
-    def refresh_every(self) -> int:
-        """Steps between two estimates of the subspace of these."""
-
-    @property
-    def spectral_factors(self) -> str:
-        """Whether their singular vectors are rounded, too: ``format`` or ``float``."""
-
-    @property
-    def spectral_schedule(self) -> str:
-        """What becomes of a gradient's singular values: ``none``, ``ysche`` or ``amplified``."""
-
-    @property
-    def accumulation(self) -> int:
-        """Passes per step."""
+    arithmetic: str = "float"
+    bits: int = 8
+    group_size: int = 32
+    stochastic_rounding: bool = False
+    format: str = "nvfp4"
+    spectral_rank: int = 0
+    refresh_every: int = 8
+    spectral_factors: str = "format"
+    spectral_schedule: str = "none"
+    accumulation: int = 1
