@@ -1,0 +1,483 @@
+"""Products of a few rows with a packed weight on a GPU, from its bytes, and the weight's dense form, in Triton.
+
+The same operators as those of ``packed_rows.cpp``, in float32, bfloat16 and float16; sums are in float32. A weight is
+some planes of codes of 1 to 4 bits, each the columns of one label:
+
+    W[o, j] = (a[o] * code[o, j] + b[o]) * factor[j]
+
+A product has up to two kernels. The first puts the columns of x in the order in which planes hold their codes, times
+their factors; the second reads each byte once for all rows of x. Labels and factors that do not fit the planes give
+wrong numbers, but no access beside the tensors.
+
+Imported on first use of a GPU, by :mod:`ptq161.kernels.packed_rows`: Triton comes with torch's CUDA builds alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MEAN, ZERO_POINT, NIBBLE, CENTER, LEVEL = map(tl.constexpr, range(5))
+"""What is added to scale * code: a mean, with signs as codes; or minus scale times the code of zero, which is stored as
+a float, as half a byte, or is the middle of the codes. LEVEL is CENTER with a factor per column and row, rounded first.
+"""
+MOST_ROWS = 16
+"""Rows of x that one program takes."""
+_UNITS = 256
+"""Units of a row of codes, and ..."""
+_DENSE_TILE = (8, 256)
+"""Rows and codes that one program makes dense."""
+
+
+class Plane(NamedTuple):
+    """Some columns of a weight.
+
+    Attributes:
+        codes: ``[rows, row_bytes]`` uint8. A unit is a byte, or 3 of them for 3-bit codes.
+        bits: of a code.
+        scale: ``[rows, groups]``.
+        kind: MEAN to LEVEL.
+        offset: mean or zero point, if the kind has one.
+        center: of CENTER and LEVEL.
+        step: of LEVEL, times scale.
+        group_size: columns with one scale.
+    """
+
+    codes: Tensor
+    bits: int
+    scale: Tensor
+    kind: int
+    offset: Tensor | None = None
+    center: float = 0.0
+    step: float = 1.0
+    group_size: int = 0
+
+    @property
+    def units(self) -> int:
+        """Units of a row."""
+        return -(-self.codes.shape[1] // (3 if self.bits == 3 else 1))
+
+    @property
+    def slots(self) -> int:
+        """Codes of a row, those that only fill its last unit among them."""
+        return self.units * _codes_of_unit(self.bits)
+
+
+class Weight(NamedTuple):
+    """A weight of planes.
+
+    Attributes:
+        columns: of the weight.
+        planes: one or more.
+        labels: ``[ceil(columns * label_bits / 8)]`` uint8, which plane a column belongs to; None where there is one.
+        label_of: the label of each plane.
+        factor: of those columns whose label is not ``unscaled``; None for no factor.
+        unscaled: a label.
+        divides: whether columns are divided by their factors.
+    """
+
+    columns: int
+    planes: list[Plane]
+    labels: Tensor | None = None
+    label_of: tuple[int, ...] = (0,)
+    label_bits: int = 1
+    factor: Tensor | None = None
+    unscaled: int = -1
+    divides: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight."""
+        return self.planes[0].codes.shape[0]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the only plane holds the columns as they are."""
+        return self.labels is None and self.factor is None
+
+
+def structured_binary(
+    mask: Tensor,
+    sign: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    column_angle: Tensor,
+    codes: Tensor,
+    salient_scale: Tensor,
+    salient_zero_point: Tensor,
+    in_features: int,
+    salient_bits: int,
+) -> Weight:
+    """Return the two planes of :class:`ptq161.packed.structured_binary.StructuredBinaryWeight`."""
+    salient = in_features - column_angle.numel()
+    _check(mask, _width(in_features, 1))
+    _check(sign, sign.shape[0], _width(column_angle.numel(), 1))
+    planes, label_of = [Plane(sign, 1, scale, MEAN.value, mean)], [0]
+    if salient:
+        _check(codes, sign.shape[0], _width(salient, salient_bits))
+        planes.append(Plane(codes, salient_bits, salient_scale, ZERO_POINT.value, salient_zero_point))
+        label_of.append(1)
+    return Weight(in_features, planes, mask, tuple(label_of), 1, column_angle, unscaled=1)
+
+
+def uniform(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    input_scales: Tensor | None,
+    in_features: int,
+    bits: int,
+    group_size: int,
+) -> Weight:
+    """Return the one plane of :class:`ptq161.packed.uniform.UniformWeight`."""
+    _check(codes, codes.shape[0], _width(in_features, bits))
+    _check(scales, codes.shape[0], -(-in_features // group_size))
+    kind = CENTER if zero_points is None else ZERO_POINT
+    size = group_size if scales.shape[1] > 1 else 0
+    plane = Plane(codes, bits, scales, kind.value, zero_points, center=float(2 ** (bits - 1)), group_size=size)
+    return Weight(in_features, [plane], factor=input_scales, divides=True)
+
+
+def allotted(
+    labels: Tensor | None,
+    codes: list[Tensor],
+    row: Tensor | None,
+    column: Tensor | None,
+    ranged_scale: Tensor | None,
+    zero_point: Tensor | None,
+    tiers: list[int],
+    steps: list[float],
+    in_features: int,
+) -> Weight:
+    """Return a plane for each tier of :class:`ptq161.packed.allotted.AllottedWeight` that has channels."""
+    planes, label_of = [], []
+    rows = codes[0].shape[0]
+    for label, (bits, part) in enumerate(zip(tiers, codes, strict=True)):
+        if not part.numel():
+            continue
+        _check(part, rows, part.shape[1])
+        if bits == 4:
+            assert ranged_scale is not None and zero_point is not None, "codes of 4 bits have a grid"
+            _check(zero_point, _width(rows, 4))
+            planes.append(Plane(part, bits, ranged_scale, NIBBLE.value, zero_point))
+        else:
+            assert row is not None and column is not None, "codes of 1 to 3 bits have factors"
+            center = (2**bits - 1) / 2
+            planes.append(Plane(part, bits, row, LEVEL.value, center=center, step=steps[bits - 1]))
+        label_of.append(label)
+    label_bits = 1 if len(tiers) <= 2 else 2
+    if labels is not None:
+        _check(labels, _width(in_features, label_bits))
+    unscaled = tiers.index(4) if 4 in tiers else -1
+    return Weight(in_features, planes, labels, tuple(label_of), label_bits, column, unscaled)
+
+
+def product(weight: Weight, x: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """Return ``factor * x @ W.T + bias``: ``[..., rows]`` in the dtype of ``x``, ``[..., columns]``."""
+    _check(x, *x.shape[:-1], weight.columns)
+    y = x.new_empty((*x.shape[:-1], weight.rows))
+    if not y.numel():
+        return y
+    x, n = x.view(-1, weight.columns), y.numel() // weight.rows
+    if bias is not None:
+        _check(bias, weight.rows)
+    with torch.cuda.device_of(x):
+        vectors = x if weight.in_order else _arranged(x, weight)
+        block = min(MOST_ROWS, triton.next_power_of_2(n))
+        tile = 4 if block <= 4 else 2
+        _product[(triton.cdiv(weight.rows, tile), triton.cdiv(n, block))](
+            y,
+            vectors,
+            bias,
+            _described(weight.planes),
+            n,
+            weight.rows,
+            vectors.shape[1],
+            factor,
+            BITS=tuple(plane.bits for plane in weight.planes),
+            KINDS=tuple(plane.kind for plane in weight.planes),
+            GROUP_UNITS=_group_units(weight),
+            ARRANGED=not weight.in_order,
+            M=block,
+            R=tile,
+            U=_UNITS,
+        )
+    return y
+
+
+def dense(weight: Weight, dtype: torch.dtype, factor: float) -> Tensor:
+    """Return ``factor * W``: ``[rows, columns]`` in ``dtype``, with the bits that torch gives."""
+    out = torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.planes[0].codes.device)
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(out):
+        columns = factors = None
+        if not weight.in_order:
+            numbers = torch.arange(1.0, weight.columns + 1, device=out.device).unsqueeze(0)
+            columns = _arranged(numbers, weight, scaled=False)
+            factors = _arranged(torch.ones_like(numbers), weight, inverse=False)
+        start = 0
+        for plane, described in zip(weight.planes, _described(weight.planes), strict=True):
+            grid = triton.cdiv(weight.rows, _DENSE_TILE[0]), triton.cdiv(plane.slots, _DENSE_TILE[1])
+            _dense[grid](
+                out,
+                None if columns is None else columns[0, start:],
+                None if factors is None else factors[0, start:],
+                described,
+                weight.rows,
+                weight.columns,
+                factor,
+                BITS=plane.bits,
+                KIND=plane.kind,
+                GROUP_SIZE=plane.group_size,
+                DIVIDES=weight.divides,
+                R=_DENSE_TILE[0],
+                K=_DENSE_TILE[1],
+                enable_fp_fusion=False,  # products and sums are rounded one by one, as torch's are
+            )
+            start += plane.slots
+    return out
+
+
+def _arranged(x: Tensor, weight: Weight, *, scaled: bool = True, inverse: bool = True) -> Tensor:
+    """Return the columns of x in the order of the planes: ``[n, slots]`` float32, zero where there is no column.
+
+    Behind one another stand the planes, and in a plane the first codes of its units, their second ones, and so on.
+    """
+    slots = sum(plane.slots for plane in weight.planes)
+    v = torch.zeros(x.shape[0], slots, device=x.device)
+    wide = triton.next_power_of_2(weight.columns)
+    _arrange[(x.shape[0],)](
+        v,
+        x,
+        weight.labels,
+        weight.factor if scaled else None,
+        weight.columns,
+        slots,
+        0 if weight.factor is None else weight.factor.numel(),
+        tuple(plane.units for plane in weight.planes),
+        BITS=tuple(plane.bits for plane in weight.planes),
+        LABELS=weight.label_of,
+        LABEL_BITS=weight.label_bits,
+        UNSCALED=weight.unscaled,
+        DIVIDES=weight.divides and inverse,
+        N=wide,
+        num_warps=8 if wide <= 8192 else 16,
+    )
+    return v
+
+
+def _described(planes: list[Plane]) -> tuple[tuple[Any, ...], ...]:
+    """Return the arguments of kernels for each plane."""
+    return tuple(
+        (p.codes, p.scale, p.offset, p.center, p.step, p.codes.shape[1], p.units, p.scale.shape[1]) for p in planes
+    )
+
+
+def _group_units(weight: Weight) -> int:
+    """Return the units with one scale, which a group fills; 0 for one group."""
+    plane = weight.planes[0]
+    return plane.group_size // _codes_of_unit(plane.bits)
+
+
+def _codes_of_unit(bits: int) -> int:
+    return 8 if bits == 3 else 8 // bits
+
+
+def _width(n: int, bits: int) -> int:
+    return (n * bits + 7) // 8
+
+
+def _check(tensor: Tensor, *shape: int) -> None:
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise RuntimeError(f"a tensor of {list(tensor.shape)} is not one of {list(shape)}, as the weight has it")
+
+
+@triton.jit
+def _units(codes, row_bytes, o, u, inside, BITS: tl.constexpr):
+    """Return units u of rows o."""
+    if BITS != 3:
+        return tl.load(codes + o * row_bytes + u, mask=inside, other=0).to(tl.int32)
+    at, left = codes + o * row_bytes + 3 * u, row_bytes - 3 * u
+    first = tl.load(at, mask=inside, other=0).to(tl.int32)
+    second = tl.load(at + 1, mask=inside & (left > 1), other=0).to(tl.int32)
+    third = tl.load(at + 2, mask=inside & (left > 2), other=0).to(tl.int32)
+    return first | (second << 8) | (third << 16)
+
+
+@triton.jit
+def _offsets(offset, center, o, group, groups, inside, KIND: tl.constexpr):
+    """Return what kind says: means, or codes of zero."""
+    if KIND == NIBBLE:
+        packed = tl.load(offset + o // 2, mask=inside, other=0).to(tl.int32)
+        return ((packed >> (o % 2 * 4).to(tl.int32)) & 15).to(tl.float32)
+    if KIND == MEAN or KIND == ZERO_POINT:
+        return tl.load(offset + o * groups + group, mask=inside, other=0).to(tl.float32)
+    return center
+
+
+@triton.jit
+def _terms(plane, o, group, rows, KIND: tl.constexpr):
+    """Return a and b of rows o."""
+    _, scale, offset, center, step, _, _, groups = plane
+    inside = (o < rows) & (group < groups)
+    a = tl.load(scale + o * groups + group, mask=inside, other=0).to(tl.float32) * step
+    b = _offsets(offset, center, o, group, groups, inside, KIND)
+    if KIND == MEAN:  # scale * (2 * code - 1) + mean
+        return 2 * a, b - a
+    return a, -a * b
+
+
+@triton.jit
+def _product(
+    y,
+    x,
+    bias,
+    planes,
+    n,
+    rows,
+    stride,
+    factor,
+    BITS: tl.constexpr,
+    KINDS: tl.constexpr,
+    GROUP_UNITS: tl.constexpr,
+    ARRANGED: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Make a tile [M, R] of y; each program reads its rows of codes from end to end."""
+    o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[None, :, None]
+    m = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None, None]
+    sums = tl.zeros([M, R], tl.float32)
+    start = 0
+    for p in tl.static_range(len(BITS)):
+        codes, _, _, _, _, row_bytes, units, _ = planes[p]
+        CODES: tl.constexpr = 8 if BITS[p] == 3 else 8 // BITS[p]
+        dots = tl.zeros([M, R, U], tl.float32)  # of codes with x, per unit of a tile
+        totals = tl.zeros([M, 1, U], tl.float32)  # of x
+        first = 0
+        while first < units:
+            u = first + tl.arange(0, U)[None, None, :]
+            unit = _units(codes, row_bytes, o, u, (o < rows) & (u < units), BITS[p])
+            dot = tl.zeros([M, R, U], tl.float32)
+            total = tl.zeros([M, 1, U], tl.float32)
+            for s in tl.static_range(CODES):
+                if ARRANGED:
+                    at, inside = start + s * units + u, u < units
+                else:
+                    at, inside = u * CODES + s, u * CODES + s < stride
+                v = tl.load(x + m * stride + at, mask=inside & (m < n), other=0).to(tl.float32)
+                code = (unit >> (s * BITS[p])) & ((1 << BITS[p]) - 1)
+                dot += code.to(tl.float32) * v
+                total += v
+            if GROUP_UNITS:
+                a, b = _terms(planes[p], o, u // GROUP_UNITS, rows, KINDS[p])
+                dots += a * dot + b * total
+            else:
+                dots += dot
+                totals += total
+            first += U
+        if not GROUP_UNITS:
+            a, b = _terms(planes[p], o, o * 0, rows, KINDS[p])
+            dots = a * dots + b * totals
+        sums += tl.sum(dots, 2)
+        start += units * CODES
+    o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[None, :]
+    m = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None]
+    sums *= factor
+    if bias is not None:
+        sums += tl.load(bias + o, mask=o < rows, other=0).to(tl.float32)
+    tl.store(y + m * rows + o, sums.to(y.dtype.element_ty), mask=(m < n) & (o < rows))
+
+
+@triton.jit
+def _dense(
+    out,
+    columns,
+    factors,
+    plane,
+    rows,
+    n,
+    whole,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Make a tile of a plane dense, rounded step by step as by the format's ``values()``."""
+    codes, scale, offset, center, step, row_bytes, units, groups = plane
+    CODES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
+    k = (tl.program_id(1) * K + tl.arange(0, K))[None, :]
+    u, s = k // CODES, k % CODES
+    inside = (o < rows) & (u < units)
+    unit = _units(codes, row_bytes, o, u, inside, BITS)
+    code = ((unit >> (s * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+    group = k // GROUP_SIZE if GROUP_SIZE else o * 0
+    a = tl.load(scale + o * groups + group, mask=(o < rows) & (group < groups), other=0).to(tl.float32)
+    b = _offsets(offset, center, o, group, groups, (o < rows) & (group < groups), KIND)
+    column, f = k, 1.0
+    if columns is not None:
+        place = s * units + u
+        column = tl.load(columns + place, mask=u < units, other=0).to(tl.int32) - 1
+        f = tl.load(factors + place, mask=u < units, other=0)
+    if KIND == MEAN:
+        value = (a * (2 * code - 1) + b) * f
+    elif KIND == LEVEL:
+        value = (code - b) * step * (a * f)
+    elif DIVIDES and columns is not None:
+        value = tl.div_rn(a * (code - b), tl.broadcast_to(f, [R, K]))
+    else:
+        value = a * (code - b) * f
+    tl.store(
+        out + o * n + column, (value * whole).to(out.dtype.element_ty), mask=inside & (column >= 0) & (column < n)
+    )
+
+
+@triton.jit
+def _arrange(
+    v,
+    x,
+    labels,
+    factor,
+    n,
+    slots,
+    n_factors,
+    units,
+    BITS: tl.constexpr,
+    LABELS: tl.constexpr,
+    LABEL_BITS: tl.constexpr,
+    UNSCALED: tl.constexpr,
+    DIVIDES: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Put one row of x in the order of the planes, times its factors."""
+    m = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, N)
+    inside = j < n
+    label = tl.zeros([N], tl.int32)
+    if labels is not None:
+        packed = tl.load(labels + j * LABEL_BITS // 8, mask=inside, other=0).to(tl.int32)
+        label = (packed >> (j * LABEL_BITS % 8)) & ((1 << LABEL_BITS) - 1)
+    value = tl.load(x + m * n + j, mask=inside, other=0).to(tl.float32)
+    if factor is not None:
+        scaled = inside & (label != UNSCALED)
+        place = tl.cumsum(scaled.to(tl.int32), 0) - 1
+        f = tl.load(factor + place, mask=scaled & (place < n_factors), other=1).to(tl.float32)
+        value = tl.div_rn(value, f) if DIVIDES else value * f
+    start = 0
+    for p in tl.static_range(len(BITS)):
+        CODES: tl.constexpr = 8 if BITS[p] == 3 else 8 // BITS[p]
+        member = inside & (label == LABELS[p])
+        k = tl.cumsum(member.to(tl.int32), 0) - 1
+        u = k // CODES
+        at = start + k % CODES * units[p] + u
+        tl.store(v + m * slots + at, value, mask=member & (u < units[p]))
+        start += units[p] * CODES
