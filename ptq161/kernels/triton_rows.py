@@ -14,6 +14,7 @@ Imported on first use of a GPU, by :mod:`ptq161.kernels.packed_rows`: Triton com
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,8 @@ MEAN, ZERO_POINT, NIBBLE, CENTER, LEVEL = map(tl.constexpr, range(5))
 """What is added to scale * code: a mean, with signs as codes; or minus scale times the code of zero, which is stored as
 a float, as half a byte, or is the middle of the codes. LEVEL is CENTER with a factor per column and row, rounded first.
 """
-MOST_ROWS = 16
-"""Rows of x that one program takes."""
-_UNITS = 256
-"""Units of a row of codes, and ..."""
+_TILES = {1: (4, 256), 2: (4, 256), 4: (4, 128), 8: (2, 128), 16: (1, 128)}
+"""Rows and units of codes that one program takes at once, by its rows of x: what registers hold."""
 _DENSE_TILE = (8, 256)
 """Rows and codes that one program makes dense."""
 
@@ -57,6 +56,11 @@ class Plane(NamedTuple):
     group_size: int = 0
 
     @property
+    def codes_of_unit(self) -> int:
+        """Codes of a unit."""
+        return 8 if self.bits == 3 else 8 // self.bits
+
+    @property
     def units(self) -> int:
         """Units of a row."""
         return -(-self.codes.shape[1] // (3 if self.bits == 3 else 1))
@@ -64,7 +68,7 @@ class Plane(NamedTuple):
     @property
     def slots(self) -> int:
         """Codes of a row, those that only fill its last unit among them."""
-        return self.units * _codes_of_unit(self.bits)
+        return self.units * self.codes_of_unit
 
 
 class Weight(NamedTuple):
@@ -93,6 +97,11 @@ class Weight(NamedTuple):
     def rows(self) -> int:
         """Rows of the weight."""
         return self.planes[0].codes.shape[0]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Slots in front of each plane."""
+        return tuple(itertools.accumulate((plane.slots for plane in self.planes[:-1]), initial=0))
 
     @property
     def in_order(self) -> bool:
@@ -187,13 +196,14 @@ def product(weight: Weight, x: Tensor, bias: Tensor | None, factor: float) -> Te
         _check(bias, weight.rows)
     with torch.cuda.device_of(x):
         vectors = x if weight.in_order else _arranged(x, weight)
-        block = min(MOST_ROWS, triton.next_power_of_2(n))
-        tile = 4 if block <= 4 else 2
+        block = min(max(_TILES), triton.next_power_of_2(n))
+        tile, units = _TILES[block]
         _product[(triton.cdiv(weight.rows, tile), triton.cdiv(n, block))](
             y,
             vectors,
             bias,
             _described(weight.planes),
+            weight.starts,
             n,
             weight.rows,
             vectors.shape[1],
@@ -204,7 +214,7 @@ def product(weight: Weight, x: Tensor, bias: Tensor | None, factor: float) -> Te
             ARRANGED=not weight.in_order,
             M=block,
             R=tile,
-            U=_UNITS,
+            U=units,
         )
     return y
 
@@ -220,8 +230,7 @@ def dense(weight: Weight, dtype: torch.dtype, factor: float) -> Tensor:
             numbers = torch.arange(1.0, weight.columns + 1, device=out.device).unsqueeze(0)
             columns = _arranged(numbers, weight, scaled=False)
             factors = _arranged(torch.ones_like(numbers), weight, inverse=False)
-        start = 0
-        for plane, described in zip(weight.planes, _described(weight.planes), strict=True):
+        for plane, start, described in zip(weight.planes, weight.starts, _described(weight.planes), strict=True):
             grid = triton.cdiv(weight.rows, _DENSE_TILE[0]), triton.cdiv(plane.slots, _DENSE_TILE[1])
             _dense[grid](
                 out,
@@ -239,7 +248,6 @@ def dense(weight: Weight, dtype: torch.dtype, factor: float) -> Tensor:
                 K=_DENSE_TILE[1],
                 enable_fp_fusion=False,  # products and sums are rounded one by one, as torch's are
             )
-            start += plane.slots
     return out
 
 
@@ -259,8 +267,9 @@ def _arranged(x: Tensor, weight: Weight, *, scaled: bool = True, inverse: bool =
         weight.columns,
         slots,
         0 if weight.factor is None else weight.factor.numel(),
+        weight.starts,
         tuple(plane.units for plane in weight.planes),
-        BITS=tuple(plane.bits for plane in weight.planes),
+        CODES=tuple(plane.codes_of_unit for plane in weight.planes),
         LABELS=weight.label_of,
         LABEL_BITS=weight.label_bits,
         UNSCALED=weight.unscaled,
@@ -281,11 +290,7 @@ def _described(planes: list[Plane]) -> tuple[tuple[Any, ...], ...]:
 def _group_units(weight: Weight) -> int:
     """Return the units with one scale, which a group fills; 0 for one group."""
     plane = weight.planes[0]
-    return plane.group_size // _codes_of_unit(plane.bits)
-
-
-def _codes_of_unit(bits: int) -> int:
-    return 8 if bits == 3 else 8 // bits
+    return plane.group_size // plane.codes_of_unit
 
 
 def _width(n: int, bits: int) -> int:
@@ -302,11 +307,12 @@ def _units(codes, row_bytes, o, u, inside, BITS: tl.constexpr):
     """Return units u of rows o."""
     if BITS != 3:
         return tl.load(codes + o * row_bytes + u, mask=inside, other=0).to(tl.int32)
-    at, left = codes + o * row_bytes + 3 * u, row_bytes - 3 * u
-    first = tl.load(at, mask=inside, other=0).to(tl.int32)
-    second = tl.load(at + 1, mask=inside & (left > 1), other=0).to(tl.int32)
-    third = tl.load(at + 2, mask=inside & (left > 2), other=0).to(tl.int32)
-    return first | (second << 8) | (third << 16)
+    else:
+        at, left = codes + o * row_bytes + 3 * u, row_bytes - 3 * u
+        first = tl.load(at, mask=inside, other=0).to(tl.int32)
+        second = tl.load(at + 1, mask=inside & (left > 1), other=0).to(tl.int32)
+        third = tl.load(at + 2, mask=inside & (left > 2), other=0).to(tl.int32)
+        return first | (second << 8) | (third << 16)
 
 
 @triton.jit
@@ -315,9 +321,10 @@ def _offsets(offset, center, o, group, groups, inside, KIND: tl.constexpr):
     if KIND == NIBBLE:
         packed = tl.load(offset + o // 2, mask=inside, other=0).to(tl.int32)
         return ((packed >> (o % 2 * 4).to(tl.int32)) & 15).to(tl.float32)
-    if KIND == MEAN or KIND == ZERO_POINT:
+    elif KIND == MEAN or KIND == ZERO_POINT:
         return tl.load(offset + o * groups + group, mask=inside, other=0).to(tl.float32)
-    return center
+    else:
+        return center
 
 
 @triton.jit
@@ -329,7 +336,59 @@ def _terms(plane, o, group, rows, KIND: tl.constexpr):
     b = _offsets(offset, center, o, group, groups, inside, KIND)
     if KIND == MEAN:  # scale * (2 * code - 1) + mean
         return 2 * a, b - a
-    return a, -a * b
+    else:
+        return a, -a * b
+
+
+@triton.jit
+def _plane(
+    x,
+    plane,
+    start,
+    n,
+    rows,
+    stride,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP_UNITS: tl.constexpr,
+    ARRANGED: tl.constexpr,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Return what one plane adds to a tile [M, R] of y: its rows of codes are read from end to end, U units at once."""
+    CODES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[None, :, None]
+    m = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None, None]
+    codes, _, _, _, _, row_bytes, units, _ = plane
+    dots = tl.zeros([M, R, U], tl.float32)  # of codes with x
+    totals = tl.zeros([M, 1, U], tl.float32)  # of x
+    first = 0
+    while first < units:
+        u = first + tl.arange(0, U)[None, None, :]
+        unit = _units(codes, row_bytes, o, u, (o < rows) & (u < units), BITS)
+        dot = tl.zeros([M, R, U], tl.float32)
+        total = tl.zeros([M, 1, U], tl.float32)
+        for s in tl.static_range(CODES):
+            if ARRANGED:
+                at, inside = start + s * units + u, u < units
+            else:
+                at, inside = u * CODES + s, u * CODES + s < stride
+            v = tl.load(x + m * stride + at, mask=inside & (m < n), other=0).to(tl.float32)
+            code = (unit >> (s * BITS)) & ((1 << BITS) - 1)
+            dot += code.to(tl.float32) * v
+            total += v
+        if GROUP_UNITS:
+            a, b = _terms(plane, o, u // GROUP_UNITS, rows, KIND)
+            dots += a * dot + b * total
+        else:
+            dots += dot
+            totals += total
+        first += U
+    if not GROUP_UNITS:
+        a, b = _terms(plane, o, o * 0, rows, KIND)
+        dots = a * dots + b * totals
+    return tl.sum(dots, 2)
 
 
 @triton.jit
@@ -338,6 +397,7 @@ def _product(
     x,
     bias,
     planes,
+    starts,
     n,
     rows,
     stride,
@@ -350,43 +410,10 @@ def _product(
     R: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Make a tile [M, R] of y; each program reads its rows of codes from end to end."""
-    o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[None, :, None]
-    m = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None, None]
+    """Make a tile [M, R] of y."""
     sums = tl.zeros([M, R], tl.float32)
-    start = 0
     for p in tl.static_range(len(BITS)):
-        codes, _, _, _, _, row_bytes, units, _ = planes[p]
-        CODES: tl.constexpr = 8 if BITS[p] == 3 else 8 // BITS[p]
-        dots = tl.zeros([M, R, U], tl.float32)  # of codes with x, per unit of a tile
-        totals = tl.zeros([M, 1, U], tl.float32)  # of x
-        first = 0
-        while first < units:
-            u = first + tl.arange(0, U)[None, None, :]
-            unit = _units(codes, row_bytes, o, u, (o < rows) & (u < units), BITS[p])
-            dot = tl.zeros([M, R, U], tl.float32)
-            total = tl.zeros([M, 1, U], tl.float32)
-            for s in tl.static_range(CODES):
-                if ARRANGED:
-                    at, inside = start + s * units + u, u < units
-                else:
-                    at, inside = u * CODES + s, u * CODES + s < stride
-                v = tl.load(x + m * stride + at, mask=inside & (m < n), other=0).to(tl.float32)
-                code = (unit >> (s * BITS[p])) & ((1 << BITS[p]) - 1)
-                dot += code.to(tl.float32) * v
-                total += v
-            if GROUP_UNITS:
-                a, b = _terms(planes[p], o, u // GROUP_UNITS, rows, KINDS[p])
-                dots += a * dot + b * total
-            else:
-                dots += dot
-                totals += total
-            first += U
-        if not GROUP_UNITS:
-            a, b = _terms(planes[p], o, o * 0, rows, KINDS[p])
-            dots = a * dots + b * totals
-        sums += tl.sum(dots, 2)
-        start += units * CODES
+        sums += _plane(x, planes[p], starts[p], n, rows, stride, BITS[p], KINDS[p], GROUP_UNITS, ARRANGED, M, R, U)
     o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[None, :]
     m = (tl.program_id(1) * M + tl.arange(0, M)).to(tl.int64)[:, None]
     sums *= factor
@@ -412,8 +439,8 @@ def _dense(
     K: tl.constexpr,
 ):
     """Make a tile of a plane dense, rounded step by step as by the format's ``values()``."""
-    codes, scale, offset, center, step, row_bytes, units, groups = plane
     CODES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
+    codes, scale, offset, center, step, row_bytes, units, groups = plane
     o = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)[:, None]
     k = (tl.program_id(1) * K + tl.arange(0, K))[None, :]
     u, s = k // CODES, k % CODES
@@ -450,8 +477,9 @@ def _arrange(
     n,
     slots,
     n_factors,
+    starts,
     units,
-    BITS: tl.constexpr,
+    CODES: tl.constexpr,
     LABELS: tl.constexpr,
     LABEL_BITS: tl.constexpr,
     UNSCALED: tl.constexpr,
@@ -472,12 +500,9 @@ def _arrange(
         place = tl.cumsum(scaled.to(tl.int32), 0) - 1
         f = tl.load(factor + place, mask=scaled & (place < n_factors), other=1).to(tl.float32)
         value = tl.div_rn(value, f) if DIVIDES else value * f
-    start = 0
-    for p in tl.static_range(len(BITS)):
-        CODES: tl.constexpr = 8 if BITS[p] == 3 else 8 // BITS[p]
+    for p in tl.static_range(len(CODES)):
         member = inside & (label == LABELS[p])
         k = tl.cumsum(member.to(tl.int32), 0) - 1
-        u = k // CODES
-        at = start + k % CODES * units[p] + u
+        u = k // CODES[p]
+        at = starts[p] + k % CODES[p] * units[p] + u
         tl.store(v + m * slots + at, value, mask=member & (u < units[p]))
-        start += units[p] * CODES

@@ -1,0 +1,38 @@
+"""The Triton kernels in Triton's interpreter, and how the operators are chosen; on a GPU: ``tests/gpu``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ptq161.kernels import packed_rows
+from tests import skips
+from tests.kernels.packed_weights import structured_binary
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_products_and_dense_forms_are_those_of_torch() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip(skips.TRITON_MISSING)
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "tests.kernels.interpreted_rows"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    # The interpreter rounds to bfloat16 toward zero; on a GPU the dense form has the bits of torch's.
+    limits = {"float32": (2e-6, 0.0), "bfloat16": (2**-7, 2**-7), "float16": (2**-10, 2**-11)}
+    wrong = {
+        name: (of_product, of_dense)
+        for name, (dtype, of_product, of_dense) in found.items()
+        if not (of_product < limits[dtype][0] and of_dense <= limits[dtype][1])
+    }
+    assert len(found) > 100 and not wrong
