@@ -463,9 +463,7 @@ def _dense(
         value = tl.div_rn(a * (code - b), tl.broadcast_to(f, [R, K]))
     else:
         value = a * (code - b) * f
-    tl.store(
-        out + o * n + column, (value * whole).to(out.dtype.element_ty), mask=inside & (column >= 0) & (column < n)
-    )
+    tl.store(out + o * n + column, (value * whole).to(out.dtype.element_ty), mask=inside & (column >= 0) & (column < n))
 
 
 @triton.jit

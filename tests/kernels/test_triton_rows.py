@@ -10,11 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from ptq161.kernels import packed_rows
 from tests import skips
-from tests.kernels.packed_weights import structured_binary
 
 REPOSITORY = Path(__file__).parents[2]
 
