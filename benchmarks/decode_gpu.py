@@ -121,8 +121,7 @@ def random_model(blocks: int) -> PreTrainedModel:
             if parameter.is_meta:
                 fresh = 0.02 * torch.randn(parameter.shape)
                 setattr(parent, name, nn.Parameter(fresh.bfloat16(), requires_grad=False))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config, device=torch.device("cuda"))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 
 
