@@ -14,10 +14,15 @@ from ptq161.kernels import triton_rows
 from ptq161.packed.weight import PackedWeight
 from tests.kernels.packed_weights import MAKERS
 
-SHAPES = [(3, 7), (97, 97), (6, 576), (20, 1536)]
-ROWS = {torch.float32: 1, torch.bfloat16: 3, torch.float16: 5}
-MORE_ROWS = 20
-"""More than one program takes."""
+CASES = [
+    ((3, 7), 1, torch.float32),
+    ((5, 97), 3, torch.bfloat16),
+    ((6, 576), 5, torch.float16),
+    ((35, 192), 2, torch.float32),
+]
+"""Shape of the weight, rows of x and their dtype, for each kind of weight."""
+LARGE = ((33, 1536), 20, torch.float32)
+"""More rows than one program takes, for each format."""
 
 
 def main() -> None:
@@ -27,12 +32,8 @@ def main() -> None:
     torch.manual_seed(0)
     found = {}
     for kind, make in MAKERS.items():
-        for shape in SHAPES:
-            packed = make(*shape)
-            for dtype, rows in ROWS.items():
-                found[f"{kind}, {list(shape)}, {rows} {dtype}"] = errors(packed, rows, dtype)
-    packed = MAKERS["allotted"](33, 192)
-    found[f"allotted, {MORE_ROWS} rows"] = errors(packed, MORE_ROWS, torch.float32)
+        for shape, rows, dtype in [*CASES, *([LARGE] if kind in ("structured_binary", "allotted", "awq") else [])]:
+            found[f"{kind}, {list(shape)}, {rows} rows"] = errors(make(*shape), rows, dtype)
     print(json.dumps(found))
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests import skips
 
@@ -32,4 +33,19 @@ def test_products_and_dense_forms_are_those_of_torch() -> None:
         for name, (dtype, of_product, of_dense) in found.items()
         if not (of_product < limits[dtype][0] and of_dense <= limits[dtype][1])
     }
-    assert len(found) > 100 and not wrong
+    assert len(found) > 50 and not wrong
+
+
+def test_without_triton_there_are_no_operators(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ptq161.kernels.triton_rows", None)
+    assert packed_rows._load.__wrapped__("cuda") is False
+    assert "weights are dequantized on the GPU" in caplog.text
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float16)])
+def test_other_devices_and_dtypes_are_left_to_torch(device: str, dtype: torch.dtype) -> None:
+    packed, x = structured_binary(8, 97), torch.zeros(1, 97, dtype=dtype, device=device)
+    assert not packed_rows.usable(dtype, x)
+    assert packed.rows_product(x, None) is None
