@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptq161.kernels import packed_rows
 from tests import skips
+from tests.kernels.packed_weights import structured_binary
 
 REPOSITORY = Path(__file__).parents[2]
 
