@@ -121,7 +121,7 @@ def generate(
     if not model.can_generate():
         raise UserError(f"{type(model).__name__} has no head that gives tokens: use a causal language model.")
     encoded = tokenizer(prompt, return_tensors="pt")
-    tokens: Tensor = encoded["input_ids"]
+    tokens: Tensor = encoded["input_ids"].to(model.device)
     n = tokens.shape[-1]
     longest = max_seq_len(model.config)
     if n == 0:
@@ -141,7 +141,7 @@ def generate(
         pad_token_id=first_end,
     )
     streamer = _TimedStreamer(tokenizer, skip_prompt=True)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         run: Any = model.generate
         found: Tensor = run(

@@ -7,7 +7,8 @@ import os
 import pytest
 
 GPU_MISSING = "no GPU"
-ALLOWED_SKIPS = (GPU_MISSING,)
+TRITON_MISSING = "no Triton (it comes with CUDA builds of torch)"
+ALLOWED_SKIPS = (GPU_MISSING, TRITON_MISSING)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -85,11 +85,11 @@ void dense_rows(const Weight& w, T* to) {
 }
 
 // The weight [rows, columns], bit by bit what the format's `dequantize()` gives; `codes` tells the device.
-inline Tensor dense(const Weight& w, const Tensor& codes, bool bfloat16) {
-  const auto dtype = bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+inline Tensor dense(const Weight& w, const Tensor& codes, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "neither float32 nor bfloat16");
   Tensor weight = torch::stable::new_empty(codes, {w.rows, w.columns}, dtype);
   void* to = weight.mutable_data_ptr();
-  bfloat16 ? dense_rows(w, static_cast<uint16_t*>(to)) : dense_rows(w, static_cast<float*>(to));
+  dtype == ScalarType::BFloat16 ? dense_rows(w, static_cast<uint16_t*>(to)) : dense_rows(w, static_cast<float*>(to));
   return weight;
 }
 

@@ -78,10 +78,10 @@ Tensor structured_binary_rows(Tensor x, Tensor mask, Tensor sign, Tensor scale, 
 
 Tensor structured_binary_dense(Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle, Tensor codes,
                                Tensor salient_scale, Tensor salient_zero_point, int64_t in_features,
-                               int64_t salient_bits, double factor, bool bfloat16) {
+                               int64_t salient_bits, double factor, ScalarType dtype) {
   return dense(structured_binary(mask, sign, scale, mean, column_angle, codes, salient_scale, salient_zero_point,
                                  in_features, salient_bits, factor),
-               sign, bfloat16);
+               sign, dtype);
 }
 
 Weight uniform(const Tensor& codes, const Tensor& scales, const Optional& zero_points, const Optional& input_scales,
@@ -120,16 +120,16 @@ Tensor uniform_rows(Tensor x, Tensor codes, Tensor scales, Optional zero_points,
 }
 
 Tensor uniform_dense(Tensor codes, Tensor scales, Optional zero_points, Optional input_scales, int64_t in_features,
-                     int64_t bits, int64_t group_size, double factor, bool bfloat16) {
+                     int64_t bits, int64_t group_size, double factor, ScalarType dtype) {
   return dense(uniform(codes, scales, zero_points, input_scales, in_features, bits, group_size, factor), codes,
-               bfloat16);
+               dtype);
 }
 
 Weight allotted(const Optional& labels, const std::vector<Tensor>& codes, const Optional& row, const Optional& column,
                 const Optional& ranged_scale, const Optional& zero_point, const std::vector<int64_t>& tiers,
                 const std::vector<double>& steps, int64_t in_features, double factor) {
-  // `codes` are those of the tiers that have channels, in rising order.
-  STD_TORCH_CHECK(!codes.empty(), "there are no codes");
+  // `codes` are those of each tier, none of one without channels.
+  STD_TORCH_CHECK(!codes.empty() && codes.size() == tiers.size(), "there are not codes of each tier");
   const int64_t rows = codes[0].size(0), label_bits = tiers.size() <= 2 ? 1 : 2;
   Weight w{rows, in_features, {}, std::vector<int32_t>(in_features), std::vector<float>(in_features, 1.0f)};
   w.scale = static_cast<float>(factor);
@@ -144,13 +144,14 @@ Weight allotted(const Optional& labels, const std::vector<Tensor>& codes, const 
     ++counts[label];
   }
   std::vector<int32_t> place(tiers.size());
-  size_t used = 0;
   int64_t n_scaled = 0;
   for (size_t t = 0; t < tiers.size(); ++t) {
-    place[t] = static_cast<int32_t>(used);
-    if (counts[t] == 0) continue;
-    STD_TORCH_CHECK(used < codes.size(), "a tier's codes are missing");
-    Segment segment = segment_of(codes[used++], rows, tiers[t], counts[t], width(counts[t], tiers[t]));
+    place[t] = static_cast<int32_t>(w.segments.size());
+    if (counts[t] == 0) {
+      STD_TORCH_CHECK(codes[t].numel() == 0, "there are codes of a tier without channels");
+      continue;
+    }
+    Segment segment = segment_of(codes[t], rows, tiers[t], counts[t], width(counts[t], tiers[t]));
     if (tiers[t] == 4) {
       STD_TORCH_CHECK(ranged_scale && zero_point && zero_point->numel() == width(rows, 4), "a 4-bit grid is missing");
       segment.scale = stored(*ranged_scale, rows);
@@ -166,7 +167,6 @@ Weight allotted(const Optional& labels, const std::vector<Tensor>& codes, const 
     }
     w.segments.push_back(segment);
   }
-  STD_TORCH_CHECK(used == codes.size(), "there are codes of a tier without channels");
   const Stored factors = n_scaled > 0 ? stored(*column, n_scaled) : Stored{};
   int64_t next = 0;
   for (int64_t j = 0; j < in_features; ++j) {
@@ -186,37 +186,14 @@ Tensor allotted_rows(Tensor x, Optional labels, std::vector<Tensor> codes, Optio
 
 Tensor allotted_dense(Optional labels, std::vector<Tensor> codes, Optional row, Optional column, Optional ranged_scale,
                       Optional zero_point, std::vector<int64_t> tiers, std::vector<double> steps, int64_t in_features,
-                      double factor, bool bfloat16) {
+                      double factor, ScalarType dtype) {
   return dense(allotted(labels, codes, row, column, ranged_scale, zero_point, tiers, steps, in_features, factor),
-               codes[0], bfloat16);
+               codes[0], dtype);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(ptq161, m) {
-  m.def(
-      "structured_binary_rows(Tensor x, Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle, "
-      "Tensor codes, Tensor salient_scale, Tensor salient_zero_point, Tensor? bias, int in_features, "
-      "int salient_bits, float factor, bool int8, int level) -> Tensor");
-  m.def(
-      "uniform_rows(Tensor x, Tensor codes, Tensor scales, Tensor? zero_points, Tensor? input_scales, Tensor? bias, "
-      "int in_features, int bits, int group_size, float factor, bool int8, int level) -> Tensor");
-  m.def(
-      "allotted_rows(Tensor x, Tensor? labels, Tensor[] codes, Tensor? row, Tensor? column, Tensor? ranged_scale, "
-      "Tensor? zero_point, Tensor? bias, int[] tiers, float[] steps, int in_features, float factor, bool int8, "
-      "int level) -> Tensor");
-  m.def(
-      "structured_binary_dense(Tensor mask, Tensor sign, Tensor scale, Tensor mean, Tensor column_angle, Tensor codes, "
-      "Tensor salient_scale, Tensor salient_zero_point, int in_features, int salient_bits, float factor, "
-      "bool bfloat16) -> Tensor");
-  m.def(
-      "uniform_dense(Tensor codes, Tensor scales, Tensor? zero_points, Tensor? input_scales, int in_features, "
-      "int bits, int group_size, float factor, bool bfloat16) -> Tensor");
-  m.def(
-      "allotted_dense(Tensor? labels, Tensor[] codes, Tensor? row, Tensor? column, Tensor? ranged_scale, "
-      "Tensor? zero_point, int[] tiers, float[] steps, int in_features, float factor, bool bfloat16) -> Tensor");
-}
-
+// Their schemas are in packed_rows.py.
 STABLE_TORCH_LIBRARY_IMPL(ptq161, CPU, m) {
   m.impl("structured_binary_rows", TORCH_BOX(&structured_binary_rows));
   m.impl("uniform_rows", TORCH_BOX(&uniform_rows));

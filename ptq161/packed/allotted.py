@@ -201,7 +201,9 @@ class AllottedWeight(PackedWeight):
 
     def operands(self) -> Operands | None:
         """Return the weight as compiled operators take it."""
-        codes = [codes for codes in (self.codes_1, self.codes_2, self.codes_3, self.codes_4) if codes is not None]
+        stored = [getattr(self, f"codes_{bits}") for bits in self.tiers]
+        none = torch.empty(self.out_features, 0, dtype=torch.uint8, device=self._device)
+        codes = [none if part is None else part for part in stored]
         tensors = (self.labels, codes, self.row, self.column, self.ranged_scale, self.zero_point)
         settings = (self.tiers, [*STEPS.values()], self.in_features)
         return Operands(self.format, tensors, settings, 2.0**self.exponent)

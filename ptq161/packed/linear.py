@@ -23,8 +23,8 @@ _TILE_WEIGHTS = 2**20
 class PackedLinear(nn.Module):
     """A linear whose weight exists only as packed tensors.
 
-    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. On the CPU few
-    rows without gradient are multiplied with the packed bytes where their format has an operator for it. Otherwise each
+    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Few rows without
+    gradient are multiplied with the packed bytes where their format and device have an operator for it. Otherwise each
     forward pass dequantizes them, without gradient a tile of rows at a time on the CPU, unless it runs inside
     :func:`dense_cache`. Changing the module's dtype leaves the packed tensors as they are.
 
@@ -86,10 +86,10 @@ class PackedLinear(nn.Module):
         if self._dense is not None:
             return F.linear(x, self._dense.to(x.dtype), bias)
         packed = self.packed
-        if x.device.type != "cpu" or self._needs_gradient(x):
+        if self._needs_gradient(x):
             learned = any(tensor is not None and tensor.requires_grad for tensor in self._buffers.values())
             return F.linear(x, packed.dequantize().to(x.dtype) if learned else packed.dense(x.dtype), bias)
-        if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
+        if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled(x.device.type):
             y = packed.rows_product(x, bias)
             if y is not None:
                 return y
@@ -134,7 +134,7 @@ class PackedLinear(nn.Module):
 
 
 def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ W.T + bias`` in the dtype of ``x``, of which no more than a tile of rows is dequantized at a time.
+    """Return ``x @ W.T + bias`` in the dtype of ``x``; on a CPU no more than a tile of rows is dequantized at a time.
 
     Args:
         packed: the weight; one whose rows cannot be read alone is dequantized whole.
@@ -150,7 +150,7 @@ def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -
     """
     n = packed.out_features
     step = max(2, _TILE_WEIGHTS // max(1, packed.in_features) // 2 * 2)  # even: two rows may share a byte
-    if n <= step or not packed.by_row:
+    if x.device.type != "cpu" or n <= step or not packed.by_row:
         return F.linear(x, packed.dense(x.dtype), bias)
     tiles = []
     for start in range(0, n, step):

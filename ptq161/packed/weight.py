@@ -135,7 +135,7 @@ class PackedWeight(ABC):
     def rows_product(
         self, x: Tensor, bias: Tensor | None, *, int8: bool = False, level: int = packed_rows.HIGHEST
     ) -> Tensor | None:
-        """Return ``x @ W.T + bias`` from the packed bytes, by a compiled operator.
+        """Return ``x @ W.T + bias`` from the packed bytes, by an operator.
 
         Args:
             x: ``[..., in]``.
@@ -148,7 +148,7 @@ class PackedWeight(ABC):
             or this machine.
         """
         operands = self.operands()
-        if operands is None or not packed_rows.usable(x.dtype, x):
+        if operands is None or not packed_rows.usable(x.dtype, x, int8=int8):
             return None
         return packed_rows.product(operands, x, bias, int8=int8, level=level)
 

@@ -78,7 +78,7 @@ def test_each_forward_dequantizes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     dequantize = StructuredBinaryWeight.dequantize
     monkeypatch.setattr(StructuredBinaryWeight, "dequantize", lambda self: calls.append(0) or dequantize(self))
-    monkeypatch.setattr(packed_rows, "usable", lambda *_: False)
+    monkeypatch.setattr(packed_rows, "usable", lambda *_, **__: False)
     x = torch.randn(FEW_ROWS + 1, IN)
     linear(x), linear(x)
     assert len(calls) == 2
