@@ -20,7 +20,7 @@ def resolve_device(name: str) -> torch.device:
         UserError: the name is no device that torch knows, or this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -29,6 +29,8 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs that torch can use.")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # as the tensors there say it
     return device
 
 

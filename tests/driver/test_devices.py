@@ -14,6 +14,7 @@ import ptq161
 from ptq161.finetune.adapters import tune
 from ptq161.finetune.training import distil
 from ptq161.methods.rtn import RTN
+from ptq161.numerics import resolve_device
 from ptq161.preprocess.rounds import restore
 from tests.conftest import every_method
 from tests.fake_cuda import OnGPU, fake_gpu
@@ -46,6 +47,11 @@ def assert_close(found: PreTrainedModel, expected: PreTrainedModel, least: float
     assert left.keys() == right.keys() and not any(isinstance(x, OnGPU) for x in left.values())
     a, b = (model(TOKENS).logits.flatten() for model in (found, expected))
     assert torch.cosine_similarity(a, b, dim=0) > least
+
+
+def test_a_device_is_named_as_tensors_name_it() -> None:
+    with fake_gpu() as device:
+        assert resolve_device("auto") == resolve_device("cuda") == torch.device(device)
 
 
 def test_the_gpu_that_is_not_there() -> None:
