@@ -11,6 +11,7 @@ from ptq161.packed.allotted import AllottedWeight, Grid
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import UniformWeight
+from ptq161.packed.vector import Coded, Norm, VectorWeight
 from ptq161.packed.weight import PackedWeight
 
 SHAPES = [(1, 1), (3, 7), (97, 97), (192, 576), (576, 192), (130, 515), (33, 1536)]
@@ -61,6 +62,37 @@ def allotted(rows: int, columns: int, *, tiers: list[int], scale_dtype: str = "f
     return AllottedWeight.pack(all_codes, bits, grid, tiers=tiers, scale_dtype=scale_dtype)
 
 
+def vector(
+    rows: int,
+    columns: int,
+    *,
+    v: int,
+    k: int,
+    residual: int = 0,
+    outliers: float = 0.0,
+    groups: int = 1,
+    mixed: bool = False,
+    scale_dtype: str = "float16",
+) -> VectorWeight:
+    n_outliers = int(outliers * columns)
+    labels = (torch.arange(columns) - n_outliers).clamp(min=0) // max(1, (columns - n_outliers) // groups)
+    labels = torch.where(torch.arange(columns) < n_outliers, groups, labels.clamp(max=groups - 1))
+    scales = Norm(torch.rand(columns) + 0.5, torch.randn(columns), torch.rand(rows, 1) + 0.5)
+    return VectorWeight.pack(
+        coded(rows, columns - n_outliers, groups, k, v),
+        (rows, columns),
+        residual=coded(rows, columns - n_outliers, groups, residual, v) if residual else None,
+        outlier=coded(rows, n_outliers, 1, 32, 4) if n_outliers else None,
+        labels=labels[torch.randperm(columns)] if mixed else None,
+        norm=scales if mixed else None,
+        scale_dtype=scale_dtype,
+    )
+
+
+def coded(rows: int, columns: int, groups: int, k: int, v: int) -> Coded:
+    return Coded(torch.randn(groups, k, v), torch.randint(0, k, (-(-rows // v), columns)))
+
+
 def codes(rows: int, columns: int, bits: int) -> Tensor:
     return torch.randint(0, 2**bits, (rows, columns))
 
@@ -80,3 +112,12 @@ MAKERS: dict[str, Callable[[int, int], PackedWeight]] = {
     "allotted 2 bits": lambda o, i: allotted(o, i, tiers=[2]),
     "allotted 4 bits": lambda o, i: allotted(o, i, tiers=[4]),
 }
+"""Weights of codes of 1 to 4 bits, which activations of eight bits multiply, too."""
+
+OTHERS: dict[str, Callable[[int, int], PackedWeight]] = {
+    "vector": lambda o, i: vector(o, i, v=6, k=512),
+    "vector with everything": lambda o, i: vector(o, i, v=8, k=200, residual=16, outliers=0.1, groups=3, mixed=True),
+    "vector, few and long": lambda o, i: vector(o, i, v=4, k=3, groups=2, scale_dtype="float32").scaled(3),
+    "vector of 17 rows": lambda o, i: vector(o, i, v=17, k=64, outliers=0.5),
+}
+"""Weights that have a product in float32 only."""
