@@ -116,6 +116,7 @@ _SHAPES: dict[str, list[tuple[str, Any, Any]]] = {
         ("allotted", lambda given: given[1][0].shape[0], lambda given: given[8]),
     ],
     "codebook_rows": [("vector", *_OF_SETTINGS)],
+    "binary_rows": [(name, *_OF_SETTINGS) for name in ("billm", "pb_llm", "row_column_binary")],
 }
 """Names of the operators of each source, and rows and columns of a weight from what an operator is given."""
 SOURCES = tuple(_SHAPES)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ptq161.packed.allotted import AllottedWeight, Grid
 from ptq161.packed.awq import AWQWeight
+from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
+from ptq161.packed.pb_llm import PBLLMWeight
+from ptq161.packed.row_column_binary import RowColumnBinaryWeight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import UniformWeight
 from ptq161.packed.vector import Coded, Norm, VectorWeight
@@ -89,6 +92,39 @@ def vector(
     )
 
 
+def billm(rows: int, columns: int, *, block: int, salient: float = 0.1, scale_dtype: str = "float16") -> BiLLMWeight:
+    planes = [torch.rand(rows, columns) > 0.5 for _ in range(3)]
+    blocks = -(-columns // block)
+    grid = BinaryGrid(torch.rand(4, rows, blocks), torch.randn(3, rows, blocks))
+    return BiLLMWeight.pack(BinaryPlanes(torch.rand(columns) < salient, *planes), grid, block, scale_dtype=scale_dtype)
+
+
+def pb_llm(rows: int, columns: int, *, high_bit: int, scale_dtype: str = "float16") -> PBLLMWeight:
+    return PBLLMWeight.pack(
+        salient=torch.rand(rows, columns) < 0.1,
+        signs=torch.rand(rows, columns) > 0.5,
+        codes=codes(rows, columns, high_bit),
+        means=torch.randn(rows, 1),
+        scales=torch.rand(rows, 1),
+        high_scales=0.1 * torch.rand(rows, 1),
+        high_zero_points=codes(rows, 1, high_bit).float(),
+        high_bit=high_bit,
+        scale_dtype=scale_dtype,
+    )
+
+
+def row_column_binary(rows: int, columns: int, *, block: int, by_block: bool) -> RowColumnBinaryWeight:
+    blocks = -(-columns // block)
+    orders = torch.randint(1, 4, (blocks,)).repeat_interleave(block) if by_block else torch.randint(1, 4, (columns,))
+    return RowColumnBinaryWeight.pack(
+        orders=orders[:columns],
+        signs=torch.rand(3, rows, columns) > 0.5,
+        row_scales=torch.randn(3, rows, blocks),
+        column_scales=torch.rand(3, columns),
+        column_block=block,
+    )
+
+
 def coded(rows: int, columns: int, groups: int, k: int, v: int) -> Coded:
     return Coded(torch.randn(groups, k, v), torch.randint(0, k, (-(-rows // v), columns)))
 
@@ -119,5 +155,11 @@ OTHERS: dict[str, Callable[[int, int], PackedWeight]] = {
     "vector with everything": lambda o, i: vector(o, i, v=8, k=200, residual=16, outliers=0.1, groups=3, mixed=True),
     "vector, few and long": lambda o, i: vector(o, i, v=4, k=3, groups=2, scale_dtype="float32").scaled(3),
     "vector of 17 rows": lambda o, i: vector(o, i, v=17, k=64, outliers=0.5),
+    "billm": lambda o, i: billm(o, i, block=128),
+    "billm, odd blocks": lambda o, i: billm(o, i, block=83, salient=0.6, scale_dtype="float32").scaled(1),
+    "pb_llm": lambda o, i: pb_llm(o, i, high_bit=8),
+    "pb_llm 3 bits": lambda o, i: pb_llm(o, i, high_bit=3, scale_dtype="float32").scaled(-2),
+    "row_column_binary": lambda o, i: row_column_binary(o, i, block=128, by_block=True),
+    "row_column_binary, odd blocks": lambda o, i: row_column_binary(o, i, block=83, by_block=False),
 }
 """Weights that have a product in float32 only."""

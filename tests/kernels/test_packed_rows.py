@@ -17,7 +17,7 @@ from ptq161.packed.linear import PackedLinear, int8_product, tiled_product
 from ptq161.packed.weight import PackedWeight
 from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES, structured_binary, uniform, vector
 
-EXACT = [("vector with everything", False)]
+EXACT = [("vector with everything", False), ("billm", False)]
 """A weight of each further source of operators, without activations of eight bits."""
 
 

@@ -1,0 +1,78 @@
+// Indices of up to 16 bits, stored in parts of 8, 4, 2 and 1 bits: `pack_indices` of ptq161/packed/bits.py.
+
+#pragma once
+
+#include "stored.h"
+
+#include <cstring>
+#include <iterator>
+
+namespace packed_rows {
+
+constexpr int kWidths[] = {8, 4, 2, 1};  // of an index's parts, the lowest first
+
+// Adds `width` bits of each of n indices to what they have, from index `first` of a part on.
+template <int W>
+void read_part(const uint8_t* part, int64_t first, int64_t n, int shift, uint32_t* to) {
+  constexpr uint32_t mask = (1u << W) - 1;
+  constexpr int64_t per_word = W == 8 ? 4 : W == 4 ? 8 : 16;
+  const auto read_one = [&](int64_t i) {
+    const int64_t bit = (first + i) * W;
+    to[i] |= (part[bit / 8] >> (bit % 8) & mask) << shift;
+  };
+  int64_t i = 0;
+  for (; i < n && (first + i) * W % 8 != 0; ++i) read_one(i);
+  const uint8_t* from = part + (first + i) * W / 8;
+  if constexpr (W == 8) {
+#pragma omp simd
+    for (int64_t k = i; k < n; ++k) to[k] |= static_cast<uint32_t>(from[k - i]) << shift;
+    return;
+  }
+  for (; i + per_word <= n; i += per_word, from += per_word * W / 8) {
+    uint32_t word = 0;
+    std::memcpy(&word, from, per_word * W / 8);
+#pragma omp simd
+    for (int64_t k = 0; k < per_word; ++k) to[i + k] |= (word >> (k * W) & mask) << shift;
+  }
+  for (; i < n; ++i) read_one(i);
+}
+
+// Indices of 0 to 16 bits, in parts one behind the other.
+struct Indices {
+  const uint8_t* data = nullptr;
+  int64_t count = 0;
+  int bits = 0;
+
+  void read(int64_t first, int64_t n, uint32_t* to) const {
+    std::fill_n(to, n, 0u);
+    const uint8_t* part = data;
+    for (int shift = 0; shift < bits;) {
+      const int w = *std::find_if(std::begin(kWidths), std::end(kWidths), [&](int x) { return x <= bits - shift; });
+      switch (w) {
+        case 8: read_part<8>(part, first, n, shift, to); break;
+        case 4: read_part<4>(part, first, n, shift, to); break;
+        case 2: read_part<2>(part, first, n, shift, to); break;
+        default: read_part<1>(part, first, n, shift, to); break;
+      }
+      part += width(count, w);
+      shift += w;
+    }
+  }
+};
+
+inline int bits_of(int64_t count) { return count > 1 ? std::bit_width(static_cast<uint64_t>(count - 1)) : 0; }
+
+// The indices of `count` things into `entries` others.
+inline Indices indices_of(const Tensor& packed, int64_t count, int64_t entries) {
+  const Indices indices{bytes(packed), count, bits_of(entries)};
+  int64_t nbytes = 0;
+  for (int shift = 0; shift < indices.bits;) {
+    const int w = *std::find_if(std::begin(kWidths), std::end(kWidths), [&](int x) { return x <= indices.bits - shift; });
+    nbytes += width(count, w);
+    shift += w;
+  }
+  STD_TORCH_CHECK(indices.bits <= 16 && packed.numel() == nbytes, "indices are not as many as the weight has");
+  return indices;
+}
+
+}  // namespace packed_rows
