@@ -72,11 +72,12 @@ inline int64_t chunks_of(const Segment& s) { return (s.n + chunk_codes(s.bits) -
 template <int B>
 void place(const float* v, int64_t n, float* to, float& scale, float& sum) {
   scale = 1.0f;
-  sum = 0.0f;
+  double total = 0.0;  // of rotated rows it may be many times the products that it is subtracted from
   for (int64_t j = 0; j < n; ++j) {
     to[place_float<B>(j)] = v[j];
-    sum += v[j];
+    total += v[j];
   }
+  sum = static_cast<float>(total);
 }
 
 template <int B>
