@@ -14,24 +14,35 @@
 namespace packed_rows {
 
 constexpr int kLanes = 16, kSums = 4;
+#if defined(__AVX512F__)
+constexpr int kMostRows = 4;  // of x at once; processors with AVX-512 have registers for so many
+#else
+constexpr int kMostRows = 1;
+#endif
 
-// A sum whose order depends on n alone.
-inline float dot(const float* a, const float* b, int64_t n) {
+// Products of a row with M rows of x, `stride` apart; the order of a sum depends on n alone.
+template <int M>
+void dot(const float* row, const float* x, int64_t stride, int64_t n, float* to, int64_t to_stride) {
   typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-  Lanes sums[kSums] = {};
+  Lanes sums[M][kSums] = {};
   int64_t j = 0;
   for (; j + kLanes * kSums <= n; j += kLanes * kSums) {
 #pragma GCC unroll 4
     for (int s = 0; s < kSums; ++s) {
-      sums[s] += *reinterpret_cast<const Lanes*>(a + j + s * kLanes) *
-                 *reinterpret_cast<const Lanes*>(b + j + s * kLanes);
+      const Lanes part = *reinterpret_cast<const Lanes*>(row + j + s * kLanes);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        sums[m][s] += part * *reinterpret_cast<const Lanes*>(x + m * stride + j + s * kLanes);
+      }
     }
   }
-  const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += sum[i];
-  for (; j < n; ++j) total += a[j] * b[j];
-  return total;
+  for (int m = 0; m < M; ++m) {
+    const Lanes sum = (sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]);
+    float total = 0.0f;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    for (int64_t k = j; k < n; ++k) total += row[k] * x[m * stride + k];
+    to[m * to_stride] = total;
+  }
 }
 
 template <typename Decode>
@@ -43,9 +54,12 @@ Tensor decoded_product(const Tensor& x, const Optional& bias, int64_t rows, int6
       std::vector<float> row(columns + kSlack);
       for (int64_t o = begin; o < end; ++o) {
         decode(o, row.data());
-        for (int64_t m = 0; m < n_rows; ++m) {
-          to[m * rows + o] = static_cast<float>(factor) * dot(row.data(), from + m * columns, columns);
+        int64_t m = 0;
+        for (; m + kMostRows <= n_rows; m += kMostRows) {
+          dot<kMostRows>(row.data(), from + m * columns, columns, columns, to + m * rows + o, rows);
         }
+        for (; m < n_rows; ++m) dot<1>(row.data(), from + m * columns, columns, columns, to + m * rows + o, rows);
+        for (m = 0; m < n_rows; ++m) to[m * rows + o] *= static_cast<float>(factor);
       }
     });
   });

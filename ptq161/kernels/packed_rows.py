@@ -117,6 +117,7 @@ _SHAPES: dict[str, list[tuple[str, Any, Any]]] = {
     ],
     "codebook_rows": [("vector", *_OF_SETTINGS)],
     "binary_rows": [(name, *_OF_SETTINGS) for name in ("billm", "pb_llm", "row_column_binary")],
+    "level_rows": [("levels", *_OF_SETTINGS)],
 }
 """Names of the operators of each source, and rows and columns of a weight from what an operator is given."""
 SOURCES = tuple(_SHAPES)

@@ -10,6 +10,10 @@ from torch import Tensor
 from ptq161.packed.allotted import AllottedWeight, Grid
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
+from ptq161.packed.fp4 import FP4Weight
+from ptq161.packed.fp8 import FP8Weight
+from ptq161.packed.gse import GseWeight, quantize
+from ptq161.packed.nf4 import NF4Weight
 from ptq161.packed.pb_llm import PBLLMWeight
 from ptq161.packed.row_column_binary import RowColumnBinaryWeight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
@@ -125,6 +129,14 @@ def row_column_binary(rows: int, columns: int, *, block: int, by_block: bool) ->
     )
 
 
+def gse(rows: int, columns: int, *, bits: int, group_size: int) -> GseWeight:
+    return GseWeight.pack(*quantize(torch.randn(rows, columns), bits, group_size), bits, group_size)
+
+
+def nf4(rows: int, columns: int, *, group_size: int) -> NF4Weight:
+    return NF4Weight.pack(codes(rows, columns, 4), torch.rand(rows, -(-columns // group_size)), group_size)
+
+
 def coded(rows: int, columns: int, groups: int, k: int, v: int) -> Coded:
     return Coded(torch.randn(groups, k, v), torch.randint(0, k, (-(-rows // v), columns)))
 
@@ -155,6 +167,13 @@ OTHERS: dict[str, Callable[[int, int], PackedWeight]] = {
     "vector with everything": lambda o, i: vector(o, i, v=8, k=200, residual=16, outliers=0.1, groups=3, mixed=True),
     "vector, few and long": lambda o, i: vector(o, i, v=4, k=3, groups=2, scale_dtype="float32").scaled(3),
     "vector of 17 rows": lambda o, i: vector(o, i, v=17, k=64, outliers=0.5),
+    "gse 5 bits": lambda o, i: gse(o, i, bits=5, group_size=32),
+    "gse 8 bits": lambda o, i: gse(o, i, bits=8, group_size=7).scaled(2),
+    "nf4": lambda o, i: nf4(o, i, group_size=64),
+    "nvfp4": lambda o, i: FP4Weight.rounded(torch.randn(o, i), "nvfp4"),
+    "mxfp4": lambda o, i: FP4Weight.rounded(torch.randn(o, i), "mxfp4").scaled(-4),
+    "fp8": lambda o, i: FP8Weight.rounded(torch.randn(o, i)),
+    "fp8 groups": lambda o, i: FP8Weight.rounded(torch.randn(o, i), 48),
     "billm": lambda o, i: billm(o, i, block=128),
     "billm, odd blocks": lambda o, i: billm(o, i, block=83, salient=0.6, scale_dtype="float32").scaled(1),
     "pb_llm": lambda o, i: pb_llm(o, i, high_bit=8),

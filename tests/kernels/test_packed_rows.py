@@ -17,7 +17,7 @@ from ptq161.packed.linear import PackedLinear, int8_product, tiled_product
 from ptq161.packed.weight import PackedWeight
 from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES, structured_binary, uniform, vector
 
-EXACT = [("vector with everything", False), ("billm", False)]
+EXACT = [("vector with everything", False), ("billm", False), ("gse 5 bits", False)]
 """A weight of each further source of operators, without activations of eight bits."""
 
 
@@ -168,9 +168,11 @@ def test_torch_can_trace_the_operators(kind: str) -> None:
     torch.library.opcheck(dense.default, (*operands.tensors, *settings, True, *part))
 
 
-@pytest.mark.parametrize("rows", [2, 40])
-def test_torch_can_compile_a_layer(rows: int) -> None:
-    layer, x = PackedLinear(structured_binary(64, 97), torch.randn(64)), torch.randn(rows, 97)
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("structured_binary", 2), ("structured_binary", 40), ("vector", 40), ("gse 5 bits", 2)]
+)
+def test_torch_can_compile_a_layer(kind: str, rows: int) -> None:
+    layer, x = PackedLinear((MAKERS | OTHERS)[kind](64, 97), torch.randn(64)), torch.randn(rows, 97)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
 
 
