@@ -102,11 +102,34 @@ struct PBLLM {
       const uint64_t others = ~places & lowest(columns - j);
       choose(mean - scale, mean + scale, spread(signs.at(sign), others), std::min<int64_t>(64, columns - j), row + j);
       sign += std::popcount(others);
+#if defined(__AVX512BW__)
+      if (bits == 8 && code / 8 + 64 <= codes.nbytes) {  // without a branch that no processor foresees
+        const int64_t n = std::min<int64_t>(64, columns - j);
+        code += 8 * place_codes(codes.data + code / 8, places, step, zero_point, n, row + j);
+        continue;
+      }
+#endif
       for (; places != 0; places &= places - 1, code += bits) {
         row[j + std::countr_zero(places)] = values[code_at(code) & mask];
       }
     }
   }
+
+#if defined(__AVX512BW__)
+  // Writes n values, at most 64, where `places` are set, from as many codes of 8 bits; returns how many.
+  static int place_codes(const uint8_t* from, uint64_t places, float step, float zero_point, int64_t n, float* to) {
+    const __m512 steps = _mm512_set1_ps(step), zeros = _mm512_set1_ps(zero_point);
+    const int count = std::popcount(places);
+    for (int64_t j = 0; j < n; j += 16) {
+      const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      const __m512 values = _mm512_mul_ps(steps, _mm512_sub_ps(_mm512_cvtepi32_ps(codes), zeros));
+      from += std::popcount(places & 0xffff);
+      const __mmask16 mask = next_mask(places);
+      _mm512_storeu_ps(to + j, _mm512_mask_expand_ps(_mm512_loadu_ps(to + j), mask, values));
+    }
+    return count;
+  }
+#endif
 
   // The code at a bit, with other bits above it.
   uint32_t code_at(int64_t bit) const {
@@ -125,21 +148,31 @@ struct RowColumnBinary {
     int64_t first = 0;                  // sign of a row
   };
 
+  // Signs that lie together in a row and share its scale.
+  struct Piece {
+    int64_t first, n, place;
+  };
+
   int64_t rows, columns, n_signs = 0, n_scales = 0;
   std::vector<Term> terms;
+  std::vector<Piece> pieces;
+  std::vector<int32_t> column_of;  // [n_signs]
   Bits signs;
-  Stored row_scales;
+  Stored row_scales, column_scales;
 
   RowColumnBinary(const Tensor& orders, const Tensor& sign, const Tensor& row_scale, const Tensor& column_scale,
                   int64_t rows, int64_t columns, int64_t column_block, int64_t order_block)
       : rows(rows), columns(columns) {
     STD_TORCH_CHECK(order_block > 0 && column_block > 0, "blocks have columns");
     const Bits order = bits_of(orders, width((columns + order_block - 1) / order_block, 2));
-    const auto order_of = [&](int64_t j) { return 1 + (order.data[j / order_block / 4] >> (j / order_block % 4 * 2) & 3); };
+    const auto order_of = [&](int64_t j) {
+      const int64_t i = j / order_block;
+      return 1 + (order.data[i / 4] >> (i % 4 * 2) & 3);
+    };
     int most = 0;
     for (int64_t j = 0; j < columns; ++j) most = std::max(most, order_of(j));
     terms.resize(most);
-    const Stored factors = stored(column_scale, column_scale.numel());
+    column_scales = stored(column_scale, column_scale.numel());
     for (int k = 0; k < most; ++k) {
       Term& term = terms[k];
       term.first = n_signs;
@@ -152,7 +185,12 @@ struct RowColumnBinary {
       for (int64_t j = 0; j < columns; ++j) {
         if (order_of(j) <= k) continue;
         STD_TORCH_CHECK(n_signs < column_scale.numel(), "a column's scale is missing");
-        term.column_scale[j] = factors[n_signs++];
+        term.column_scale[j] = column_scales[n_signs++];
+        column_of.push_back(static_cast<int32_t>(j));
+      }
+      for (const Span& span : term.spans) {
+        if (span.mask == 0) continue;
+        pieces.push_back({term.first + span.before, std::popcount(span.mask), term.place[span.block]});
       }
     }
     STD_TORCH_CHECK(n_signs == column_scale.numel(), "there are more scales than columns");
@@ -171,6 +209,47 @@ struct RowColumnBinary {
         add_signed(scale, term.column_scale.data() + span.first, ~plus, span.n, row + span.first);
       }
     }
+  }
+
+  // M rows of y. A piece adds its scale times twice the values with a plus, less all of them; the values are those of x
+  // times the columns' scales, in the order of the signs.
+  template <int M>
+  void multiply(const float* x, float factor, float* y) const {
+    const int64_t stride = n_signs + kSlack;
+    std::vector<float> values(M * stride), sums(M * pieces.size());
+    for (int m = 0; m < M; ++m) {
+      for (int64_t i = 0; i < n_signs; ++i) values[m * stride + i] = x[m * columns + column_of[i]] * column_scales[i];
+      for (size_t p = 0; p < pieces.size(); ++p) {
+        const float* first = values.data() + m * stride + pieces[p].first;
+        for (int64_t i = 0; i < pieces[p].n; ++i) sums[p * M + m] += first[i];
+      }
+    }
+    const int64_t grain = std::max<int64_t>(1, kGrainWeights / 2 / std::max<int64_t>(1, n_signs * M));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o) {
+        Floats16 totals[M] = {};
+        float less[M] = {};
+        const int64_t row = 8 * o * width(n_signs, 1);
+        for (size_t p = 0; p < pieces.size(); ++p) {
+          const Piece& piece = pieces[p];
+          const float scale = row_scales[o * n_scales + piece.place];
+          uint64_t plus = signs.at(row + piece.first) & lowest(piece.n);
+          Floats16 chosen[M] = {};
+          for (int64_t j = 0; j < piece.n; j += 16, plus >>= 16) {
+            for (int m = 0; m < M; ++m) add_where(plus, values.data() + m * stride + piece.first + j, chosen[m]);
+          }
+          for (int m = 0; m < M; ++m) {
+            totals[m] += chosen[m] * (2.0f * scale);
+            less[m] += scale * sums[p * M + m];
+          }
+        }
+        for (int m = 0; m < M; ++m) {
+          float total = 0.0f;
+          for (int i = 0; i < 16; ++i) total += totals[m][i];
+          y[m * rows + o] = factor * (total - less[m]);
+        }
+      }
+    });
   }
 };
 
@@ -209,9 +288,14 @@ Tensor pb_llm_dense(Tensor salient, Tensor signs, Tensor codes, Tensor means, Te
 Tensor row_column_binary_rows(Tensor x, Tensor orders, Tensor signs, Tensor row_scales, Tensor column_scales,
                               Optional bias, int64_t rows, int64_t columns, int64_t column_block, int64_t order_block,
                               double factor) {
-  return decoded_product(
-      x, bias, rows, columns, factor,
-      RowColumnBinary(orders, signs, row_scales, column_scales, rows, columns, column_block, order_block));
+  const RowColumnBinary w(orders, signs, row_scales, column_scales, rows, columns, column_block, order_block);
+  return product_of(x, bias, rows, columns, [&](const float* from, float* to, int64_t n_rows) {
+    int64_t m = 0;
+    for (; m + kMostRows <= n_rows; m += kMostRows) {
+      w.multiply<kMostRows>(from + m * columns, static_cast<float>(factor), to + m * rows);
+    }
+    for (; m < n_rows; ++m) w.multiply<1>(from + m * columns, static_cast<float>(factor), to + m * rows);
+  });
 }
 
 Tensor row_column_binary_dense(Tensor orders, Tensor signs, Tensor row_scales, Tensor column_scales, int64_t rows,

@@ -23,7 +23,8 @@ constexpr int kMostRows = 4;  // of x at once; processors with AVX-512 have regi
 constexpr int kMostRows = 2;
 #endif
 
-// A codebook for each group of columns, in float32; indices behind its last centroid, which no weight has, stand for NaN.
+// A codebook for each group of columns, in float32. Indices behind its last centroid, which no weight has, stand for
+// NaN.
 struct Codebook {
   Indices indices;
   std::vector<float> table;  // [groups, 2**bits, lanes]
@@ -100,7 +101,8 @@ VectorWeight weight_of(const Tensor& centroids, const Tensor& indices, const Opt
     part.columns.push_back(static_cast<int32_t>(j));
     part.groups.push_back(label[j] == groups ? 0 : label[j]);
   }
-  STD_TORCH_CHECK(static_cast<int64_t>(outlier.columns.size()) == outliers, "the labels name another number of outliers");
+  STD_TORCH_CHECK(static_cast<int64_t>(outlier.columns.size()) == outliers,
+                  "the labels name another number of outliers");
   main.add_book(centroids, indices, rows);
   if (residual_centroids && residual_indices) main.add_book(*residual_centroids, *residual_indices, rows);
   VectorWeight w{rows, columns, {}, {}, {}, {}, static_cast<float>(factor)};
@@ -230,7 +232,9 @@ void dense_rows(const VectorWeight& w, int64_t start, int64_t stop, T* to) {
   const int64_t grain = std::max<int64_t>(1, kGrainWeights / 8 / std::max<int64_t>(1, n));
   torch::stable::parallel_for(start, stop, grain, [&](int64_t begin, int64_t end) {
     std::vector<std::vector<uint32_t>> places;
-    for (const Coded& part : w.parts) places.resize(places.size() + part.books.size(), std::vector<uint32_t>(part.columns.size()));
+    for (const Coded& part : w.parts) {
+      places.resize(places.size() + part.books.size(), std::vector<uint32_t>(part.columns.size()));
+    }
     std::vector<float> values(n), merged(w.parts.size() > 1 ? n : 0);
     float* row = merged.empty() ? values.data() : merged.data();
     for (int64_t o = begin; o < end; ++o) {

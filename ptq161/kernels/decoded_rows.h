@@ -1,8 +1,8 @@
 // Products of a few rows with weights that are decoded row by row: a row is in the processor's first cache when it is
 // multiplied, and is overwritten by the next.
 //
-// `decode(o, row)` writes row o of the weight [rows, columns] as the format's `values()` does, bit by bit; behind it are
-// `kSlack` floats that it may overwrite.
+// `decode(o, row)` writes row o of the weight [rows, columns] as the format's `values()` does, bit by bit; behind it
+// are `kSlack` floats that it may overwrite.
 
 #pragma once
 

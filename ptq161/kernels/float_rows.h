@@ -1,4 +1,4 @@
-// What the operators take and give, in float32 or bfloat16: products of rows, which are computed in float32, and weights.
+// What the operators take and give, in float32 or bfloat16: rows, whose products are computed in float32, and weights.
 
 #pragma once
 
@@ -35,7 +35,8 @@ Tensor product_of(const Tensor& x, const Optional& bias, int64_t rows, int64_t c
     std::vector<float> floats(x.numel()), sums(n_rows * rows);
     for (size_t i = 0; i < floats.size(); ++i) floats[i] = to_float(from[i]);
     multiply(floats.data(), sums.data(), n_rows);
-    finish(sums.data(), static_cast<const uint16_t*>(added), static_cast<uint16_t*>(y.mutable_data_ptr()), n_rows, rows);
+    auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
+    finish(sums.data(), static_cast<const uint16_t*>(added), to, n_rows, rows);
   } else {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x is neither float32 nor bfloat16");
     auto* to = static_cast<float*>(y.mutable_data_ptr());

@@ -5,11 +5,11 @@
 #include "stored.h"
 
 #include <cstring>
-#include <iterator>
 
 namespace packed_rows {
 
-constexpr int kWidths[] = {8, 4, 2, 1};  // of an index's parts, the lowest first
+// Bits of the next part of an index of which so many are left; the lowest part is the first.
+constexpr int next_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 
 // Adds `width` bits of each of n indices to what they have, from index `first` of a part on.
 template <int W>
@@ -47,7 +47,7 @@ struct Indices {
     std::fill_n(to, n, 0u);
     const uint8_t* part = data;
     for (int shift = 0; shift < bits;) {
-      const int w = *std::find_if(std::begin(kWidths), std::end(kWidths), [&](int x) { return x <= bits - shift; });
+      const int w = next_width(bits - shift);
       switch (w) {
         case 8: read_part<8>(part, first, n, shift, to); break;
         case 4: read_part<4>(part, first, n, shift, to); break;
@@ -67,7 +67,7 @@ inline Indices indices_of(const Tensor& packed, int64_t count, int64_t entries) 
   const Indices indices{bytes(packed), count, bits_of(entries)};
   int64_t nbytes = 0;
   for (int shift = 0; shift < indices.bits;) {
-    const int w = *std::find_if(std::begin(kWidths), std::end(kWidths), [&](int x) { return x <= indices.bits - shift; });
+    const int w = next_width(indices.bits - shift);
     nbytes += width(count, w);
     shift += w;
   }

@@ -26,12 +26,22 @@ inline uint64_t spread(uint64_t source, uint64_t mask) {
 
 inline uint64_t lowest(int64_t n) { return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1; }
 
+#if defined(__AVX512BW__)
+// The lowest 16 bits as a mask; they are shifted where integers are, since masks and permutations share one port.
+inline __mmask16 next_mask(uint64_t& bits) {
+  const auto mask = static_cast<__mmask16>(bits);
+  bits >>= 16;
+  asm("" : "+r"(bits));
+  return mask;
+}
+#endif
+
 // `high` where a bit is set, `low` elsewhere.
 inline void choose(float low, float high, uint64_t bits, int64_t n, float* to) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   const __m512 lows = _mm512_set1_ps(low), highs = _mm512_set1_ps(high);
-  for (int64_t j = 0; j < n; j += 16, bits >>= 16) {
-    _mm512_storeu_ps(to + j, _mm512_mask_blend_ps(static_cast<__mmask16>(bits), lows, highs));
+  for (int64_t j = 0; j < n; j += 16) {
+    _mm512_storeu_ps(to + j, _mm512_mask_blend_ps(next_mask(bits), lows, highs));
   }
 #elif defined(__AVX2__)
   const __m256 lows = _mm256_set1_ps(low), highs = _mm256_set1_ps(high);
@@ -48,14 +58,16 @@ inline void choose(float low, float high, uint64_t bits, int64_t n, float* to) {
 
 // Values of a table of eight: the bit of `a` counts one, that of `b` two, that of `c` four.
 inline void look_up(const float* table, uint64_t a, uint64_t b, uint64_t c, int64_t n, float* to) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   const __m512 values = _mm512_castps256_ps512(_mm256_loadu_ps(table));
-  const __m512i one = _mm512_set1_epi32(1), two = _mm512_set1_epi32(2), four = _mm512_set1_epi32(4);
-  for (int64_t j = 0; j < n; j += 16, a >>= 16, b >>= 16, c >>= 16) {
-    __m512i places = _mm512_maskz_mov_epi32(static_cast<__mmask16>(a), one);
-    places = _mm512_mask_or_epi32(places, static_cast<__mmask16>(b), places, two);
-    places = _mm512_mask_or_epi32(places, static_cast<__mmask16>(c), places, four);
-    _mm512_storeu_ps(to + j, _mm512_permutexvar_ps(places, values));
+  __m512i indices = _mm512_maskz_set1_epi8(a, 1);
+  indices = _mm512_mask_add_epi8(indices, b, indices, _mm512_set1_epi8(2));
+  indices = _mm512_mask_add_epi8(indices, c, indices, _mm512_set1_epi8(4));
+  alignas(64) uint8_t of_columns[64];
+  _mm512_store_si512(of_columns, indices);
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(of_columns + j));
+    _mm512_storeu_ps(to + j, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(part), values));
   }
 #elif defined(__AVX2__)
   // A permutation reads the lowest three bits of an index: three bits side by side for each column.
@@ -71,15 +83,33 @@ inline void look_up(const float* table, uint64_t a, uint64_t b, uint64_t c, int6
 #endif
 }
 
+typedef float Floats16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+// Adds those of 16 values whose bits are set.
+inline void add_where(uint64_t bits, const float* values, Floats16& sum) {
+#if defined(__AVX512BW__)
+  const __m512 before = reinterpret_cast<const __m512&>(sum);
+  reinterpret_cast<__m512&>(sum) =
+      _mm512_mask_add_ps(before, static_cast<__mmask16>(bits), before, _mm512_loadu_ps(values));
+#else
+  const Ints16 places = {1,     2,     4,      8,      0x10,   0x20,   0x40,   0x80,
+                         0x100, 0x200, 0x400,  0x800,  0x1000, 0x2000, 0x4000, 0x8000};
+  const Ints16 set = (places & static_cast<int32_t>(bits & 0xffff)) == places;
+  const Ints16 chosen = *reinterpret_cast<const Ints16*>(values) & set;
+  sum += reinterpret_cast<const Floats16&>(chosen);
+#endif
+}
+
 // Adds `scale * factors`, or minus that where a bit is set, to n values and to no more.
 inline void add_signed(float scale, const float* factors, uint64_t minus, int64_t n, float* to) {
   int64_t j = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   const __m512 scales = _mm512_set1_ps(scale);
   const __m512 sign = _mm512_set1_ps(-0.0f);
-  for (; j + 16 <= n; j += 16, minus >>= 16) {
+  for (; j + 16 <= n; j += 16) {
     const __m512 term = _mm512_mul_ps(scales, _mm512_loadu_ps(factors + j));
-    const __m512 turned = _mm512_mask_xor_ps(term, static_cast<__mmask16>(minus), term, sign);
+    const __m512 turned = _mm512_mask_xor_ps(term, next_mask(minus), term, sign);
     _mm512_storeu_ps(to + j, _mm512_add_ps(_mm512_loadu_ps(to + j), turned));
   }
 #elif defined(__AVX2__)

@@ -14,6 +14,9 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace packed_rows {
 
@@ -32,6 +35,9 @@ struct Stored {
   float operator[](int64_t o) const {
     if (!half) return static_cast<const float*>(data)[o * stride];
     const uint32_t bits = static_cast<const uint16_t*>(data)[o * stride];
+#if defined(__F16C__)
+    return _cvtsh_ss(static_cast<uint16_t>(bits));
+#endif
     // Exponents of float16 are moved to those of float32 by a product, which is exact for small ones, too.
     const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
     return bits & 0x8000u ? -magnitude : magnitude;

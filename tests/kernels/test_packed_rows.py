@@ -233,6 +233,32 @@ print("clean")
 """
 
 
+OTHER_INSTRUCTIONS = """
+import torch
+from ptq161.kernels import native
+from tests.kernels.packed_weights import OTHERS
+
+native._INSTRUCTIONS = dict.fromkeys(native._INSTRUCTIONS, ("-march=x86-64-v3", "-O1"))
+for kind, make in OTHERS.items():
+    packed = make(67, 131)
+    if packed.operands().source == "codebook_rows":
+        continue  # without instructions of its own
+    x, weight = torch.randn(5, 131), packed.dequantize()
+    torch.testing.assert_close(packed.rows_product(x, None), x @ weight.T, rtol=1e-4, atol=1e-3)
+    assert torch.equal(packed.dense(torch.float32), weight)
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="AVX2 is what the other tests have")
+def test_processors_without_avx512_have_the_same(tmp_path: Path) -> None:
+    environment = os.environ | {"PTQ161_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", OTHER_INSTRUCTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "same\n", done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_no_byte_beside_the_tensors_is_read(tmp_path: Path) -> None:
     found = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
