@@ -11,7 +11,8 @@ namespace packed_rows {
 // Bits of the next part of an index of which so many are left; the lowest part is the first.
 constexpr int next_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 
-// Writes W bits of each of n indices, from index `first` of a part on; those of further parts are added to what is there.
+// Writes W bits of each of n indices, from index `first` of a part on. Those of further parts are added to what is
+// there.
 template <int W, bool kFirst>
 void read_part(const uint8_t* part, int64_t first, int64_t n, int shift, uint32_t* to) {
   constexpr uint32_t mask = (1u << W) - 1;
