@@ -25,10 +25,18 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import ptq161
 from ptq161.packed.allotted import AllottedWeight, Grid
+from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
+from ptq161.packed.fp4 import FP4Weight
+from ptq161.packed.gse import GseWeight, quantize
 from ptq161.packed.linear import tiled_product
 from ptq161.packed.model import cast_rest, densify, measure, packed_linears
+from ptq161.packed.nf4 import NF4Weight
+from ptq161.packed.pb_llm import PBLLMWeight
+from ptq161.packed.quip import QuIPWeight
+from ptq161.packed.row_column_binary import RowColumnBinaryWeight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import UniformWeight
+from ptq161.packed.vector import Coded, VectorWeight
 from ptq161.packed.weight import PackedWeight
 
 SHAPES = ((4096, 4096), (4096, 11008))
@@ -81,7 +89,8 @@ def linears(rows: int, columns: int, n: int) -> Contestants:
     }
     for name, packed in packed_weights(rows, columns).items():
         found[name] = (lambda packed=packed: product(packed, short), packed.nbytes)
-        found[f"{name}, int8"] = (lambda packed=packed: product(packed, short, int8=True), packed.nbytes)
+        if type(packed).segments is not PackedWeight.segments:
+            found[f"{name}, int8"] = (lambda packed=packed: product(packed, short, int8=True), packed.nbytes)
         if n > 1:
             found[f"{name}, dequantized"] = (lambda packed=packed: tiled_product(packed, short), packed.nbytes)
     return found
@@ -115,6 +124,46 @@ def packed_weights(rows: int, columns: int) -> dict[str, PackedWeight]:
             )
             for b in (2, 3, 4)
         },
+        **other_weights(rows, columns),
+    }
+
+
+def other_weights(rows: int, columns: int) -> dict[str, PackedWeight]:
+    """Make a random weight of each format whose product is in float32 only, at the defaults of its method."""
+    blocks = columns // 128
+    signs = [torch.rand(rows, columns) > 0.5 for _ in range(3)]
+    one = torch.ones(rows, 1)
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    vectors = Coded(torch.randn(1, 512, 6), torch.randint(0, 512, (-(-rows // 6), columns)))
+    return {
+        "VPTQ, 512 vectors of 6": VectorWeight.pack(vectors, (rows, columns)),
+        "QuIP 2 bits, butterfly": QuIPWeight.pack(codes % 4, torch.ones(1), 2, rotation="butterfly", seed=0),
+        "QuIP 2 bits, Hadamard": QuIPWeight.pack(codes % 4, torch.ones(1), 2, rotation="hadamard", seed=0),
+        "BiLLM": BiLLMWeight.pack(
+            BinaryPlanes(torch.rand(columns) < 0.08, *signs),
+            BinaryGrid(torch.rand(4, rows, blocks), torch.rand(3, rows, blocks)),
+            column_block=128,
+        ),
+        "PB-LLM": PBLLMWeight.pack(
+            torch.rand(rows, columns) < 0.1,
+            signs[0],
+            codes,
+            means=one,
+            scales=one,
+            high_scales=one,
+            high_zero_points=128 * one,
+            high_bit=8,
+        ),
+        "Quant-dLLM, 2 signs": RowColumnBinaryWeight.pack(
+            orders=torch.full((columns,), 2),
+            signs=torch.stack(signs[:2]),
+            row_scales=torch.rand(2, rows, blocks),
+            column_scales=torch.rand(2, columns),
+            column_block=128,
+        ),
+        "NF4": NF4Weight.pack(codes % 16, torch.rand(rows, columns // 64)),
+        "NVFP4": FP4Weight.rounded(torch.randn(rows, columns), "nvfp4"),
+        "GSE 5 bits": GseWeight.pack(*quantize(torch.randn(rows, columns), 5), 5),
     }
 
 

@@ -29,7 +29,7 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(f"device={name}: use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} GPUs that torch can use.")
-    if device.type == "cuda" and device.index is None:
+    if device.type == "cuda" and ":" not in name:
         return torch.device("cuda", torch.cuda.current_device())  # as the tensors there say it
     return device
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "float_rows.h"
 #include "packed_weight.h"
 
 #include <cstring>
@@ -86,11 +87,7 @@ void dense_rows(const Weight& w, T* to) {
 
 // The weight [rows, columns], bit by bit what the format's `dequantize()` gives; `codes` tells the device.
 inline Tensor dense(const Weight& w, const Tensor& codes, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, "neither float32 nor bfloat16");
-  Tensor weight = torch::stable::new_empty(codes, {w.rows, w.columns}, dtype);
-  void* to = weight.mutable_data_ptr();
-  dtype == ScalarType::BFloat16 ? dense_rows(w, static_cast<uint16_t*>(to)) : dense_rows(w, static_cast<float*>(to));
-  return weight;
+  return dense_of(codes, 0, w.rows, w.rows, w.columns, dtype, [&](auto* to) { dense_rows(w, to); });
 }
 
 }  // namespace packed_rows

@@ -7,23 +7,6 @@
 namespace {
 
 using namespace packed_rows;
-using Optional = std::optional<Tensor>;
-
-const uint8_t* bytes(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Byte, "packed bytes are not whole");
-  return static_cast<const uint8_t*>(tensor.const_data_ptr());
-}
-
-// `count` floats, from `first` on where each row has `stride` of them.
-Stored stored(const Tensor& tensor, int64_t count, int64_t stride = 1, int64_t first = 0) {
-  const bool half = tensor.scalar_type() == ScalarType::Half;
-  STD_TORCH_CHECK(half || tensor.scalar_type() == ScalarType::Float, "stored floats are neither float32 nor float16");
-  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == count, "stored floats are not as many as the weight has");
-  const auto* data = static_cast<const uint8_t*>(tensor.const_data_ptr());
-  return {data + first * (half ? 2 : 4), half, stride};
-}
-
-int64_t width(int64_t n, int64_t bits) { return (n * bits + 7) / 8; }
 
 // Codes [rows, width(n, bits)], from byte `first` of each row on.
 Segment segment_of(const Tensor& codes, int64_t rows, int64_t bits, int64_t n, int64_t row_bytes, int64_t first = 0) {

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "float_rows.h"
 #include "packed_dot.h"
 #include "packed_weight.h"
 #if defined(__x86_64__)
@@ -16,7 +17,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -72,11 +72,12 @@ inline int64_t chunks_of(const Segment& s) { return (s.n + chunk_codes(s.bits) -
 template <int B>
 void place(const float* v, int64_t n, float* to, float& scale, float& sum) {
   scale = 1.0f;
-  sum = 0.0f;
+  double total = 0.0;  // of rotated rows it may be many times the products that it is subtracted from
   for (int64_t j = 0; j < n; ++j) {
     to[place_float<B>(j)] = v[j];
-    sum += v[j];
+    total += v[j];
   }
+  sum = static_cast<float>(total);
 }
 
 template <int B>
@@ -210,43 +211,11 @@ inline void multiply_at(const Weight& w, const float* x, float* y, int64_t n_row
   }
 }
 
-// y = sums + bias in the dtype T.
-template <typename T>
-void finish(const float* sums, const T* bias, T* y, int64_t n_rows, int64_t n) {
-  for (int64_t m = 0; m < n_rows; ++m, sums += n, y += n) {
-    if (bias == nullptr) {
-#pragma omp simd
-      for (int64_t o = 0; o < n; ++o) store(y + o, sums[o]);
-    } else {
-#pragma omp simd
-      for (int64_t o = 0; o < n; ++o) store(y + o, sums[o] + to_float(bias[o]));
-    }
-  }
-}
-
-// y [..., rows] of x [..., columns] in its dtype, float32 or bfloat16; `level` is the highest instruction set to use.
-inline Tensor product(const Weight& w, const Tensor& x, const std::optional<Tensor>& bias, bool int8, int64_t level) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == w.columns && x.is_contiguous(), "x is not [..., in]");
-  STD_TORCH_CHECK(!bias || (bias->numel() == w.rows && bias->scalar_type() == x.scalar_type()), "bias is not [out]");
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = w.rows;
-  Tensor y = torch::stable::new_empty(x, shape);
-  const int64_t n_rows = x.numel() / std::max<int64_t>(1, w.columns);
-  const void* added = bias ? bias->const_data_ptr() : nullptr;
-  if (x.scalar_type() == ScalarType::BFloat16) {
-    const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
-    std::vector<float> floats(x.numel()), sums(n_rows * w.rows);
-    for (size_t i = 0; i < floats.size(); ++i) floats[i] = to_float(from[i]);
-    multiply_at(w, floats.data(), sums.data(), n_rows, int8, level);
-    finish(sums.data(), static_cast<const uint16_t*>(added), static_cast<uint16_t*>(y.mutable_data_ptr()), n_rows,
-           w.rows);
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x is neither float32 nor bfloat16");
-    auto* to = static_cast<float*>(y.mutable_data_ptr());
-    multiply_at(w, static_cast<const float*>(x.const_data_ptr()), to, n_rows, int8, level);
-    if (added != nullptr) finish(to, static_cast<const float*>(added), to, n_rows, w.rows);
-  }
-  return y;
+// y [..., rows] of x [..., columns] in its dtype; `level` is the highest instruction set to use.
+inline Tensor product(const Weight& w, const Tensor& x, const Optional& bias, bool int8, int64_t level) {
+  return product_of(x, bias, w.rows, w.columns, [&](const float* from, float* to, int64_t n_rows) {
+    multiply_at(w, from, to, n_rows, int8, level);
+  });
 }
 
 }  // namespace packed_rows

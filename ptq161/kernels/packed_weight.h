@@ -3,39 +3,13 @@
 
 #pragma once
 
-#include "bfloat16.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+#include "stored.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <vector>
 
 namespace packed_rows {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kGrainWeights = 1 << 17;  // that a thread is woken for
-
-// Floats of a stored tensor, in float32 or float16: the value of row o is the one at o * stride.
-struct Stored {
-  const void* data = nullptr;
-  bool half = false;
-  int64_t stride = 1;
-
-  float operator[](int64_t o) const {
-    if (!half) return static_cast<const float*>(data)[o * stride];
-    const uint32_t bits = static_cast<const uint16_t*>(data)[o * stride];
-    // Exponents of float16 are moved to those of float32 by a product, which is exact for small ones, too.
-    const float magnitude = std::bit_cast<float>((bits & 0x7fffu) << 13) * 0x1p112f;
-    return bits & 0x8000u ? -magnitude : magnitude;
-  }
-};
 
 // What is added to scale * code: a mean, with signs as codes; or minus scale times the code of zero.
 enum class Shift { kMean, kZeroPoint, kZeroNibble, kConstant };

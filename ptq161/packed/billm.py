@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels.packed_rows import Operands
 from ptq161.kernels.where import fast_where
 from ptq161.packed.bits import pack_plane, unpack_plane
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -129,6 +130,12 @@ class BiLLMWeight(PackedWeight):
         signs = unpack_plane(self.signs, self.in_features)
         grid = BinaryGrid(self._per_column(self.scales), self._per_column(self.means))
         return binary_values(BinaryPlanes(salient, sparse, signs, second_signs), grid)
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        tensors = (self.salient, self.signs, self.second_signs, self.sparse, self.scales, self.means)
+        settings = (self.out_features, self.in_features, self.column_block, self.n_salient)
+        return Operands(self.format, tensors, settings, 2.0**self.exponent, "binary_rows")
 
     def _per_column(self, parameter: Tensor) -> Tensor:
         return parameter.float().repeat_interleave(self.column_block, dim=-1)[..., : self.in_features]

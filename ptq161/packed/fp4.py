@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from ptq161.checks import check_at_least, check_choice
@@ -26,6 +27,7 @@ from ptq161.kernels.minifloat import (
     round_minifloat,
     unblocked,
 )
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import pack_codes, unpack_codes
 from ptq161.packed.weight import PackedWeight
 
@@ -34,6 +36,10 @@ FP4_BLOCKS = {"nvfp4": 16, "mxfp4": 32}
 
 _CODE_BITS = 4
 _EXPONENT_BIAS = 127
+_E2M1 = e2m1_values(torch.arange(2**_CODE_BITS, dtype=torch.uint8))
+_E4M3 = e4m3_values(torch.arange(256).to(torch.uint8))
+_POWERS = power_of_two(torch.arange(256, dtype=torch.int32) - _EXPONENT_BIAS)
+"""What every code of a weight, of a scale in E4M3 and of a power of two stands for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +106,12 @@ class FP4Weight(PackedWeight):
         else:
             factor = e4m3_values(self.scales) * self.tensor_scale
         return unblocked(blocks_of(codes, self.block) * factor.unsqueeze(-1), self.in_features)
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        scales = _POWERS if self.tensor_scale is None else _E4M3 * self.tensor_scale.cpu()
+        settings = (self.out_features, self.in_features, self.block)
+        return Operands("levels", (self.codes, _E2M1, self.scales, scales), settings, 2.0**self.exponent, "level_rows")
 
 
 def check_fp4(format: str, block: int | None) -> None:

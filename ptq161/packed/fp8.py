@@ -10,8 +10,12 @@ from torch import Tensor
 
 from ptq161.checks import check_at_least
 from ptq161.kernels.minifloat import E4M3, e4m3_codes, e4m3_values, round_minifloat
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.uniform import grouped, per_column
 from ptq161.packed.weight import PackedWeight, stored_scale
+
+_E4M3 = e4m3_values(torch.arange(256).to(torch.uint8))
+"""What every code stands for."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,3 +67,8 @@ class FP8Weight(PackedWeight):
     def values(self) -> Tensor:
         """Return code times scale: ``[out, in]`` float32."""
         return e4m3_values(self.codes) * per_column(self.scales.float(), self.in_features, self.group_size)
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        settings = (self.out_features, self.in_features, self.group_size or max(1, self.in_features))
+        return Operands("levels", (self.codes, _E4M3, self.scales, None), settings, 2.0**self.exponent, "level_rows")

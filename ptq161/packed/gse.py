@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
 from ptq161.kernels.minifloat import power_of_two
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import pack_indices, unpack_indices
 from ptq161.packed.weight import PackedWeight
 
@@ -84,6 +85,14 @@ class GseWeight(PackedWeight):
     def values(self) -> Tensor:
         """Return ``mantissa * 2^(exponent - bits + 2)``: ``[out, in]`` float32."""
         return dequantize(*self.unpacked(), self.bits, self.group_size)
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        levels = torch.arange(2**self.bits, dtype=torch.float32) - _offset(self.bits)
+        steps = power_of_two(self.base.cpu().int() - torch.arange(2**EXPONENT_BITS) - self.bits + 2)
+        settings = (self.out_features, self.in_features, self.group_size)
+        tensors = (self.mantissas, levels, self.exponents, steps)
+        return Operands("levels", tensors, settings, 2.0**self.exponent, "level_rows")
 
 
 def quantize(

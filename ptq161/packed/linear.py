@@ -150,12 +150,14 @@ def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -
     """
     n = packed.out_features
     step = max(2, _TILE_WEIGHTS // max(1, packed.in_features) // 2 * 2)  # even: two rows may share a byte
-    if x.device.type != "cpu" or n <= step or not packed.by_row:
+    if x.device.type != "cpu" or n <= step:
         return F.linear(x, packed.dense(x.dtype), bias)
     tiles = []
     for start in range(0, n, step):
         stop = min(start + step, n)
-        weight = packed.rows(start, stop).dense(x.dtype)
+        weight = packed.tile(start, stop, x.dtype)
+        if weight is None:
+            return F.linear(x, packed.dense(x.dtype), bias)
         tiles.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
     return torch.cat(tiles, dim=-1)
 

@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import pack_codes, unpack_codes
 from ptq161.packed.uniform import grouped, per_column
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -78,6 +79,12 @@ class NF4Weight(PackedWeight):
         codes = unpack_codes(self.codes, self.in_features, 4)
         levels = torch.tensor(LEVELS, device=codes.device)[codes.int()]
         return levels * per_column(self.scales.float(), self.in_features, self.group_size)
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        tensors = (self.codes, torch.tensor(LEVELS), self.scales, None)
+        settings = (self.out_features, self.in_features, self.group_size)
+        return Operands("levels", tensors, settings, 2.0**self.exponent, "level_rows")
 
 
 def nf4_parameters(weight: Tensor, group_size: int = 64, *, scale_dtype: str = "float16") -> tuple[Tensor, Tensor]:

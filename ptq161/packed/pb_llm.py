@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
+from ptq161.kernels.packed_rows import Operands
 from ptq161.kernels.where import fast_where
 from ptq161.packed.bits import pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.uniform import UNIFORM_BITS, uniform_values
@@ -115,6 +116,12 @@ class PBLLMWeight(PackedWeight):
         codes.masked_scatter_(salient, unpack_codes(self.codes, self.n_salient, self.high_bit))
         high = uniform_values(codes, self.high_scales.float(), self.high_zero_points.float())
         return fast_where(salient, high, fast_where(signs, *binary_levels(self.means.float(), self.scales.float())))
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        tensors = (self.salient, self.signs, self.codes, self.means, self.scales, self.high_scales)
+        settings = (self.out_features, self.in_features, self.high_bit, self.n_salient)
+        return Operands(self.format, (*tensors, self.high_zero_points), settings, 2.0**self.exponent, "binary_rows")
 
 
 def binary_levels(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Integer codes of a weight that was rescaled and rotated at random before rounding: the format of QuIP.
 
 A rotation is never stored: the seed is, and the rotation is drawn from it again whenever the weight is dequantized.
+Products of few rows rotate the rows in its place.
 Both kinds are products of small factors, so rotating ``[out, in]`` takes far less than a product with a dense
 ``[in, in]`` matrix.
 """
@@ -16,6 +17,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels import packed_rows
+from ptq161.kernels.packed_rows import CODE_BITS, Operands
 from ptq161.packed.bits import pack_codes, unpack_codes
 from ptq161.packed.weight import PackedWeight, stored_scale
 
@@ -88,10 +91,18 @@ class Butterfly(Rotation):
     def invert(self, x: Tensor) -> Tensor:
         """Return ``x @ Q`` for ``x [..., n]``."""
         first, second = self.first.to(x.device), self.second.to(x.device)
-        x = x[..., self.order_out.argsort().to(x.device)].unflatten(-1, (second.shape[0], first.shape[0]))
+        x = x[..., self._before_order_out.to(x.device)].unflatten(-1, (second.shape[0], first.shape[0]))
         x = torch.einsum("pab,...pa->...pb", second, x)
         x = torch.einsum("qab,...aq->...bq", first, x)
-        return x.flatten(-2)[..., self.order_in.argsort().to(x.device)]
+        return x.flatten(-2)[..., self._before_order_in.to(x.device)]
+
+    @functools.cached_property
+    def _before_order_in(self) -> Tensor:
+        return self.order_in.argsort()
+
+    @functools.cached_property
+    def _before_order_out(self) -> Tensor:
+        return self.order_out.argsort()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +250,33 @@ class QuIPWeight(PackedWeight):
         out_side, in_side = draw_rotations(self.rotation, int(self.seed), self.out_features, self.in_features)
         weight = out_side.invert(in_side.invert(weight).T).T.contiguous()
         return weight if self.input_scales is None else weight / self.input_scales.float()
+
+    def rows_product(
+        self, x: Tensor, bias: Tensor | None, *, int8: bool = False, level: int = packed_rows.HIGHEST
+    ) -> Tensor | None:
+        """Return ``x @ W.T + bias``, as :meth:`PackedWeight.rows_product`: the rows are rotated in place of the weight.
+
+        The rotations are drawn once and kept: those of kind ``butterfly`` take about as much memory as the codes of a
+        weight of 4096 x 4096 at 2 bits, ``hadamard`` next to none.
+        """
+        if int8 or x.device.type != "cpu" or self.bits not in CODE_BITS or not packed_rows.usable(x.dtype, x):
+            return None
+        out_side, in_side = self._rotations
+        rows = x.float() if self.input_scales is None else x.float() / self.input_scales.float()
+        y = packed_rows.product(self._rotated(), in_side.apply(rows), None, level=level)
+        y = out_side.invert(y)
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def _rotated(self) -> Operands:
+        """Return the weight between its rotations as uniform codes, whose zero lies in the middle of the grid."""
+        largest = 2**self.bits - 1
+        scales = (self.scale.float() * (2 / largest)).repeat(self.out_features, 1)
+        tensors = (self.codes, scales, torch.full_like(scales, largest / 2), None)
+        return Operands("uniform", tensors, (self.in_features, self.bits, self.in_features), 2.0**self.exponent)
+
+    @functools.cached_property
+    def _rotations(self) -> tuple[Rotation, Rotation]:
+        return draw_rotations(self.rotation, int(self.seed), self.out_features, self.in_features)
 
 
 def _symmetric_values(codes: Tensor, scale: Tensor, bits: int) -> Tensor:

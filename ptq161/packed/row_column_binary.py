@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import pack_codes, pack_plane, unpack_codes, unpack_plane
 from ptq161.packed.weight import PackedWeight, stored_scale
 
@@ -122,6 +123,12 @@ class RowColumnBinaryWeight(PackedWeight):
             # A column is there once, so that the sum does not depend on the order in which entries are added.
             values = values.index_add(1, own, term)
         return values
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        tensors = (self.orders, self.signs, self.row_scales, self.column_scales)
+        settings = (self.out_features, self.in_features, self.column_block, self.order_block)
+        return Operands(self.format, tensors, settings, 2.0**self.exponent, "binary_rows")
 
 
 def _columns(orders: Tensor) -> list[Tensor]:

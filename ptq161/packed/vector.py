@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
+from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import INDEX_BITS, index_bits, merge_columns, pack_indices, unpack_indices
 from ptq161.packed.weight import PackedWeight, stored_scale
 
@@ -185,6 +186,14 @@ class VectorWeight(PackedWeight):
         if self.column_scale is not None and self.column_offset is not None:
             weight = weight * self.column_scale.float() + self.column_offset.float()
         return weight if self.row_scale is None else weight * self.row_scale.float()
+
+    def operands(self) -> Operands | None:
+        """Return the weight as compiled operators take it."""
+        books = (self.centroids, self.indices, self.residual_centroids, self.residual_indices)
+        outliers = (self.outlier_centroids, self.outlier_indices, self.labels)
+        norm = (self.column_scale, self.column_offset, self.row_scale)
+        settings = (self.out_features, self.in_features, self.outliers)
+        return Operands(self.format, (*books, *outliers, *norm), settings, 2.0**self.exponent, "codebook_rows")
 
     def _vectors(self, centroids: Tensor, packed: Tensor, groups: Tensor) -> Tensor:
         """Look columns up in the codebook of each one's group: ``[out, columns]`` float32."""

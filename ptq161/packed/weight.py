@@ -58,8 +58,8 @@ class PackedWeight(ABC):
     changes), ``offsets`` (the names of means and zero points, the float tensors that are added and not multiplied),
     ``shared`` (those of float tensors of several dimensions that belong to all rows alike, such as codebooks) and
     ``by_row`` (those of tensors with one entry per row, where every row can be read alone), and are registered by being
-    defined. They implement :meth:`values`, differentiable in every float tensor. A format whose codes have 1 to 4 bits
-    can tell its :meth:`segments` and its :meth:`operands`, for which there are compiled operators.
+    defined. They implement :meth:`values`, differentiable in every float tensor. A format can tell its
+    :meth:`operands`, for which there are compiled operators; if its codes have 1 to 4 bits, its :meth:`segments`, too.
 
     Attributes:
         out_features: rows.
@@ -140,7 +140,7 @@ class PackedWeight(ABC):
         Args:
             x: ``[..., in]``.
             bias: ``[out]`` in the dtype of ``x``.
-            int8: round the activations of each row and segment to eight bits.
+            int8: round the activations of each row and segment to eight bits; for formats that have :meth:`segments`.
             level: the highest instruction set to use, see :mod:`ptq161.kernels.packed_rows`.
 
         Returns:
@@ -148,16 +148,29 @@ class PackedWeight(ABC):
             or this machine.
         """
         operands = self.operands()
-        if operands is None or not packed_rows.usable(x.dtype, x, int8=int8):
+        if operands is None or (int8 and operands.source != packed_rows.CODES):
+            return None
+        if not packed_rows.usable(x.dtype, x, operands.source, int8=int8):
             return None
         return packed_rows.product(operands, x, bias, int8=int8, level=level)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return ``dequantize().to(dtype)``, by a compiled operator where there is one."""
-        operands = self.operands()
-        if operands is None or not packed_rows.usable(dtype, next(iter(self.state_dict().values()))):
-            return self.dequantize().to(dtype)
-        return packed_rows.dense(operands, dtype)
+        operands = self._dense_operands(dtype)
+        return self.dequantize().to(dtype) if operands is None else packed_rows.dense(operands, dtype)
+
+    def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
+        """Return rows ``start`` (an even number) to ``stop`` of :meth:`dense`; None where they cannot be had alone."""
+        if self.by_row:
+            return self.rows(start, stop).dense(dtype)
+        operands = self._dense_operands(dtype)
+        if operands is None or operands.source == packed_rows.CODES:
+            return None
+        return packed_rows.dense(operands, dtype, (start, stop))
+
+    def _dense_operands(self, dtype: torch.dtype) -> Operands | None:
+        operands, tensor = self.operands(), next(iter(self.state_dict().values()))
+        return operands if operands is not None and packed_rows.usable(dtype, tensor, operands.source) else None
 
     def scaled(self, exponent: int, inputs: int = 0) -> Self:
         """Return this weight times ``2**exponent``, for inputs that are ``2**inputs`` times as large, exactly."""

@@ -31,7 +31,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(build, check=True, timeout=SECONDS)
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = folder.glob("*-py3-none-any.whl")
     subprocess.run([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], check=True, timeout=SECONDS)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")}))
     # A folder that a .pth file adds brings its packages, but not the .pth files in it: this checkout stays unknown.

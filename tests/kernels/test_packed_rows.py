@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from ptq161.kernels import packed_rows
-from ptq161.packed.linear import PackedLinear, int8_product
+from ptq161.packed import linear
+from ptq161.packed.linear import PackedLinear, int8_product, tiled_product
 from ptq161.packed.weight import PackedWeight
-from tests.kernels.packed_weights import MAKERS, SHAPES, structured_binary, uniform
+from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES, structured_binary, uniform, vector
+
+EXACT = [("vector with everything", False), ("billm", False), ("gse 5 bits", False)]
+"""A weight of each further source of operators, without activations of eight bits."""
 
 
 def product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None, **settings: int) -> Tensor:
@@ -48,14 +52,31 @@ def test_products_are_those_of_the_dequantized_weight(kind: str, shape: tuple[in
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_products_in_float32_are_those_of_the_dequantized_weight(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    packed = OTHERS[kind](*shape)
+    weight, bias = packed.dequantize().double(), torch.randn(shape[0])
+    for rows, dtype in [(1, torch.float32), (2, torch.bfloat16), (7, torch.float32)]:
+        x = torch.randn(rows, shape[1]).to(dtype)
+        expected = x.double() @ weight.T + bias.to(dtype).double()
+        magnitudes = x.double().abs() @ weight.abs().T + bias.double().abs() + 0.01
+        y = product(packed, x, bias.to(dtype))
+        assert error(y, expected, magnitudes) < (2e-6 if dtype == torch.float32 else 2**-8), rows
+    assert packed.rows_product(x, None, int8=True) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", MAKERS | OTHERS)
 def test_the_dense_form_has_the_bits_of_torch(kind: str, shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    packed = MAKERS[kind](*shape)
+    packed = (MAKERS | OTHERS)[kind](*shape)
+    weight = packed.dequantize()
     for dtype in packed_rows.DTYPES["cpu"]:
-        assert torch.equal(packed.dense(dtype), packed.dequantize().to(dtype))
+        assert torch.equal(packed.dense(dtype), weight.to(dtype))
         if shape[0] > 4:
-            assert torch.equal(packed.rows(2, 5).dense(dtype), packed.dequantize()[2:5].to(dtype))
+            tile = packed.tile(2, 5, dtype)
+            assert tile is not None and torch.equal(tile, weight[2:5].to(dtype))
     assert packed.dense(torch.float16).dtype == torch.float16
 
 
@@ -70,10 +91,10 @@ def test_segments_are_the_weight(kind: str) -> None:
     torch.testing.assert_close(weight * 2.0**packed.exponent, packed.dequantize(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_a_row_is_the_same_whatever_is_beside_it_and_however_many_threads(int8: bool) -> None:
+@pytest.mark.parametrize(("kind", "int8"), [("structured_binary", False), ("structured_binary", True), *EXACT])
+def test_a_row_is_the_same_whatever_is_beside_it_and_however_many_threads(kind: str, int8: bool) -> None:
     torch.manual_seed(0)
-    packed, x = structured_binary(1201, 515), torch.randn(64, 515)
+    packed, x = (MAKERS | OTHERS)[kind](1201, 515), torch.randn(64, 515)
     expected, before = product(packed, x, int8=int8), torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 4):
@@ -133,22 +154,48 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         packed.rows_product(x, torch.zeros(7))
 
 
-@pytest.mark.parametrize("kind", ["structured_binary", "uniform 2 bits groups", "awq", "allotted"])
+@pytest.mark.parametrize("kind", ["structured_binary", "uniform 2 bits groups", "awq", "allotted", *OTHERS])
 def test_torch_can_trace_the_operators(kind: str) -> None:
-    packed = MAKERS[kind](12, 200)
+    packed = (MAKERS | OTHERS)[kind](12, 200)
     operands = packed.operands()
-    assert operands is not None and packed_rows.usable(torch.float32, torch.zeros(1))
+    assert operands is not None and packed_rows.usable(torch.float32, torch.zeros(1), operands.source)
     settings = (*operands.settings, operands.factor)
     products, dense = (getattr(torch.ops.ptq161, f"{operands.format}_{name}") for name in ("rows", "dense"))
-    given = (torch.randn(2, 3, 200), *operands.tensors, torch.randn(12), *settings, False, packed_rows.HIGHEST)
-    torch.library.opcheck(products.default, given)
-    torch.library.opcheck(dense.default, (*operands.tensors, *settings, torch.bfloat16))
+    how, part = ((False, packed_rows.HIGHEST), ()) if kind in MAKERS else ((), (2, 7))
+    torch.library.opcheck(
+        products.default, (torch.randn(2, 3, 200), *operands.tensors, torch.randn(12), *settings, *how)
+    )
+    torch.library.opcheck(dense.default, (*operands.tensors, *settings, torch.bfloat16, *part))
 
 
-@pytest.mark.parametrize("rows", [2, 40])
-def test_torch_can_compile_a_layer(rows: int) -> None:
-    layer, x = PackedLinear(structured_binary(64, 97), torch.randn(64)), torch.randn(rows, 97)
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("structured_binary", 2), ("structured_binary", 40), ("vector", 40), ("gse 5 bits", 2)]
+)
+def test_torch_can_compile_a_layer(kind: str, rows: int) -> None:
+    layer, x = PackedLinear((MAKERS | OTHERS)[kind](64, 97), torch.randn(64)), torch.randn(rows, 97)
     assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_tensors_of_another_weight_are_refused(kind: str) -> None:
+    packed, x = OTHERS[kind](12, 97), torch.randn(1, 97)
+    for name, tensor in packed.state_dict().items():
+        short = packed.with_tensors({name: tensor.flatten()[:-1].clone()})
+        with pytest.raises(RuntimeError):
+            short.rows_product(x, None)
+
+
+def test_an_index_without_a_centroid_is_seen() -> None:
+    packed = vector(12, 97, v=6, k=5)
+    wrong = packed.with_tensors({"indices": torch.full_like(packed.indices, 255)})
+    assert product(wrong, torch.ones(1, 97)).isnan().all()
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_many_rows_take_tiles_of_the_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_TILE_WEIGHTS", 4 * 97)
+    packed, x = OTHERS[kind](13, 97), torch.randn(20, 97)
+    torch.testing.assert_close(tiled_product(packed, x), x @ packed.dequantize().T)
 
 
 @pytest.mark.parametrize("kind", ["structured_binary", "uniform 3 bits", "allotted"])
@@ -168,22 +215,48 @@ PROGRAM = """
 import os
 import torch
 from ptq161.kernels import native, packed_rows
-from tests.kernels.packed_weights import MAKERS, SHAPES
+from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES
 
 del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
 native._OPTIONS = (*native._OPTIONS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
-assert native.load("packed_rows")
-for kind, make in MAKERS.items():
+assert all(map(native.load, packed_rows.SOURCES))
+for kind, make in (MAKERS | OTHERS).items():
     for shape in SHAPES[1::2]:
         packed, bias = make(*shape), torch.randn(shape[0])
         for rows in (1, 6):
-            for level in range(packed_rows.HIGHEST + 1):
-                for int8 in (False, True):
+            for level in range(packed_rows.HIGHEST + 1) if kind in MAKERS else [0]:
+                for int8 in (False, True) if kind in MAKERS else [False]:
                     x = torch.randn(rows, shape[1])
                     assert packed.rows_product(x, bias, int8=int8, level=level).isfinite().all()
         assert torch.equal(packed.dense(torch.float32), packed.dequantize())
 print("clean")
 """
+
+
+OTHER_INSTRUCTIONS = """
+import torch
+from ptq161.kernels import native
+from tests.kernels.packed_weights import OTHERS
+
+native._INSTRUCTIONS = dict.fromkeys(native._INSTRUCTIONS, ("-march=x86-64-v3", "-O1"))
+for kind, make in OTHERS.items():
+    packed = make(67, 131)
+    if packed.operands().source != "binary_rows":
+        continue  # the compiler's choice
+    x, weight = torch.randn(5, 131), packed.dequantize()
+    torch.testing.assert_close(packed.rows_product(x, None), x @ weight.T, rtol=1e-4, atol=1e-3)
+    assert torch.equal(packed.dense(torch.float32), weight)
+print("same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="AVX2 is what the other tests have")
+def test_processors_without_avx512_have_the_same(tmp_path: Path) -> None:
+    environment = os.environ | {"PTQ161_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", OTHER_INSTRUCTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout == "same\n", done.stderr[-3000:]
 
 
 @pytest.mark.slow

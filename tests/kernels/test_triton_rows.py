@@ -42,7 +42,7 @@ def test_without_triton_there_are_no_operators(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ptq161.kernels.triton_rows", None)
-    assert packed_rows._load.__wrapped__("cuda") is False
+    assert packed_rows._load.__wrapped__(packed_rows.CODES, "cuda") is False
     assert "weights are dequantized on the GPU" in caplog.text
 
 

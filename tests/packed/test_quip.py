@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq161.errors import UserError
+from ptq161.packed import quip
 from ptq161.packed.quip import ROTATIONS, Butterfly, QuIPWeight, draw_rotations
 from ptq161.packed.uniform import UNIFORM_BITS
 from ptq161.packed.weight import packed_weight_from
@@ -124,3 +125,38 @@ def test_a_flipped_bit_changes_the_output(entry: str) -> None:
 def test_a_scale_that_cannot_be_stored() -> None:
     with pytest.raises(UserError, match="float16"):
         QuIPWeight.pack(torch.zeros(2, 4, dtype=torch.uint8), torch.tensor(1e6), 2, rotation="hadamard", seed=0)
+
+
+@both
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(97, 576), (192, 1536), (7, 97)])
+def test_few_rows_are_rotated_in_place_of_the_weight(shape: tuple[int, int], bits: int, rotation: str) -> None:
+    torch.manual_seed(0)
+    packed = random_weight(shape, bits, rotation).scaled(-2)
+    weight, bias = packed.dequantize(), torch.randn(shape[0])
+    for rows, dtype in [(1, torch.float32), (5, torch.bfloat16)]:
+        x = torch.randn(rows, shape[1]).to(dtype)
+        y = packed.rows_product(x, bias.to(dtype))
+        assert y is not None and y.dtype == dtype
+        expected = x.float() @ weight.T + bias.to(dtype).float()
+        limit = 1e-5 if dtype == torch.float32 else 2**-8
+        assert float((y.float() - expected).abs().max() / expected.abs().max()) < limit
+
+
+def test_rotations_are_drawn_once_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, x = random_weight((24, 48), 2, "butterfly"), torch.randn(2, 48)
+    first = packed.rows_product(x, None)
+    monkeypatch.setattr(quip, "draw_rotations", lambda *_: pytest.fail("drawn again"))
+    again = packed.rows_product(x, None)
+    assert first is not None and again is not None and torch.equal(first, again)
+
+
+def test_products_that_are_left_to_the_dequantized_weight() -> None:
+    x = torch.randn(2, 48)
+    assert random_weight((24, 48), 8, "hadamard").rows_product(x, None) is None
+    assert random_weight((24, 48), 2, "hadamard").rows_product(x, None, int8=True) is None
+
+
+def random_weight(shape: tuple[int, int], bits: int, rotation: str) -> QuIPWeight:
+    codes, input_scales = torch.randint(0, 2**bits, shape), torch.rand(shape[1]) + 0.5
+    return QuIPWeight.pack(codes, torch.tensor(0.7), bits, rotation=rotation, seed=5, input_scales=input_scales)
