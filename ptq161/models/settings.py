@@ -25,6 +25,8 @@ class ModelConfig:
         n_blocks: keep only the first decoder blocks (for debugging).
         trust_remote_code: run the Python code that comes with the model, for architectures that are none of
             transformers' own (:attr:`ptq161.models.architectures.Architecture.own_code`).
+        stream: never have the full-precision model in memory: quantize it out of its folder, a few blocks at a time,
+            and score the packed weights without a dense copy. The results are the same.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModelConfig:
     revision: str | None = None
     n_blocks: int | None = None
     trust_remote_code: bool = False
+    stream: bool = False
 
     def __post_init__(self) -> None:
         """Reject a config without a source; the path becomes absolute."""

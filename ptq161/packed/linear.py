@@ -34,6 +34,7 @@ class PackedLinear(nn.Module):
 
     Attributes:
         int8: multiply activations of eight bits, see :func:`int8_activations`.
+        whole: dequantize the whole weight for each product on any device, see :func:`dense_products`.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -49,7 +50,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features = packed.out_features
         self.in_features = packed.in_features
-        self.int8 = False
+        self.int8 = self.whole = False
         self._template, self._stored = packed, packed.state_dict()
         for name, tensor in packed.state_dict().items():
             self.register_buffer(name, tensor)
@@ -86,7 +87,7 @@ class PackedLinear(nn.Module):
         if self._dense is not None:
             return F.linear(x, self._dense.to(x.dtype), bias)
         packed = self.packed
-        if x.device.type != "cpu" or self._needs_gradient(x):
+        if self.whole or x.device.type != "cpu" or self._needs_gradient(x):
             learned = any(tensor is not None and tensor.requires_grad for tensor in self._buffers.values())
             return F.linear(x, packed.dequantize().to(x.dtype) if learned else packed.dense(x.dtype), bias)
         if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled("cpu"):
@@ -249,6 +250,30 @@ def dense_cache(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._dense = None
+
+
+@contextmanager
+def dense_products(model: nn.Module) -> Iterator[None]:
+    """Let every packed linear of ``model`` dequantize its weight for each product, for the duration of the context.
+
+    The products have the bits that they have inside of :func:`dense_cache`, with one dense linear at a time in memory.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed))
+        >>> with dense_products(model):
+        ...     model(torch.ones(1, 3))
+        tensor([[3.]])
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    try:
+        for layer in layers:
+            layer.whole = True
+        yield
+    finally:
+        for layer in layers:
+            layer.whole = False
 
 
 def _no_int8(name: str) -> str:

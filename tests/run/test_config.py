@@ -153,7 +153,7 @@ def test_every_key_is_needed(key: str) -> None:
         ({"model.path": "${nowhere}"}, "the configuration cannot be resolved: "),
         (
             {"model.size": 7},
-            "unknown key model.size: known are name, path, asset, repo, revision, n_blocks, trust_remote_code.",
+            "unknown key model.size: known are name, path, asset, repo, revision, n_blocks, trust_remote_code, stream.",
         ),
         (
             {"calib.name": "enwik8"},
