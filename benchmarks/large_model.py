@@ -10,7 +10,7 @@ The model is random, in bfloat16, and written shard by shard (one for each block
 deleted afterwards. The quantization runs in a process of its own. Peak memory is the most that was resident
 (``VmHWM``), and how much was anonymous, not mapped from a file (``RssAnon``, sampled every 50 ms): mapped pages of
 shards count as resident but are given back when memory is short. A second process opens the checkpoint with
-:func:`ptq161.load` and reports the same.
+:func:`ptq161.load`, generates tokens with it, and reports the same.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="of PTQ1.61 for each block (the paper has 20)")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--embedding-bits", type=int, default=16, help="16, 8 or 4")
+    parser.add_argument("--generate", type=int, default=0, help="tokens to generate with the packed checkpoint")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where model and result go")
     options = parser.parse_args()
     settings = {"num_hidden_layers": options.blocks} if options.blocks else {}
@@ -77,9 +79,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="large_model.", dir=options.folder) as place:
         model, packed = Path(place) / "model", Path(place) / "packed"
         n_bytes = write_model(config, model)
-        quantized = in_a_process(quantize, str(model), tokens, method, str(packed))
+        quantized = in_a_process(quantize, str(model), tokens, method, str(packed), options.embedding_bits)
         shutil.rmtree(model)
-        loaded = in_a_process(load, str(packed))
+        loaded = in_a_process(load, str(packed), 0)
+        generated = in_a_process(load, str(packed), options.generate) if options.generate else None
     report = {
         "shape": options.shape,
         "blocks": config.num_hidden_layers,
@@ -88,6 +91,7 @@ def main() -> None:
         "model_bytes": n_bytes,
         "quantize_folder": quantized,
         "load": loaded,
+        "generate": generated,
     }
     print(json.dumps(report))
 
@@ -132,7 +136,7 @@ def _random(name: str, tensor: Tensor, config: LlamaConfig, generator: torch.Gen
     return torch.empty(tensor.shape, dtype=tensor.dtype).normal_(0, config.initializer_range, generator=generator)
 
 
-def quantize(folder: str, tokens: Tensor, method: Method, out: str) -> dict[str, Any]:
+def quantize(folder: str, tokens: Tensor, method: Method, out: str, embedding_bits: int) -> dict[str, Any]:
     """Quantize a folder; return seconds per block, bytes and bits per weight as stored."""
     seconds: list[float] = []
     linears: dict[str, float] = {}
@@ -144,7 +148,7 @@ def quantize(folder: str, tokens: Tensor, method: Method, out: str) -> dict[str,
             linears[str(where["linear"])] = value
 
     began = time.perf_counter()
-    file = ptq161.quantize_folder(folder, tokens, method, out, on_metric=on_metric)
+    file = ptq161.quantize_folder(folder, tokens, method, out, on_metric=on_metric, embedding_bits=embedding_bits)
     total = time.perf_counter() - began
     return {
         "seconds_of_blocks": seconds,
@@ -154,12 +158,23 @@ def quantize(folder: str, tokens: Tensor, method: Method, out: str) -> dict[str,
     }
 
 
-def load(folder: str) -> dict[str, Any]:
-    """Open a checkpoint; return its seconds and its bits per weight over all packed linears."""
+def load(folder: str, n_tokens: int) -> dict[str, Any]:
+    """Open a checkpoint, and generate tokens; return seconds, and bits per weight over all packed linears."""
     began = time.perf_counter()
     model, _ = ptq161.load(folder)
-    seconds = time.perf_counter() - began
-    return {"seconds": round(seconds, 1), "bits_per_weight": round(measure(model).bits_per_weight, 4)}
+    report = {"seconds": round(time.perf_counter() - began, 1)}
+    report["bits_per_weight"] = round(measure(model).bits_per_weight, 4)
+    if n_tokens:
+        # One token of a prompt, and the first one of the text, which reads every page of the file, are not timed.
+        prompt = torch.tensor([[1]])
+        settings: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        began = time.perf_counter()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, **settings)
+        report["seconds_of_the_first_token"] = round(time.perf_counter() - began, 2)
+        began = time.perf_counter()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_tokens, **settings)
+        report["tokens_per_second"] = round(n_tokens / (time.perf_counter() - began), 2)
+    return report
 
 
 def in_a_process(work: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ptq161.checks import check_choice
 from ptq161.driver.quantization import Quantization, check_masks, check_method, checked_tokens, quantize_blocks
 from ptq161.driver.resume import ADVICE, fingerprint, load_window, open_tensor
 from ptq161.driver.windows import install
@@ -23,9 +24,10 @@ from ptq161.files.atomic import writing
 from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.files.reading import reading
 from ptq161.methods.base import Method, OnMetric, PlanningMethod, ignore_metric
+from ptq161.methods.embeddings import quantize_embeddings
 from ptq161.models.architectures import blocks_path
 from ptq161.models.checks import evaluation_mode
-from ptq161.models.settings import ModelConfig
+from ptq161.models.settings import EMBEDDING_BITS, ModelConfig
 from ptq161.models.stored import StoredModel
 from ptq161.numerics import plain_torch, working_device
 from ptq161.packed.layout import TENSOR_METADATA, WEIGHTS_FILE, checkpoint_folder, write_around
@@ -50,6 +52,7 @@ def quantize_folder(
     salient_masks: Mapping[str, Tensor] | None = None,
     resume: Path | str | KeyedFolder | None = None,
     nominal_bits: float | None = None,
+    embedding_bits: int = 16,
     overwrite: bool = False,
 ) -> Path:
     """Quantize the model in a folder into a packed checkpoint, with a few decoder blocks in memory at a time.
@@ -72,6 +75,7 @@ def quantize_folder(
             interchangeable; to check a path, the whole model is read once more. None keeps them inside of ``out`` until
             the checkpoint is whole.
         nominal_bits: as for :func:`ptq161.save`.
+        embedding_bits: as for :func:`ptq161.quantize_embeddings`, which 8 or 4 call.
         overwrite: replace a checkpoint that this project wrote.
 
     Returns:
@@ -96,6 +100,7 @@ def quantize_folder(
         salient_masks=salient_masks,
         resume=resume,
         nominal_bits=nominal_bits,
+        embedding_bits=embedding_bits,
         overwrite=overwrite,
     )
 
@@ -116,6 +121,7 @@ def quantize_stored(
     salient_masks: Mapping[str, Tensor] | None = None,
     resume: Path | str | KeyedFolder | None = None,
     nominal_bits: float | None = None,
+    embedding_bits: int = 16,
     overwrite: bool = False,
 ) -> Path:
     """Quantize a model that is in a folder; the arguments that :func:`quantize_folder` has are as there.
@@ -134,6 +140,7 @@ def quantize_stored(
         salient_masks: as there.
         resume: as there.
         nominal_bits: as there.
+        embedding_bits: as there.
         overwrite: as there.
 
     Returns:
@@ -142,6 +149,7 @@ def quantize_stored(
     Raises:
         UserError: as there.
     """
+    check_choice("model.embedding_bits", embedding_bits, EMBEDDING_BITS)
     model = stored.model
     tokens = checked_tokens(model, tokens)
     check_masks(model, method, salient_masks)
@@ -159,7 +167,7 @@ def quantize_stored(
         job = Quantization(model, tokens, method, seed, target, salient_masks, stored.resident)
         with evaluation_mode(model):
             quantize_blocks(job, windows, on_metric or ignore_metric, progress)
-        _write_checkpoint(job, windows, scratch, dtype)
+        _write_checkpoint(job, windows, scratch, dtype, embedding_bits)
         shutil.rmtree(scratch / _WINDOWS, ignore_errors=True)
         write_around(model, tokenizer, scratch, nominal_bits)
     return Path(out).expanduser() / WEIGHTS_FILE
@@ -178,13 +186,16 @@ def check_no_plan(method: Method) -> None:
         )
 
 
-def _write_checkpoint(job: Quantization, windows: KeyedFolder, folder: Path, dtype: torch.dtype | None) -> None:
+def _write_checkpoint(
+    job: Quantization, windows: KeyedFolder, folder: Path, dtype: torch.dtype | None, embedding_bits: int
+) -> None:
     """Put packed linears without values into the model, and write the tensors of the windows and of the model."""
     model = job.model
     first_blocks = {block: blocks[0] for blocks in job.windows for block in blocks}
     if not packed_linears(model):  # they are there if every window was finished before
         for blocks in job.windows:
             install(model, load_window(windows, blocks[0]).packed)
+    quantize_embeddings(model, embedding_bits)
     if dtype is not None:
         cast_rest(model, dtype)
     layouts = stored_tensors(model)

@@ -23,6 +23,8 @@ OF_ACTIVATIONS = ("activation_scale", "activation_zero_point")
 """Tensors of the inputs, which every format may have and which do not count as the weight's."""
 _LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS)
 """Fields that stand among the settings only where they are neither zero nor None."""
+_WEIGHTS_AT_ONCE = 2**24
+"""Weights up to which one is dequantized in a single piece."""
 _FORMATS: dict[str, type[PackedWeight]] = {}
 
 
@@ -153,11 +155,15 @@ class PackedWeight(ABC):
         return packed_rows.product(operands, x, bias, int8=int8, level=level)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one."""
+        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one, or some rows at a time."""
         operands = self.operands()
-        if operands is None or not packed_rows.usable(dtype, next(iter(self.state_dict().values()))):
+        if operands is not None and packed_rows.usable(dtype, next(iter(self.state_dict().values()))):
+            return packed_rows.dense(operands, dtype)
+        n, step = self.out_features, max(2, _WEIGHTS_AT_ONCE // max(1, self.in_features) // 2 * 2)
+        if n <= step or not self.by_row:
             return self.dequantize().to(dtype)
-        return packed_rows.dense(operands, dtype)
+        parts = [self.rows(start, min(start + step, n)).dequantize().to(dtype) for start in range(0, n, step)]
+        return torch.cat(parts)
 
     def scaled(self, exponent: int, inputs: int = 0) -> Self:
         """Return this weight times ``2**exponent``, for inputs that are ``2**inputs`` times as large, exactly."""

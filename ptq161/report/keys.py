@@ -25,6 +25,7 @@ _BEFORE: dict[str, Any] = {
     "calib.masking_prefix": 0.25,
     "model.trust_remote_code": False,
     "model.stream": False,
+    "model.embedding_bits": 16,
 }
 """What runs did that were recorded before a key existed."""
 _NAMES = ("method", "model", "method._target_")

@@ -65,6 +65,8 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         _check_model_folder(config.model.path, overrides, unread_of_packed(config))
     if config.method is None and config.finetune is not None and not _is_packed(config.model.path):
         raise UserError(nothing_quantized("finetune", config.finetune_name))
+    if config.model.embedding_bits != 16:
+        _check_embedding_bits(config)
     if config.model.stream and not _is_packed(config.model.path):
         _check_stream(config)
     return config
@@ -130,6 +132,17 @@ def _check_model_folder(folder: str, overrides: Sequence[str], unread: Sequence[
             f"{explicit[0]}: the model {folder} is already quantized; leave this setting out to evaluate the model, "
             "or give a full-precision model."
         )
+
+
+def _check_embedding_bits(config: RunConfig) -> None:
+    """Check that a run which rounds the embeddings quantizes a model, and trains nothing afterwards."""
+    for asked, sentence in (
+        (_is_packed(config.model.path), f"the model {config.model.path} is already quantized: leave this setting out"),
+        (config.method is None, "method=none quantizes nothing: choose a method, or 16"),
+        (config.finetune, "finetuning trains with embeddings as they are: set finetune=none, or 16"),
+    ):
+        if asked:
+            raise UserError(f"model.embedding_bits={config.model.embedding_bits}: {sentence}.")
 
 
 def _check_stream(config: RunConfig) -> None:

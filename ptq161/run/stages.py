@@ -27,15 +27,17 @@ from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.methods.base import Method
+from ptq161.methods.embeddings import quantize_embeddings
 from ptq161.models.architectures import config_key, decoder_blocks, diffusion_of, max_seq_len
 from ptq161.models.checks import check_causal, check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.checkpoint import load, save
+from ptq161.packed.embedding import embedding_bits
 from ptq161.packed.export import save_dense
 from ptq161.packed.layout import WEIGHTS_FILE, stored_nominal_bits
 from ptq161.packed.linear import dense_cache, dense_products
-from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
+from ptq161.packed.model import activation_bits, cast_rest, measure, packed_settings
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.run.session import Session, timed
@@ -227,6 +229,7 @@ def quantize_model(session: Session, weights: Weights, texts: Texts, calibration
             salient_masks=weights.salient_masks,
             resume=folder,
         )
+    quantize_embeddings(model, config.model.embedding_bits)
     cast_rest(model, COMPUTE_DTYPES[config.dtype])
     return save_checkpoint(session, model, texts, method.nominal_bits())
 
@@ -256,8 +259,7 @@ def described(session: Session, model: PreTrainedModel, file: Path) -> Weights:
     """Describe a packed model by the hash of its file."""
     sha256 = sha256_of_file(file)
     session.record.describe(checkpoint_sha256=sha256)
-    layouts = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
-    return Weights(model, key_of({"file": sha256, "linears": layouts}), "quantized", _packed_size(model, file))
+    return Weights(model, key_of({"file": sha256, **packed_settings(model)}), "quantized", _packed_size(model, file))
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -341,6 +343,8 @@ def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
         sizes["nominal_bits_per_weight"] = nominal
     if bits := activation_bits(model):
         sizes["activation_bits"] = bits
+    if bits := embedding_bits(model):
+        sizes["embedding_bits"] = bits
     sizes["checkpoint_bytes"] = file.stat().st_size
     sizes["linear_bytes"] = size.linear_bytes
     sizes["other_bytes"] = size.other_bytes

@@ -57,6 +57,7 @@ def quantize_by_blocks(
             progress=True,
             resume=folder,
             nominal_bits=method.nominal_bits(),
+            embedding_bits=config.model.embedding_bits,
             overwrite=True,
         )
     model, _ = load(file.parent)

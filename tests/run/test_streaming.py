@@ -49,7 +49,12 @@ def run(
 
     def run(name: str, method: dict[str, Any] = RTN, *, store: str | None = None, **changes: Any) -> dict[str, Any]:
         monkeypatch.setenv("PTQ161_STORE", str(tmp_path / f"store_{store or name}"))
-        fixed: dict[str, Any] = {"eval.full_precision": False, "eval.tasks": [], "eval.max_windows": 6, "eval.batch_size": 4}
+        fixed: dict[str, Any] = {
+            "eval.full_precision": False,
+            "eval.tasks": [],
+            "eval.max_windows": 6,
+            "eval.batch_size": 4,
+        }
         cfg = composed(str(tmp_path / "model"), texts[0], texts[1], **fixed, **changes)
         cfg.method = method
         resolved: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -78,7 +83,7 @@ def assert_same_runs(tmp_path: Path, one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        (RTN, {"dtype": "bfloat16"}),
+        (RTN, {"dtype": "bfloat16", "model.embedding_bits": 4}),
         (PTQ161, {"dtype": "float32", "model.n_blocks": 2}),
     ],
 )
@@ -89,6 +94,7 @@ def test_a_streamed_run_has_the_bytes_and_the_scores_of_one_in_memory(
     monkeypatch.setattr(pipeline, "load_model", lambda session: pytest.fail("the dense model is loaded"))
     results = run("streamed", method, **changes, **{"model.stream": True})
     assert results["peak_memory_bytes"] > 0
+    assert results["metrics"].get("embedding_bits", 16) == changes.get("model.embedding_bits", 16)
     assert_same_runs(tmp_path, "memory", "streamed")
 
 
