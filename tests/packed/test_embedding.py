@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,6 +109,9 @@ def test_tied_embeddings_are_one_tensor_and_others_two(
     for name, tensor in model.to(torch.bfloat16).state_dict().items():
         assert tensor.dtype == stored[name].dtype or "norm" in name
     assert is_tied(model) == tied and logits(model).dtype == torch.bfloat16
+    copied = copy.deepcopy(model)
+    shared = copied.lm_head.packed.state_dict()["codes"] is copied.model.embed_tokens.codes
+    assert shared == tied and copied.model.embed_tokens.codes is not model.model.embed_tokens.codes
 
 
 def test_the_values_are_those_of_rounding_to_nearest(tiny_model: Callable[..., PreTrainedModel]) -> None:
