@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ptq161.driver.quantization import quantize
     from ptq161.methods.awq import AWQ
     from ptq161.methods.billm import BiLLM
+    from ptq161.methods.embeddings import quantize_embeddings
     from ptq161.methods.fp4 import FP4
     from ptq161.methods.fp8 import FP8
     from ptq161.methods.gptq import GPTQ
@@ -81,6 +82,7 @@ __all__ = [
     "export",
     "load",
     "quantize",
+    "quantize_embeddings",
     "quantize_folder",
     "save",
 ]
@@ -96,6 +98,7 @@ __getattr__ = lazy_attributes(
         "ptq161.packed.export": ["export"],
         "ptq161.methods.awq": ["AWQ"],
         "ptq161.methods.billm": ["BiLLM"],
+        "ptq161.methods.embeddings": ["quantize_embeddings"],
         "ptq161.methods.fp4": ["FP4"],
         "ptq161.methods.fp8": ["FP8"],
         "ptq161.methods.gptq": ["GPTQ"],

@@ -7,14 +7,14 @@ from collections.abc import Collection
 from ptq161.errors import UserError
 
 
-def check_choice(setting: str, value: object, choices: Collection[str]) -> None:
+def check_choice(setting: str, value: object, choices: Collection[object]) -> None:
     """Check that a setting is one of its choices.
 
     Raises:
         UserError: the value is none of ``choices``.
     """
     if value not in choices:
-        raise UserError(f"{setting}={value}: use one of {', '.join(choices)}.")
+        raise UserError(f"{setting}={value}: use one of {', '.join(map(str, choices))}.")
 
 
 def check_at_least(setting: str, value: float | None, least: float) -> None:

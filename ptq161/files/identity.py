@@ -37,6 +37,7 @@ def run(
     *,
     model: Mapping[str, Any],
     method: Any | None,
+    embedding_bits: int | None,
     calibration: Mapping[str, Any] | None,
     preprocess: Mapping[str, Any] | None,
     finetune: Mapping[str, Any] | None,
@@ -51,6 +52,7 @@ def run(
     Args:
         model: the model and its tokenizer, by content.
         method: hyperparameters, a dataclass; None quantizes nothing.
+        embedding_bits: to which the token embeddings are rounded; None without a method.
         calibration: the calibration text by content, number and length of its windows; None without a method. Methods
             without data have one too: the output errors in each record are measured on its tokens.
         preprocess: settings and training text by content; None leaves the weights as they are.
@@ -65,6 +67,7 @@ def run(
     return {
         "model": model,
         "method": None if method is None else describe(method),
+        "embedding_bits": embedding_bits,
         "calibration": calibration,
         "preprocess": preprocess,
         "finetune": finetune,

@@ -22,7 +22,7 @@ from ptq161.errors import UserError
 from ptq161.files import identity
 from ptq161.files.fingerprints import KeyedFolder, claim
 from ptq161.files.hashing import sha256_of_tensors
-from ptq161.finetune.checks import folder_checkpoint, held_out_of, split_held_out
+from ptq161.finetune.checks import check_dense_embeddings, folder_checkpoint, held_out_of, split_held_out
 from ptq161.finetune.tuning import Tuning
 from ptq161.methods.base import OnMetric, ignore_metric
 from ptq161.models.architectures import max_seq_len
@@ -152,6 +152,7 @@ def _check(packed: PreTrainedModel, tuning: Tuning) -> list[str]:
     layers = packed_linears(packed)
     if not layers:
         raise UserError("the model to finetune has no packed linears: quantize it first.")
+    check_dense_embeddings(packed)
     if bits := activation_bits(packed):
         raise UserError(
             f"the model's activations are quantized to {bits} bits (method.activation_bits), which adapters are not "

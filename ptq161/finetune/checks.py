@@ -14,6 +14,7 @@ from ptq161.finetune.tuning import Tuning
 from ptq161.methods.coded import LEARNABLE
 from ptq161.models.architectures import decoder_blocks
 from ptq161.models.checks import as_tokens, check_causal, check_head, check_quantizable
+from ptq161.packed.embedding import embedding_bits
 from ptq161.packed.model import packed_linears
 from ptq161.packed.trainable import scale_tensors
 from ptq161.training.checkpoint import TrainingCheckpoint
@@ -59,6 +60,7 @@ def check_pair(packed: PreTrainedModel, full: PreTrainedModel) -> None:
     check_head(packed)
     if not packed_linears(packed):
         raise UserError("the model to finetune has no packed linears: quantize it first.")
+    check_dense_embeddings(packed)
     check_head(full)
     check_quantizable(full)
     check_causal(full.config, "finetune")
@@ -66,6 +68,19 @@ def check_pair(packed: PreTrainedModel, full: PreTrainedModel) -> None:
     if shapes[0] != shapes[1]:
         mine, others = (f"{kind}, {blocks} blocks, embedding {size}" for kind, blocks, size in shapes)
         raise UserError(f"the full-precision model ({others}) is not the one that was quantized ({mine}): give that.")
+
+
+def check_dense_embeddings(packed: PreTrainedModel) -> None:
+    """Check that a quantized model's embeddings are dense.
+
+    Raises:
+        UserError: they are packed.
+    """
+    if bits := embedding_bits(packed):
+        raise UserError(
+            f"the model's embeddings are quantized to {bits} bits (model.embedding_bits), which finetuning does not "
+            "take: quantize it with model.embedding_bits=16."
+        )
 
 
 def split_held_out(

@@ -201,8 +201,8 @@ def _column_count(operands: tuple[Any, ...]) -> int:
     return _numbers(operands)[1]
 
 
-def _numbers(operands: tuple[Any, ...]) -> list[Any]:
-    return [given for given in operands if type(given) in (int, torch.SymInt)]
+def _numbers(operands: tuple[Any, ...]) -> list[int]:
+    return [given for given in operands if type(given) is int]
 
 
 def _first(operands: tuple[Any, ...]) -> Tensor:

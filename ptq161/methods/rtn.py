@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ptq161.methods.base import Window
 from ptq161.methods.layerwise import InputStatistics, UniformMethod
 from ptq161.packed.uniform import UniformWeight, check_uniform, grouped, per_column, uniform_codes, uniform_parameters
 from ptq161.packed.weight import PackedWeight, check_magnitude
+
+_WEIGHTS_AT_ONCE = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,36 @@ def quantize_weight(
     """
     check_uniform(bits, group_size)
     check_magnitude(weight, scale_dtype)
+    return _rounded(weight, bits, group_size, symmetric, scale_dtype)
+
+
+def quantize_rows(weight: Tensor, bits: int, *, group_size: int | None = None) -> UniformWeight:
+    """Do what :func:`quantize_weight` does, with some rows in float32 at a time: for weights of very many rows.
+
+    Args:
+        weight: ``[out, in]``.
+        bits: 2, 3, 4 or 8.
+        group_size: as there.
+
+    Raises:
+        UserError: as there.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.randn(3, 8)
+        >>> torch.equal(quantize_rows(weight, 4).dequantize(), quantize_weight(weight, 4).dequantize())
+        True
+    """
+    check_uniform(bits, group_size)
+    check_magnitude(weight, "float16")
+    step = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+    parts = [_rounded(rows, bits, group_size, False, "float16") for rows in weight.split(step)]
+    tensors = [part.state_dict() for part in parts]
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+    return dataclasses.replace(parts[0], out_features=weight.shape[0], **joined)
+
+
+def _rounded(weight: Tensor, bits: int, group_size: int | None, symmetric: bool, scale_dtype: str) -> UniformWeight:
     weight = weight.float()
     scale, zero_point = uniform_parameters(grouped(weight, group_size), bits, symmetric, scale_dtype=scale_dtype)
     scales, zero_points = scale.squeeze(-1), zero_point.squeeze(-1)

@@ -321,7 +321,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _check_vocabulary(model: PreTrainedModel, tokens: Tensor, kind: str) -> None:
-    vocabulary = next(model.get_input_embeddings().parameters()).shape[0]
+    embedding: Any = model.get_input_embeddings()
+    weight = next(embedding.parameters(), None)  # a packed one has none
+    vocabulary = embedding.num_embeddings if weight is None else weight.shape[0]
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
         raise UserError(f"{kind} tokens lie outside the model's vocabulary of {vocabulary}; use its own tokenizer.")
 

@@ -34,6 +34,7 @@ from ptq161.models.experts import split_experts
 from ptq161.models.loading import is_packed_folder
 from ptq161.models.settings import PACKED_FORMAT
 from ptq161.numerics import plain_torch
+from ptq161.packed.embedding import install_embeddings
 from ptq161.packed.layout import (
     ADVICE_AGAIN,
     GENERATION_FILE,
@@ -141,7 +142,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     with plain_torch(), init_empty_weights(include_buffers=False):
         model = _empty_model(raw)
         split_experts(model)
-    _install_packed(model, quantization["linears"], tensors)
+    _install_packed(model, quantization["linears"], quantization.get("embeddings", {}), tensors)
     _assign_rest(model, tensors, folder)
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -150,12 +151,15 @@ def _load_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], file: Path) -> None:
-    """Put packed linears without values into a model without values, for tensors that are loaded by name afterwards.
+def install_empty(
+    model: PreTrainedModel, linears: dict[str, dict[str, Any]], embeddings: dict[str, dict[str, Any]], file: Path
+) -> None:
+    """Put packed weights without values into a model without values, for tensors that are loaded by name afterwards.
 
     Args:
         model: on the meta device; changed in place.
-        linears: settings of each packed weight, by module path.
+        linears: settings of each packed linear, by module path.
+        embeddings: settings of each packed embedding, by module path; empty where they are dense.
         file: of the tensors, from which shapes and dtypes are read.
 
     Raises:
@@ -173,7 +177,7 @@ def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], fi
         ...     empty = LlamaForCausalLM(config)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     linears = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
-        ...     install_empty(empty, linears, save(model, None, folder))
+        ...     install_empty(empty, linears, {}, save(model, None, folder))
         >>> empty.model.layers[0].mlp.up_proj.codes.device.type
         'meta'
     """
@@ -184,7 +188,7 @@ def install_empty(model: PreTrainedModel, linears: dict[str, dict[str, Any]], fi
         }
     stored = set(empty)
     split_experts(model)
-    _install_packed(model, linears, empty)
+    _install_packed(model, linears, embeddings, empty)
     wrong = (set(model.state_dict()) - set(model.all_tied_weights_keys)) ^ stored
     if wrong:
         raise UserError(f"{file.parent} is damaged: tensor {min(wrong)} is missing or not of this model.")
@@ -235,14 +239,27 @@ def _save_pretrained(
     save(model, None, save_directory)
 
 
-def _install_packed(model: PreTrainedModel, linears: dict[str, dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def _install_packed(
+    model: PreTrainedModel,
+    linears: dict[str, dict[str, Any]],
+    embeddings: dict[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+) -> None:
     for name, settings in linears.items():
-        prefix = f"{name}."
-        mine = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        mine = _taken(name, tensors)
         bias = mine.pop("bias", None)
         if (bias is None) != (model.get_submodule(name).bias is None):
             raise UserError(f"the checkpoint is damaged: tensor {name}.bias is missing or not of this model.")
         model.set_submodule(name, PackedLinear(packed_weight_from(settings, mine), bias))
+    packed = {name: packed_weight_from(settings, _taken(name, tensors)) for name, settings in embeddings.items()}
+    if packed:
+        install_embeddings(model, packed)
+
+
+def _taken(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the tensors of a module out of all."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
 
 
 def _assign_rest(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -250,7 +267,7 @@ def _assign_rest(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Pat
         result = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:  # a shape is wrong; the last line names the tensor
         raise UserError(f"{folder} is damaged: {str(error).splitlines()[-1].strip().rstrip('.')}.") from error
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if result.unexpected_keys or empty:
         wrong = (list(result.unexpected_keys) + empty)[0]

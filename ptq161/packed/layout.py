@@ -16,7 +16,8 @@ from ptq161.files.checksums import SUMS, check_sums, sums_of
 from ptq161.files.folders import whole_folder
 from ptq161.models.settings import PACKED_FORMAT
 from ptq161.packed.card import CARD, is_ours, write_card
-from ptq161.packed.model import packed_linears
+from ptq161.packed.embedding import embedding_bits, rest_dtype
+from ptq161.packed.model import packed_settings
 
 WEIGHTS_FILE = "packed.safetensors"
 """Name of the file of tensors in a checkpoint folder."""
@@ -35,6 +36,9 @@ _CARD = """The linears of this model are stored packed; everything else is as in
 
     model = AutoModelForCausalLM.from_pretrained(FOLDER)  # or, with the tokenizer: ptq161.load(FOLDER)
     ptq161.export(FOLDER, OUT)  # a dense folder, for programs that do not know ptq161"""
+
+
+_EMBEDDINGS = "Embedding and head are stored in codes of {bits} bits."
 
 
 @contextmanager
@@ -92,17 +96,18 @@ def write_around(
     """
     config: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
-    config["dtype"] = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
+    config["dtype"] = str(rest_dtype(model)).removeprefix("torch.")
     config["quantization_config"] = {
         "quant_method": PACKED_FORMAT,
         "schema_version": _SCHEMA_VERSION,
         "nominal_bits_per_weight": nominal_bits,
-        "linears": {name: layer.packed.settings() for name, layer in packed_linears(model).items()},
+        **packed_settings(model),
     }
     write_rest(model, tokenizer, folder)
     content = json.dumps(_without_places(config), indent=1, sort_keys=True) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")
-    write_card(folder, "packed", _CARD)
+    bits = embedding_bits(model)
+    write_card(folder, "packed", _CARD if bits is None else f"{_CARD}\n\n{_EMBEDDINGS.format(bits=bits)}")
     (folder / SUMS).write_text(sums_of(folder, leave_out=(CARD,)), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,77 @@ _TILE_WEIGHTS = 2**20
 """Weights that are dequantized at once on the CPU: they stay in the cache of a processor until they are multiplied."""
 
 
-class PackedLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A module whose weight exists only as packed tensors.
+
+    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Changing the
+    module's dtype leaves them as they are.
+
+    Args:
+        packed: the weight.
+        owner: the module that holds the weight's tensors, where this one shares them; None for a weight of its own.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> holder = PackedModule(packed).to(torch.bfloat16)
+        >>> {name: tensor.dtype for name, tensor in holder.state_dict().items()}["scales"], holder.dequantize()
+        (torch.float16, tensor([[0., 1., 2.]]))
+    """
+
+    def __init__(self, packed: PackedWeight, owner: PackedModule | None = None) -> None:
+        super().__init__()
+        self.out_features = packed.out_features
+        self.in_features = packed.in_features
+        self.activation_bits = packed.activation_bits
+        # No submodule: a tensor has one name in the state dict.
+        self.__dict__["_owner"] = owner
+        if owner is None:
+            self._template, self._stored = packed, packed.state_dict()
+            for name, tensor in packed.state_dict().items():
+                self.register_buffer(name, tensor)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight over this module's buffers, or over its owner's."""
+        owner: PackedModule | None = self.__dict__["_owner"]
+        if owner is not None:
+            return owner.packed
+        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        if any(self._stored.get(name) is not tensor for name, tensor in buffers.items()):
+            self._template, self._stored = self._template.with_tensors(buffers), buffers
+        return self._template
+
+    def dequantize(self) -> Tensor:
+        """Return the weight that the stored bytes stand for: ``[out, in]`` float32."""
+        return self.packed.dequantize()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a move to another device; keep every packed tensor's dtype."""
+        stored = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it without annotations
+        for name, tensor in stored.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+class PackedLinear(PackedModule):
     """A linear whose weight exists only as packed tensors.
 
-    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Few rows without
-    gradient are multiplied with the packed bytes where their format and device have an operator for it. Otherwise each
-    forward pass dequantizes them, without gradient a tile of rows at a time on the CPU, unless it runs inside
-    :func:`dense_cache`. Changing the module's dtype leaves the packed tensors as they are.
+    Few rows without gradient are multiplied with the packed bytes where their format and device have an operator for
+    it. Otherwise each forward pass dequantizes them, without gradient a tile of rows at a time on the CPU, unless it
+    runs inside :func:`dense_cache`.
 
     Args:
         packed: the weight.
         bias: ``[out]``, in any float dtype; None for no bias.
+        owner: as for :class:`PackedModule`.
 
     Attributes:
         int8: multiply activations of eight bits, see :func:`int8_activations`.
+        whole: dequantize the whole weight for each product on any device, see :func:`dense_products`.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -45,33 +103,16 @@ class PackedLinear(nn.Module):
         ['bias', 'codes', 'scales', 'zero_points']
     """
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.out_features = packed.out_features
-        self.in_features = packed.in_features
-        self.int8 = False
-        self._template, self._stored = packed, packed.state_dict()
-        for name, tensor in packed.state_dict().items():
-            self.register_buffer(name, tensor)
+    def __init__(self, packed: PackedWeight, bias: Tensor | None = None, owner: PackedModule | None = None) -> None:
+        super().__init__(packed, owner)
+        self.int8 = self.whole = False
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._dense: Tensor | None = None
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The packed weight over this module's buffers."""
-        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        if any(self._stored.get(name) is not tensor for name, tensor in buffers.items()):
-            self._template, self._stored = self._template.with_tensors(buffers), buffers
-        return self._template
 
     @property
     def qweight(self) -> Tensor:
         """One of the packed tensors, under the name by which PEFT looks for the device of a quantized linear."""
         return next(self.buffers(recurse=False))
-
-    def dequantize(self) -> Tensor:
-        """Return the weight that the stored bytes stand for: ``[out, in]`` float32."""
-        return self.packed.dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``, rounded first where the weight says so.
@@ -86,7 +127,7 @@ class PackedLinear(nn.Module):
         if self._dense is not None:
             return F.linear(x, self._dense.to(x.dtype), bias)
         packed = self.packed
-        if self._needs_gradient(x):
+        if self.whole or self._needs_gradient(x):
             learned = any(tensor is not None and tensor.requires_grad for tensor in self._buffers.values())
             return F.linear(x, packed.dequantize().to(x.dtype) if learned else packed.dense(x.dtype), bias)
         if x.numel() <= FEW_ROWS * self.in_features and not torch.is_autocast_enabled(x.device.type):
@@ -97,7 +138,7 @@ class PackedLinear(nn.Module):
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return the inputs ``[..., in]`` as they are multiplied: rounded if the packed weight has activation bits."""
-        bits = self._template.activation_bits
+        bits = self.activation_bits
         if bits is None:
             return x
         scale, zero_point = (self.get_buffer(name) for name in OF_ACTIVATIONS)
@@ -105,10 +146,10 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Return shape, format and measured bits, as they are printed in a model."""
-        bits = self._template.activation_bits
+        packed, bits = self.packed, self.activation_bits
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, format={self._template.format}, "
-            f"bits_per_weight={self.packed.bits_per_weight:.2f}" + (f", activation_bits={bits}" if bits else "")
+            f"in_features={self.in_features}, out_features={self.out_features}, format={packed.format}, "
+            f"bits_per_weight={packed.bits_per_weight:.2f}" + (f", activation_bits={bits}" if bits else "")
         )
 
     def _needs_gradient(self, x: Tensor) -> bool:
@@ -122,15 +163,18 @@ class PackedLinear(nn.Module):
         y = packed.rows_product(x, bias, int8=True)
         return int8_product(packed, x, bias) if y is None else y
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Follow a move to another device; keep every packed tensor's dtype."""
-        stored = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # nn.Module leaves it without annotations
-        for name, tensor in stored.items():
-            moved = self._buffers[name]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
+
+class PackedHead(PackedLinear):
+    """A model's output embedding: it counts as none of the packed linears, and is left out of activations of 8 bits.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> embedding = PackedModule(packed)
+        >>> head = PackedHead(embedding.packed, owner=embedding)
+        >>> head(torch.ones(1, 3)), list(head.state_dict())
+        (tensor([[3.]]), [])
+    """
 
 
 def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -201,7 +245,7 @@ def int8_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) ->
 def int8_activations(model: nn.Module) -> Iterator[None]:
     """Let every packed linear of ``model`` multiply activations of eight bits for the duration of the context.
 
-    That is faster and another result (:func:`int8_product`); nothing does it of its own accord.
+    That is faster and another result (:func:`int8_product`); nothing does it of its own accord. Heads are left out.
 
     Raises:
         UserError: a linear's format has no such product.
@@ -215,7 +259,8 @@ def int8_activations(model: nn.Module) -> Iterator[None]:
         >>> y, model(torch.tensor([[100.0, 0.3, 0.0]]))
         (tensor([[0.]]), tensor([[0.3000]]))
     """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    found = (module for module in model.modules() if isinstance(module, PackedLinear))
+    layers = [module for module in found if not isinstance(module, PackedHead)]
     for layer in layers:
         if type(layer.packed).segments is PackedWeight.segments:
             raise UserError(_no_int8(layer.packed.format))
@@ -251,6 +296,30 @@ def dense_cache(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._dense = None
+
+
+@contextmanager
+def dense_products(model: nn.Module) -> Iterator[None]:
+    """Let every packed linear of ``model`` dequantize its weight for each product, for the duration of the context.
+
+    The products have the bits that they have inside of :func:`dense_cache`, with one dense linear at a time in memory.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1, 2]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> model = nn.Sequential(PackedLinear(packed))
+        >>> with dense_products(model):
+        ...     model(torch.ones(1, 3))
+        tensor([[3.]])
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    try:
+        for layer in layers:
+            layer.whole = True
+        yield
+    finally:
+        for layer in layers:
+            layer.whole = False
 
 
 def _no_int8(name: str) -> str:

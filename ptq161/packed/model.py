@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_tensors
 from ptq161.models.linears import linear_of
-from ptq161.packed.linear import PackedLinear
+from ptq161.packed.embedding import PackedEmbedding, densify_embeddings, packed_embeddings, rest_dtype
+from ptq161.packed.linear import PackedHead, PackedLinear, PackedModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class PackedSize:
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
-    """Return the model's packed linears by module path.
+    """Return the model's packed linears by module path, without its head.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -50,7 +52,8 @@ def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
         >>> list(packed_linears(model))
         ['0']
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    return {name: module for name, module in found if not isinstance(module, PackedHead)}
 
 
 def measure(model: PreTrainedModel) -> PackedSize:
@@ -97,7 +100,7 @@ def activation_bits(model: nn.Module) -> int | None:
 
 
 def sha256_of_packed(model: PreTrainedModel) -> str:
-    """Hash a packed model: its tensors, and how those of its packed linears are to be read.
+    """Hash a packed model: its tensors, and how those of its packed weights are to be read.
 
     Example:
         >>> import ptq161, torch
@@ -110,8 +113,25 @@ def sha256_of_packed(model: PreTrainedModel) -> str:
         >>> sha256_of_packed(model) == before
         False
     """
-    settings = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
-    return key_of({"tensors": sha256_of_tensors(model.state_dict()), "linears": settings})
+    return key_of({"tensors": sha256_of_tensors(model.state_dict()), **packed_settings(model)})
+
+
+def packed_settings(model: nn.Module) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the settings of a model's packed weights by module path: ``linears``, and ``embeddings`` where there are.
+
+    Example:
+        >>> from ptq161.packed.uniform import UniformWeight
+        >>> packed = UniformWeight.pack(torch.tensor([[0, 1]]), torch.ones(1, 1), torch.zeros(1, 1), bits=2)
+        >>> packed_settings(nn.Sequential(PackedLinear(packed)))["linears"]["0"]["bits"]
+        2
+    """
+    kinds: dict[str, Mapping[str, PackedModule]]
+    kinds = {"linears": packed_linears(model), "embeddings": packed_embeddings(model)}
+    return {
+        kind: {name: module.packed.settings() for name, module in modules.items()}
+        for kind, modules in kinds.items()
+        if modules or kind == "linears"
+    }
 
 
 def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -132,7 +152,9 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedEmbedding):
+            module.dtype = dtype
+        if isinstance(module, PackedModule):
             continue
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
@@ -141,7 +163,7 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def densify(model: PreTrainedModel) -> None:
-    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, in place.
+    """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, and packed embeddings, in place.
 
     Raises:
         UserError: the packed linears round their inputs, which dense ones do not.
@@ -162,7 +184,8 @@ def densify(model: PreTrainedModel) -> None:
             f"the model's activations are quantized to {bits} bits (method.activation_bits), which a dense model "
             "cannot do: use the packed one."
         )
-    dtype = next(model.get_input_embeddings().parameters()).dtype
+    dtype = rest_dtype(model)
+    densify_embeddings(model)
     for name, layer in packed_linears(model).items():
         model.set_submodule(name, linear_of(layer.dequantize().to(dtype), layer.bias))
     # A packed model saves itself as a packed one (ptq161.packed.checkpoint.own_save).

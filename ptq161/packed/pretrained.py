@@ -27,7 +27,8 @@ class PackedConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a packed checkpoint.
 
     Attributes:
-        linears: settings of each packed weight, by module path.
+        linears: settings of each packed linear, by module path.
+        embeddings: settings of each packed embedding, by module path; empty where they are dense.
         schema_version: of the checkpoint's layout.
         nominal_bits_per_weight: bits as the method's paper counts them.
 
@@ -37,10 +38,16 @@ class PackedConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, linears: dict[str, Any], schema_version: int, nominal_bits_per_weight: float | None = None, **_: Any
+        self,
+        linears: dict[str, Any],
+        schema_version: int,
+        nominal_bits_per_weight: float | None = None,
+        embeddings: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = PACKED_FORMAT  # type: ignore[assignment]  # transformers' own methods are an enumeration
         self.linears = linears
+        self.embeddings = embeddings or {}
         self.schema_version = schema_version
         self.nominal_bits_per_weight = nominal_bits_per_weight
 
@@ -98,7 +105,7 @@ class PackedQuantizer(HfQuantizer):
         file = Path(checkpoint_files[0])
         with reading(file.parent, ADVICE_AGAIN):
             check_layout(file.parent, self.quantization_config.schema_version)
-            install_empty(model, self.quantization_config.linears, file)
+            install_empty(model, self.quantization_config.linears, self.quantization_config.embeddings, file)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from ptq161.packed.checkpoint import own_save

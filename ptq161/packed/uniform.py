@@ -8,7 +8,7 @@ stored, so that nothing is lost between choosing and storing.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -133,6 +133,16 @@ class UniformWeight(PackedWeight):
         tensors = (self.codes, self.scales, self.zero_points, self._input_scales())
         settings = (self.in_features, self.bits, self.group_size or self.in_features)
         return Operands("uniform", tensors, settings, 2.0**self.exponent)
+
+    def at(self, rows: Tensor) -> Self:
+        """Return the rows ``[n]`` int64, in this order.
+
+        Raises:
+            IndexError: the weight has no such row.
+        """
+        taken = {name: getattr(self, name) for name in self.by_row}
+        changes: dict[str, Any] = {n: None if t is None else t.index_select(0, rows) for n, t in taken.items()}
+        return dataclasses.replace(self, out_features=len(rows), **changes)
 
     def _input_scales(self) -> Tensor | None:
         return None

@@ -23,6 +23,8 @@ OF_ACTIVATIONS = ("activation_scale", "activation_zero_point")
 """Tensors of the inputs, which every format may have and which do not count as the weight's."""
 _LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS)
 """Fields that stand among the settings only where they are neither zero nor None."""
+_WEIGHTS_AT_ONCE = 2**24
+"""Weights up to which one is dequantized in a single piece."""
 _FORMATS: dict[str, type[PackedWeight]] = {}
 
 
@@ -155,9 +157,15 @@ class PackedWeight(ABC):
         return packed_rows.product(operands, x, bias, int8=int8, level=level)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one."""
+        """Return ``dequantize().to(dtype)``, by a compiled operator where there is one, or some rows at a time."""
         operands = self._dense_operands(dtype)
-        return self.dequantize().to(dtype) if operands is None else packed_rows.dense(operands, dtype)
+        if operands is not None:
+            return packed_rows.dense(operands, dtype)
+        n, step = self.out_features, max(2, _WEIGHTS_AT_ONCE // max(1, self.in_features) // 2 * 2)
+        if n <= step or not self.by_row:
+            return self.dequantize().to(dtype)
+        parts = [self.rows(start, min(start + step, n)).dequantize().to(dtype) for start in range(0, n, step)]
+        return torch.cat(parts)
 
     def tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
         """Return rows ``start`` (an even number) to ``stop`` of :meth:`dense`; None where they cannot be had alone."""

@@ -13,9 +13,20 @@ from ptq161.report.seeds import GROUPS
 
 _UNREAD = ("seed", "tracker", "hydra", "debug")
 """Keys, and groups of keys, that tell no results apart."""
-_WITHOUT_EFFECT = ("finetune.score_before", "finetune.checkpoint_every", "preprocess.checkpoint_every")
+_WITHOUT_EFFECT = (
+    "finetune.score_before",
+    "finetune.checkpoint_every",
+    "preprocess.checkpoint_every",
+    "model.stream",
+)
 """Keys that change no result."""
-_BEFORE: dict[str, Any] = {"calib.masking": "none", "calib.masking_prefix": 0.25, "model.trust_remote_code": False}
+_BEFORE: dict[str, Any] = {
+    "calib.masking": "none",
+    "calib.masking_prefix": 0.25,
+    "model.trust_remote_code": False,
+    "model.stream": False,
+    "model.embedding_bits": 16,
+}
 """What runs did that were recorded before a key existed."""
 _NAMES = ("method", "model", "method._target_")
 """Keys whose values stand beside the differing ones anyway."""

@@ -15,7 +15,7 @@ from ptq161.report.collect import TRAININGS
 from ptq161.report.keys import differing_keys
 from ptq161.report.results import FULL, QUANTIZED, Results, method_name, metric_names
 from ptq161.report.texts import comparisons, remark
-from ptq161.tracking.metric_names import SIZES, better, is_perplexity
+from ptq161.tracking.metric_names import ROUNDED, SIZES, better, is_perplexity
 
 _NOT_IN_PRINT = ["seconds", "GB", "commit"]
 """Columns that say nothing of the result itself."""
@@ -146,7 +146,7 @@ def csv_table(results: Results) -> str:
     table = {"method": rows.method, "model": rows.model}
     table |= {key: results.config[key] for key in configuration_keys(results)}
     table |= {"calibration_text": rows.calibration_text, "seeds": rows.seeds}
-    sizes = [size for size in SIZES if size != "activation_bits" or size in set(results.scores.metric)]
+    sizes = [size for size in SIZES if size not in ROUNDED or size in set(results.scores.metric)]
     table |= {size: results.score(size).value for size in sizes}
     for name in metric_names(results):
         score = results.score(name)

@@ -61,6 +61,7 @@ def identity(config: RunConfig, store: Store | None = None) -> dict[str, Any]:
     return run(
         model=_model_content(config.model, sha256),
         method=method,
+        embedding_bits=None if method is None else config.model.embedding_bits,
         calibration=None if method is None else _calibration(config.calib, sha256),
         preprocess=None if method is None or config.preprocess is None else _training(config.preprocess, sha256),
         finetune=_training(config.finetune, sha256) if is_finetuned and config.finetune is not None else None,

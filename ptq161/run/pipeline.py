@@ -26,6 +26,7 @@ from ptq161.run.stages import (
     quantize_model,
     score,
 )
+from ptq161.run.streaming import open_stored, quantize_by_blocks
 from ptq161.run.summary import print_results
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def _experiment(session: Session) -> Results:
         return _evaluate_packed(session, str(config.model.path))
     if config.method is None:
         return _evaluate_full_precision(session)
+    if config.model.stream:
+        return _quantize_by_blocks_and_evaluate(session, config.method)
     return _quantize_and_evaluate(session, config.method)
 
 
@@ -84,6 +87,15 @@ def _quantize_and_evaluate(session: Session, method: Method) -> Results:
 
     scores = score(session, packed, texts)
     return {"metrics": scores.metrics, **results, "protocol": scores.protocol}
+
+
+def _quantize_by_blocks_and_evaluate(session: Session, method: Method) -> Results:
+    """The same for a model that is never in memory, which nothing is trained or compared with."""
+    texts = open_texts(session)
+    calibration = calibrate(session, texts)
+    packed = quantize_by_blocks(session, open_stored(session), texts, calibration, method)
+    scores = score(session, packed, texts)
+    return {"metrics": scores.metrics, "full_precision": {}, "protocol": scores.protocol}
 
 
 def _evaluate_full_precision(session: Session) -> Results:

@@ -15,6 +15,7 @@ from ptq161.errors import UserError
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.files.paths import absolute_path
 from ptq161.finetune.tuning import Tuning
+from ptq161.methods.base import PlanningMethod
 from ptq161.run.config import RunConfig, load_run_config, nothing_quantized
 from ptq161.training.settings import Training
 
@@ -64,6 +65,10 @@ def checked_config(cfg: DictConfig, overrides: Sequence[str]) -> RunConfig:
         _check_model_folder(config.model.path, overrides, unread_of_packed(config))
     if config.method is None and config.finetune is not None and not _is_packed(config.model.path):
         raise UserError(nothing_quantized("finetune", config.finetune_name))
+    if config.model.embedding_bits != 16:
+        _check_embedding_bits(config)
+    if config.model.stream and not _is_packed(config.model.path):
+        _check_stream(config)
     return config
 
 
@@ -127,6 +132,34 @@ def _check_model_folder(folder: str, overrides: Sequence[str], unread: Sequence[
             f"{explicit[0]}: the model {folder} is already quantized; leave this setting out to evaluate the model, "
             "or give a full-precision model."
         )
+
+
+def _check_embedding_bits(config: RunConfig) -> None:
+    """Check that a run which rounds the embeddings quantizes a model, and trains nothing afterwards."""
+    for asked, sentence in (
+        (_is_packed(config.model.path), f"the model {config.model.path} is already quantized: leave this setting out"),
+        (config.method is None, "method=none quantizes nothing: choose a method, or 16"),
+        (config.finetune, "finetuning trains with embeddings as they are: set finetune=none, or 16"),
+    ):
+        if asked:
+            raise UserError(f"model.embedding_bits={config.model.embedding_bits}: {sentence}.")
+
+
+def _check_stream(config: RunConfig) -> None:
+    """Check that a run whose full-precision model is never in memory asks for nothing that needs it there."""
+    method, model = config.method, config.model
+    from_hub = not (model.path or model.asset)
+    plans = isinstance(method, PlanningMethod) and method.needs_plan
+    for asked, sentence in (
+        (method is None, "method=none quantizes nothing: set model.stream=false"),
+        (from_hub, f"it reads a folder: get {model.repo} from the hub, and give its folder as model.path"),
+        (plans, f"method={config.method_name} plans for the whole model: set method.level=linear"),
+        (config.preprocess, f"preprocess={config.preprocess_name} trains the whole model: set preprocess=none"),
+        (config.finetune, "finetuning needs the whole model: set finetune=none, and finetune the checkpoint"),
+        (config.eval.full_precision, "there is no whole model to score: set eval.full_precision=false"),
+    ):
+        if asked:
+            raise UserError(f"model.stream=true: {sentence}.")
 
 
 def _is_packed(folder: str | None) -> bool:

@@ -27,15 +27,17 @@ from ptq161.files import identity
 from ptq161.files.fingerprints import Fingerprint, key_of
 from ptq161.files.hashing import sha256_of_file, sha256_of_tensors
 from ptq161.methods.base import Method
+from ptq161.methods.embeddings import quantize_embeddings
 from ptq161.models.architectures import config_key, decoder_blocks, diffusion_of, max_seq_len
 from ptq161.models.checks import check_causal, check_quantizable, check_seq_len
 from ptq161.models.loading import load_tokenizer, load_weights
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.checkpoint import load, save
+from ptq161.packed.embedding import embedding_bits
 from ptq161.packed.export import save_dense
 from ptq161.packed.layout import WEIGHTS_FILE, stored_nominal_bits
-from ptq161.packed.linear import dense_cache
-from ptq161.packed.model import activation_bits, cast_rest, measure, packed_linears
+from ptq161.packed.linear import dense_cache, dense_products
+from ptq161.packed.model import activation_bits, cast_rest, measure, packed_settings
 from ptq161.preprocess.restoration import Restoration
 from ptq161.preprocess.rounds import restore
 from ptq161.run.session import Session, timed
@@ -110,7 +112,7 @@ def load_packed(session: Session, folder: str) -> tuple[Weights, Texts]:
     """Load a packed checkpoint, and open the texts and tasks that it is evaluated on."""
     log.info("%s is a packed checkpoint: it is evaluated, and nothing is quantized", folder)
     model, tokenizer = load(folder)
-    return _packed(session, model, Path(folder) / WEIGHTS_FILE), _texts(session, tokenizer, model.config)
+    return described(session, model, Path(folder) / WEIGHTS_FILE), _texts(session, tokenizer, model.config)
 
 
 @timed("load")
@@ -186,7 +188,7 @@ def preprocess(
     """Restore the model before it is quantized."""
     config, record = session.config, session.record
     restored_from = identity.restoration(
-        _quantization(session, full, method),
+        quantization(session, full, method),
         training=sha256_of_tensors({"tokens": texts.training}),
         settings=restoration,
     )
@@ -215,7 +217,7 @@ def preprocess(
 def quantize_model(session: Session, weights: Weights, texts: Texts, calibration: Tensor, method: Method) -> Weights:
     """Quantize a model in place, continuing from finished blocks, and save it as the run's checkpoint."""
     config, record, model = session.config, session.record, weights.model
-    with session.stages.folder("blocks", _quantization(session, weights, method)) as folder:
+    with session.stages.folder("blocks", quantization(session, weights, method)) as folder:
         quantize(
             model,
             calibration,
@@ -227,6 +229,7 @@ def quantize_model(session: Session, weights: Weights, texts: Texts, calibration
             salient_masks=weights.salient_masks,
             resume=folder,
         )
+    quantize_embeddings(model, config.model.embedding_bits)
     cast_rest(model, COMPUTE_DTYPES[config.dtype])
     return save_checkpoint(session, model, texts, method.nominal_bits())
 
@@ -235,10 +238,11 @@ def save_checkpoint(session: Session, model: PreTrainedModel, texts: Texts, nomi
     """Save a packed model as the run's checkpoint, in the place of an earlier stage's."""
     folder = session.record.run_dir / CHECKPOINT
     file = save(model, texts.tokenizer, folder, nominal_bits=nominal_bits, overwrite=True)
-    return _packed(session, model, file)
+    return described(session, model, file)
 
 
-def _quantization(session: Session, weights: Weights, method: Method) -> Fingerprint:
+def quantization(session: Session, weights: Weights, method: Method) -> Fingerprint:
+    """Describe the quantization of a model by what its result depends on."""
     masks = weights.salient_masks
     return identity.quantization(
         weights=weights.sha256,
@@ -251,12 +255,11 @@ def _quantization(session: Session, weights: Weights, method: Method) -> Fingerp
     )
 
 
-def _packed(session: Session, model: PreTrainedModel, file: Path) -> Weights:
+def described(session: Session, model: PreTrainedModel, file: Path) -> Weights:
     """Describe a packed model by the hash of its file."""
     sha256 = sha256_of_file(file)
     session.record.describe(checkpoint_sha256=sha256)
-    layouts = {name: layer.packed.settings() for name, layer in packed_linears(model).items()}
-    return Weights(model, key_of({"file": sha256, "linears": layouts}), "quantized", _packed_size(model, file))
+    return Weights(model, key_of({"file": sha256, **packed_settings(model)}), "quantized", _packed_size(model, file))
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
@@ -292,7 +295,10 @@ def _score(session: Session, weights: Weights, texts: Texts) -> Scores:
         def prepare() -> None:
             # Called by the first score that is not cached: with all of them cached, nothing is moved or dequantized.
             nn.Module.to(model, config.device)
-            prepared.enter_context(dense_cache(model, COMPUTE_DTYPES[config.dtype]))
+            stream = config.model.stream
+            prepared.enter_context(
+                dense_products(model) if stream else dense_cache(model, COMPUTE_DTYPES[config.dtype])
+            )
 
         def remember(measured: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
             def compute_prepared() -> Mapping[str, Any]:
@@ -337,6 +343,8 @@ def _packed_size(model: PreTrainedModel, file: Path) -> dict[str, float]:
         sizes["nominal_bits_per_weight"] = nominal
     if bits := activation_bits(model):
         sizes["activation_bits"] = bits
+    if bits := embedding_bits(model):
+        sizes["embedding_bits"] = bits
     sizes["checkpoint_bytes"] = file.stat().st_size
     sizes["linear_bytes"] = size.linear_bytes
     sizes["other_bytes"] = size.other_bytes

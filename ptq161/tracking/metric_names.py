@@ -8,12 +8,16 @@ SIZES = (
     "bits_per_weight",
     "nominal_bits_per_weight",
     "activation_bits",
+    "embedding_bits",
     "checkpoint_bytes",
     "linear_bytes",
     "other_bytes",
 )
-"""Results that say how much is stored, or into how many bits activations are rounded, and not how well the model does.
-"""
+"""Results that say how much is stored, or into how many bits activations and embeddings are rounded, and not how well
+the model does."""
+
+ROUNDED = ("activation_bits", "embedding_bits")
+"""Those of them that only results have in which these are rounded."""
 
 ON_TEXTS = ("ppl/", "denoising_loss/")
 """How the names of perplexities begin, and of what stands for them with masked-diffusion language models."""

@@ -148,12 +148,14 @@ def test_every_key_is_needed(key: str) -> None:
         # the groups
         ({"model.path": None}, "model=m has no source: set model.path, model.asset or model.repo."),
         ({"model.n_blocks": 0}, "model.n_blocks=0: use at least 1."),
+        ({"model.embedding_bits": 5}, "model.embedding_bits=5: use one of 16, 8, 4."),
         ({"model.n_blocks": "two"}, "model.n_blocks='two': use a value of type int or null."),
         ({"model.name": "???"}, "the configuration cannot be resolved: "),
         ({"model.path": "${nowhere}"}, "the configuration cannot be resolved: "),
         (
             {"model.size": 7},
-            "unknown key model.size: known are name, path, asset, repo, revision, n_blocks, trust_remote_code.",
+            "unknown key model.size: known are name, path, asset, repo, revision, n_blocks, trust_remote_code, stream, "
+            "embedding_bits.",
         ),
         (
             {"calib.name": "enwik8"},

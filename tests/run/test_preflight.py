@@ -62,6 +62,29 @@ def test_every_spelling_is_one_absolute_path_and_one_identity(typed_in: Path, sp
     assert spelled.model.name == "model"
 
 
+@pytest.mark.parametrize(
+    ("group", "settings", "sentence"),
+    [
+        ("method", {"name": "none"}, "method=none quantizes nothing: choose a method, or 16."),
+        (
+            "finetune",
+            {"_target_": "ptq161.finetune.distillation.Distillation", "name": "scales"},
+            "finetuning trains with embeddings as they are: set finetune=none, or 16.",
+        ),
+    ],
+)
+def test_embeddings_are_quantized_with_the_linears_alone(
+    typed_in: Path, group: str, settings: dict[str, Any], sentence: str
+) -> None:
+    cfg = composed(**{"model.embedding_bits": 8})
+    one, other = (identity(checked_config(found, [])) for found in (cfg, composed()))
+    assert one != other and one["model"] == other["model"]
+    cfg[group] = settings
+    with pytest.raises(UserError) as caught:
+        checked_config(cfg, [])
+    assert str(caught.value) == f"model.embedding_bits=8: {sentence}"
+
+
 @pytest.mark.parametrize(("path", "name"), [(".", "model"), ("..", "typed"), ("x/..", "model")])
 def test_a_model_is_named_after_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str
