@@ -9,8 +9,7 @@ A phase holds what the code of that phase holds at its peak: :mod:`ptq161.driver
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -31,7 +30,7 @@ from ptq161.numerics import COMPUTE_DTYPES
 FLOAT = 4
 CUDA_CONTEXT = 0.5e9
 """Bytes that the context of a GPU takes beside torch's own tensors; less or more by driver and card."""
-_LOSS_ROWS = 1024
+_LOSS_ROWS = 512
 """Rows of logits whose cross-entropy is computed at once (:mod:`ptq161.evaluation.likelihood`)."""
 _PERPLEXITY_TOKENS = 4096
 """Tokens of a batch of perplexity windows at most (:mod:`ptq161.evaluation.protocol`)."""
@@ -65,10 +64,6 @@ class Held:
     host: float
     device: float = 0.0
 
-    def on(self, device: torch.device) -> Held:
-        """Return where the bytes are when the device is ``device``."""
-        return self if device.type == "cuda" else Held(self.host + self.device)
-
 
 def needs_of(method: Method) -> Needs:
     """Return what a method holds; the figures are bytes, c those of an element of its compute dtype."""
@@ -82,12 +77,12 @@ def needs_of(method: Method) -> Needs:
     if isinstance(method, PTQ161):
         # Codes in a byte, signs, salient weights, and the latter's columns once more.
         held = 1 + (2 + method.mask_ratio) * c
-        return Needs(13, hessians=method.codes == "compensated", factors=4.5, learning=held, stepping=held, outputs=2)
+        return Needs(13, hessians=method.codes == "compensated", factors=4.5, learning=held, stepping=held, outputs=2.5)
     if isinstance(method, OmniQuant):
         return Needs(largest=16, learning=2 * c, stepping=2 * c)  # the rounded weight and its slope
     if isinstance(method, QDrop):
         # The float part, alpha with two moments, the soft weight; then gradients.
-        return Needs(largest=32, learning=16 + c, stepping=20 + c)
+        return Needs(largest=40, learning=16 + c, stepping=20 + c, outputs=2)
     if isinstance(method, VPTQ):
         refit = 8 + c if method.refit_steps else 0
         return Needs(largest=24, hessians=True, factors=4.5, learning=refit, stepping=refit)
@@ -115,7 +110,7 @@ def run_memory(
         method: None evaluates full precision alone.
         calib: windows and their length.
         evaluation: batches and their length.
-        sizes: of the packed model; None without a method.
+        sizes: of the packed model; None leaves out the phases that follow from them.
         dtype: of the evaluation.
         device: of the run.
 
@@ -128,22 +123,30 @@ def run_memory(
     copied = shape.dtype != dtype
     if method is None or evaluation.full_precision:
         cast = shape.parameters * dtype.itemsize
-        phases["full precision"] = _larger(
+        phases["full precision"] = _peak(
+            device,
             Held(2 * model if copied else model),  # the copy is cast tensor by tensor
             Held(model if copied else 0, cast + logits),
         )
     if method is not None:
-        assert sizes is not None, "a method has sizes"
-        phases |= quantization_memory(shape, method, calib.n_samples, calib.seq_len)
+        phases |= quantization_memory(shape, method, calib.n_samples, calib.seq_len, device=device)
+    if sizes is not None:
         rest = sizes.other_bytes
         phases["save"] = Held(rest + 2 * sizes.linear_bytes + sizes.other_bytes)
         dense = shape.linear_weights * dtype.itemsize
-        phases["quantized"] = Held(0, sizes.linear_bytes + rest + dense + max(logits, 3 * FLOAT * _largest(shape.blocks)))
-    return {name: held.on(device) for name, held in phases.items()}
+        scoring = max(logits, 3 * FLOAT * _largest(shape.blocks))  # or a linear on its way to the dense copy
+        phases["quantized"] = _peak(device, Held(0, sizes.linear_bytes + rest + dense + scoring))
+    return phases
 
 
 def quantization_memory(
-    shape: ModelShape, method: Method, n_samples: int, seq_len: int, *, whole_model: bool = True
+    shape: ModelShape,
+    method: Method,
+    n_samples: int,
+    seq_len: int,
+    *,
+    device: torch.device,
+    whole_model: bool = True,
 ) -> dict[str, Held]:
     """Return what the phases of a quantization hold at their peaks, beside the process itself.
 
@@ -152,6 +155,7 @@ def quantization_memory(
         method: the hyperparameters.
         n_samples: calibration windows.
         seq_len: tokens of each.
+        device: of the quantization; the model and the activations are in host memory.
         whole_model: the model is in memory (:func:`ptq161.quantize`), or the blocks of a window and what is outside of
             the blocks (:func:`ptq161.quantize_folder`).
     """
@@ -163,13 +167,12 @@ def quantization_memory(
     chains = (5 if method.needs_full_chain else 3) * chain
     phases: dict[str, Held] = {}
     if isinstance(method, PlanningMethod) and method.needs_plan:
-        phases["plan"] = _plan(shape, method, n_samples, seq_len, chain)
+        phases["plan"] = _peak(device, *_plan(shape, method, n_samples, seq_len, chain))
     peaks = []
     for window in windows:
         resident = shape.parameters if whole_model else shape.outside + sum(b.weights + b.rest for b in window)
-        device = _window(shape, window, method, n_samples, seq_len)
-        peaks.append(Held(resident * width + chains, device))
-    phases["quantize"] = max(peaks, key=lambda held: held.host + held.device)
+        peaks.append(Held(resident * width + chains, _window(shape, window, method, n_samples, seq_len)))
+    phases["quantize"] = _peak(device, *peaks)
     return phases
 
 
@@ -189,7 +192,7 @@ def _window(
     passing = tokens * _passing(shape, window, c)
     peaks = [
         blocks + cast + passing + hessians,
-        blocks + cast + needs.largest * largest + passing,
+        blocks + cast + needs.largest * largest,
         blocks + max(hessians, (1 + needs.factors) * largest_hessian) + needs.largest * largest,
     ]
     if needs.learning:
@@ -201,7 +204,7 @@ def _window(
     return max(peaks)
 
 
-def _plan(shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: int, chain: int) -> Held:
+def _plan(shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: int, chain: int) -> list[Held]:
     """The inputs of every block are kept, a block is on the device; logits and their gradients are with the model."""
     size = min(method.batch_size, n_samples)
     n = max(size, min(method.plan_samples, n_samples) // size * size)
@@ -216,7 +219,7 @@ def _plan(shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: in
     # Logits in the model's dtype and in float32, probabilities, and the gradient of either.
     logits = size * seq_len * shape.vocabulary * (2 * shape.dtype.itemsize + 3 * FLOAT)
     model = shape.parameters * shape.dtype.itemsize
-    return _larger(Held(model + kept + logits), Held(model + kept, max(blocks)))
+    return [Held(model + kept + logits), Held(model + kept, max(blocks))]
 
 
 def _passing(shape: ModelShape, window: Sequence[BlockShape], width: int) -> float:
@@ -253,5 +256,8 @@ def _largest(window: Sequence[BlockShape]) -> int:
     return max(rows * columns for block in window for rows, columns in block.linears)
 
 
-def _larger(*held: Held) -> Held:
-    return Held(max(one.host for one in held), max(one.device for one in held))
+def _peak(device: torch.device, *moments: Held) -> Held:
+    """Return the most that is held in either memory; on a CPU both are one."""
+    if device.type != "cuda":
+        return Held(max(moment.host + moment.device for moment in moments))
+    return Held(max(moment.host for moment in moments), max(moment.device for moment in moments))
