@@ -82,7 +82,7 @@ def as_json(config: RunConfig, found: Estimate) -> dict[str, Any]:
         "host_bytes": round(found.host_bytes),
         "device_bytes": round(found.device_bytes),
         "process_bytes": round(found.process),
-        "phases": {name: {"host": round(held.host), "device": round(held.device)} for name, held in found.memory.items()},
+        "phases": {name: dataclasses.asdict(held) for name, held in found.memory.items()},
         "disk_bytes": found.disk_bytes,
         "sizes": None if found.sizes is None else dataclasses.asdict(found.sizes),
         "seconds": None if found.seconds is None else dataclasses.asdict(found.seconds),

@@ -30,6 +30,8 @@ from ptq161.numerics import COMPUTE_DTYPES
 FLOAT = 4
 CUDA_CONTEXT = 0.5e9
 """Bytes that the context of a GPU takes beside torch's own tensors; less or more by driver and card."""
+RETAINED = 2.0
+"""Memory of a process for each byte of activations on a CPU: what is freed in pieces stays with the allocator."""
 _LOSS_ROWS = 512
 """Rows of logits whose cross-entropy is computed at once (:mod:`ptq161.evaluation.likelihood`)."""
 _PERPLEXITY_TOKENS = 4096
@@ -129,7 +131,8 @@ def run_memory(
             Held(model if copied else 0, cast + logits),
         )
     if method is not None:
-        phases |= quantization_memory(shape, method, calib.n_samples, calib.seq_len, device=device)
+        retained = 1.0 if device.type == "cuda" else RETAINED
+        phases |= quantization_memory(shape, method, calib.n_samples, calib.seq_len, device=device, retained=retained)
     if sizes is not None:
         rest = sizes.other_bytes
         phases["save"] = Held(rest + 2 * sizes.linear_bytes + sizes.other_bytes)
@@ -147,6 +150,7 @@ def quantization_memory(
     *,
     device: torch.device,
     whole_model: bool = True,
+    retained: float = 1.0,
 ) -> dict[str, Held]:
     """Return what the phases of a quantization hold at their peaks, beside the process itself.
 
@@ -158,6 +162,7 @@ def quantization_memory(
         device: of the quantization; the model and the activations are in host memory.
         whole_model: the model is in memory (:func:`ptq161.quantize`), or the blocks of a window and what is outside of
             the blocks (:func:`ptq161.quantize_folder`).
+        retained: bytes for each byte of activations: 1 is what torch allocates, ``RETAINED`` what a process takes.
     """
     width = shape.dtype.itemsize
     windows = shape.windows(method.block_size)
@@ -167,22 +172,22 @@ def quantization_memory(
     chains = (5 if method.needs_full_chain else 3) * chain
     phases: dict[str, Held] = {}
     if isinstance(method, PlanningMethod) and method.needs_plan:
-        phases["plan"] = _peak(device, *_plan(shape, method, n_samples, seq_len, chain))
+        phases["plan"] = _peak(device, *_plan(shape, method, n_samples, seq_len, chain, retained))
     peaks = []
     for window in windows:
         resident = shape.parameters if whole_model else shape.outside + sum(b.weights + b.rest for b in window)
-        peaks.append(Held(resident * width + chains, _window(shape, window, method, n_samples, seq_len)))
+        peaks.append(Held(resident * width + chains, _window(shape, window, method, n_samples, seq_len, retained)))
     phases["quantize"] = _peak(device, *peaks)
     return phases
 
 
 def _window(
-    shape: ModelShape, window: Sequence[BlockShape], method: Method, n_samples: int, seq_len: int
+    shape: ModelShape, window: Sequence[BlockShape], method: Method, n_samples: int, seq_len: int, retained: float
 ) -> float:
     needs, c = needs_of(method), COMPUTE_DTYPES[method.compute_dtype].itemsize
     weights = sum(block.weights for block in window)
     blocks = FLOAT * sum(block.weights + block.rest for block in window)
-    tokens = min(method.batch_size, n_samples) * seq_len
+    tokens = retained * min(method.batch_size, n_samples) * seq_len
     # Under autocast the blocks' weights are cast once for a pass.
     cast = c * weights if c < FLOAT else 0
     inputs = [group[0][1] for block in window for group in block.groups]
@@ -204,7 +209,9 @@ def _window(
     return max(peaks)
 
 
-def _plan(shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: int, chain: int) -> list[Held]:
+def _plan(
+    shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: int, chain: int, retained: float
+) -> list[Held]:
     """The inputs of every block are kept, a block is on the device; logits and their gradients are with the model."""
     size = min(method.batch_size, n_samples)
     n = max(size, min(method.plan_samples, n_samples) // size * size)
@@ -213,7 +220,7 @@ def _plan(shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: in
     blocks = [
         FLOAT * (block.weights + block.rest)
         + (c * block.weights if c < FLOAT else 0)
-        + size * seq_len * _learning(shape, [block], Needs(0), c, seq_len)
+        + retained * size * seq_len * _learning(shape, [block], Needs(0), c, seq_len)
         for block in shape.blocks
     ]
     # Logits in the model's dtype and in float32, probabilities, and the gradient of either.

@@ -12,7 +12,7 @@ import torch
 
 from ptq161.errors import UserError
 from ptq161.estimate.memory import CUDA_CONTEXT, Held, run_memory
-from ptq161.estimate.shapes import empty_model, shape_of
+from ptq161.estimate.shapes import ModelShape, empty_model, shape_of
 from ptq161.estimate.sizes import Sizes, packed_sizes
 from ptq161.estimate.timing import Seconds, run_seconds
 from ptq161.models.loading import is_packed_folder
@@ -23,6 +23,8 @@ MEMORY_VARIABLE = "PTQ161_MEMORY"
 """Environment variable: bytes of host memory that a run may take, in place of what the machine has available."""
 TOLERANCE = 1.25
 """Factor within which predictions are to lie; a run is refused where even a prediction that is too high by it fails."""
+_TEXTS = 0.13e9
+"""Bytes of a tokenizer and of texts; measured with the default model and calibration set."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -80,7 +82,7 @@ def estimate(config: RunConfig, *, measure_time: bool = True) -> Estimate:
         except UserError as error:
             left_out.append(str(error))
     sizes = None if config.method is None else packed_sizes(model, config.method, dtype)
-    memory = run_memory(shape, config.method, config.calib, config.eval, sizes, dtype=dtype, device=config.device)
+    memory = _memory(config, shape, sizes)
     stored = 0 if sizes is None else sizes.checkpoint_bytes + (sizes.linear_bytes if config.cache else 0)
     merged = shape.parameters * shape.dtype.itemsize if config.preprocess and config.preprocess.save_merged else 0
     return Estimate(memory, _process(), sizes, stored + merged, seconds, left_out)
@@ -96,15 +98,7 @@ def check_fits(config: RunConfig) -> None:
         model = empty_model(config.model)
     except UserError:  # the run itself says it
         return
-    memory = run_memory(
-        shape_of(model),
-        config.method,
-        config.calib,
-        config.eval,
-        None,
-        dtype=COMPUTE_DTYPES[config.dtype],
-        device=config.device,
-    )
+    memory = _memory(config, shape_of(model), None)
     room = available_memory(config.device)
     for phase, held in memory.items():
         for place, needed, there in (("host", held.host, room.host), ("GPU", held.device, room.device)):
@@ -115,6 +109,11 @@ def check_fits(config: RunConfig) -> None:
                     f"{place} memory, and {there / 1e9:.3g} GB are available; ptq161 estimate shows what takes it, and "
                     f"ptq161.quantize_folder quantizes a model that is larger than the memory{helps}."
                 )
+
+
+def _memory(config: RunConfig, shape: ModelShape, sizes: Sizes | None) -> dict[str, Held]:
+    dtype = COMPUTE_DTYPES[config.dtype]
+    return run_memory(shape, config.method, config.calib, config.eval, sizes, dtype=dtype, device=config.device)
 
 
 def available_memory(device: torch.device) -> Held:
@@ -149,7 +148,7 @@ def _process() -> float:
     import ptq161.evaluation.zero_shot
     import ptq161.run.pipeline  # noqa: F401  # for the memory that its libraries take
 
-    return float(psutil.Process().memory_info().rss)
+    return psutil.Process().memory_info().rss + _TEXTS
 
 
 def _left_out(config: RunConfig) -> list[str]:

@@ -125,8 +125,9 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 def _block_shape(model: PreTrainedModel, block: nn.Module) -> BlockShape:
     def shape(path: str) -> Shape:
-        rows, columns = block.get_submodule(path).weight.shape  # type: ignore[union-attr]  # a linear
-        return int(rows), int(columns)
+        linear = block.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        return linear.out_features, linear.in_features
 
     groups = tuple(tuple(shape(path) for path in group) for group in input_groups(model, block))
     weights = sum(rows * columns for group in groups for rows, columns in group)

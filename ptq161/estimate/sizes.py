@@ -110,7 +110,7 @@ def packed_sizes(model: PreTrainedModel, method: Method, dtype: torch.dtype) -> 
 
 
 def packed_layout(method: Method, rows: int, columns: int) -> PackedWeight:
-    """Return a packed weight ``[rows, columns]`` whose tensors have the shapes of a quantized one's, on the meta device.
+    """Return a packed weight ``[rows, columns]`` with tensors of the right shapes, on the meta device.
 
     Raises:
         UserError: the settings do not fit, or the method is none of this project's own.

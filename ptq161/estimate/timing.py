@@ -14,7 +14,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptq161.data.settings import CalibConfig
@@ -24,6 +24,7 @@ from ptq161.estimate.shapes import ModelShape
 from ptq161.evaluation.likelihood import perplexity
 from ptq161.evaluation.settings import EvalConfig
 from ptq161.methods.base import Method, PlanningMethod
+from ptq161.models.architectures import decoder_blocks
 from ptq161.models.loading import auto_class
 from ptq161.numerics import plain_torch
 
@@ -33,6 +34,8 @@ _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_v
 _WIDTHS_OF_OPT = ("ffn_dim", "word_embed_proj_dim")
 _LEARNING = ("epochs", "steps", "refit_steps")
 """Settings that say how long a method learns; of windows passed (epochs), or of batches."""
+_FEW_TOKENS = 16
+"""Rows of the embedding, and tokens of a window, where their number does not matter."""
 _HELD_OUT = 1 / 3
 """Time of a batch without a backward pass, in batches with one."""
 
@@ -115,10 +118,10 @@ def _block_seconds(
     device: torch.device,
 ) -> BlockSeconds:
     divisor = _divisor(config, weights)
-    one = _measured(_stand_in(config, 2, divisor), method, calib, device)
+    one = _measured(_stand_in(config, 2, divisor, _FEW_TOKENS), method, calib, device)
     if divisor == 1:
         return one
-    half = _measured(_stand_in(config, 2, 2 * divisor), method, calib, device)
+    half = _measured(_stand_in(config, 2, 2 * divisor, _FEW_TOKENS), method, calib, device)
     # half = square + cube and one = 4 square + 8 cube, neither below zero.
     cube = min(max(one.fixed / 4 - half.fixed, 0.0), one.fixed / 8)
     square = (one.fixed - 8 * cube) / 4
@@ -128,11 +131,10 @@ def _block_seconds(
 
 def _measured(model: PreTrainedModel, method: Method, calib: CalibConfig, device: torch.device) -> BlockSeconds:
     """Measure a method on the first block of a model, with as few windows and steps as tell what each takes."""
-    size = min(method.batch_size, calib.n_samples)
-    few = size * (2 if hasattr(method, "held_out") else 1)  # a batch may be held out
+    few = min(method.batch_size, calib.n_samples) * (2 if hasattr(method, "held_out") else 1)  # a batch may be held out
     name = _learning(method)
     once, twice = (_replaced(method, name, amount) for amount in (1, 2))
-    _first_block(model, once, size, calib.seq_len, device)  # compiles what is compiled at first use
+    _first_block(model, once, few, _FEW_TOKENS, device)  # compiles what is compiled at first use
     plan, base = _first_block(model, once, few, calib.seq_len, device)
     _, more = _first_block(model, once, 2 * few, calib.seq_len, device)
     longer = _first_block(model, twice, few, calib.seq_len, device)[1] if name else base
@@ -141,8 +143,7 @@ def _measured(model: PreTrainedModel, method: Method, calib: CalibConfig, device
     window = max(more - base - (_steps(once, 2 * few) - _steps(once, few)) * step, 0.0) / few
     fixed = max(base - few * window - _steps(once, few) * step, 0.0)
     planned = _planned(method, few)
-    head = _head_seconds(model, calib.seq_len) if planned else 0.0
-    return BlockSeconds(fixed, window, step, max(plan / planned - head, 0.0) / 2 if planned else 0.0)
+    return BlockSeconds(fixed, window, step, plan / planned / len(decoder_blocks(model)) if planned else 0.0)
 
 
 def _first_block(
@@ -174,12 +175,12 @@ def _steps(method: Method, n: int) -> float:
     name = _learning(method)
     if name is None:
         return 0.0
-    amount = getattr(method, name)
+    amount: float = getattr(method, name)
     size = min(method.batch_size, n)
     if name != "epochs":
-        return float(amount)
+        return amount
     if getattr(method, "codes", None) != "learned":
-        return float(amount * -(-n // size))
+        return amount * -(-n // size)
     share = getattr(method, "held_out", 0.0)
     held = min(n // size - 1, max(1, round(share * n / size))) if share else 0
     return amount * ((n - size * held) // size + _HELD_OUT * held) + _HELD_OUT * held
@@ -216,7 +217,8 @@ def _plan_head(
 
 def _head_seconds(model: PreTrainedModel, seq_len: int) -> float:
     head = model.get_output_embeddings()
-    rows = torch.randn(seq_len, head.weight.shape[1]).to(head.weight.dtype).requires_grad_()  # type: ignore[union-attr]  # a linear
+    assert isinstance(head, nn.Linear)
+    rows = torch.randn(seq_len, head.weight.shape[1]).to(head.weight.dtype).requires_grad_()
     began = time.perf_counter()
     logits = head(rows).float()
     drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
@@ -229,12 +231,13 @@ def _window_seconds(
 ) -> float:
     """Return the seconds of a perplexity window: of all blocks, of the head, and of the losses."""
     divisor = _divisor(config, weights)
-    one, two = (_passed(_stand_in(config, n, divisor).to(device, dtype), seq_len) for n in (1, 2))
+    one, two = (_passed(_stand_in(config, n, divisor), seq_len, dtype, device) for n in (1, 2))
     block = max(two - one, 0.0)
     return divisor**2 * len(shape.blocks) * block + divisor * max(one - block, 0.0)
 
 
-def _passed(model: PreTrainedModel, seq_len: int) -> float:
+def _passed(model: PreTrainedModel, seq_len: int, dtype: torch.dtype, device: torch.device) -> float:
+    nn.Module.to(model, device, dtype)
     tokens: Tensor = torch.zeros(2 * seq_len, dtype=torch.long)
     seconds = []
     for _ in range(3):
@@ -244,10 +247,19 @@ def _passed(model: PreTrainedModel, seq_len: int) -> float:
     return min(seconds)
 
 
-def _stand_in(config: PretrainedConfig, n_blocks: int, divisor: int) -> PreTrainedModel:
-    """Make a model of random weights with a few blocks, its widths divided, in the dtype of its config."""
+def _stand_in(config: PretrainedConfig, n_blocks: int, divisor: int, vocabulary: int | None = None) -> PreTrainedModel:
+    """Make a model of random weights with a few blocks, its widths divided, in float32.
+
+    Args:
+        config: of the whole model.
+        n_blocks: how many.
+        divisor: of the widths.
+        vocabulary: rows of the embedding; None takes the model's own.
+    """
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
+    if vocabulary is not None:
+        text.vocab_size, text.pad_token_id = vocabulary, None
     for name in _widths(text):
         setattr(text, name, getattr(text, name) // divisor)
     text.num_hidden_layers = n_blocks
@@ -256,7 +268,8 @@ def _stand_in(config: PretrainedConfig, n_blocks: int, divisor: int) -> PreTrain
     with plain_torch(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = auto_class(changed).from_config(changed)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _divisor(config: PretrainedConfig, weights: float) -> int:
