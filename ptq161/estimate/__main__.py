@@ -4,6 +4,7 @@
 
     ptq161 estimate method=gptq model=llama2_7b calib.n_samples=128      # the settings of ptq161 run
     ptq161 estimate model.path=FOLDER --no-time                          # a folder with a config.json is enough
+    ptq161 estimate model=llama2_7b --gpu                                # on a GPU, whether there is one here or not
     ptq161 estimate --json
 
 Memory, disk and bits follow from the model's config and the settings; no weights are read. Time rests on a benchmark of
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = composed(options.overrides)
-        found = estimate(config, measure_time=not options.no_time)
+        if options.gpu:
+            config = dataclasses.replace(config, device=torch.device("cuda"))
+        found = estimate(config, measure_time=not (options.no_time or options.gpu))
     except (UserError, HydraException, OmegaConfBaseException) as error:
         print(sentence_of(error), file=sys.stderr)
         return 1
@@ -104,6 +108,8 @@ def _print(config: RunConfig, found: Estimate) -> None:
         row(f"  {name}", found.process + held.host, held.device)
     row("disk", found.disk_bytes, 0)
     console.print(table)
+    mapped = max(held.mapped for held in found.memory.values())
+    console.print(f"Up to {_gigabytes(mapped)} of it is mapped from the model's files and can be read again.")
     if found.sizes is not None:
         sizes = found.sizes
         console.print(
@@ -130,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="the settings of ptq161 run")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    parser.add_argument("--gpu", action="store_true", help="memory as on a GPU, without time; this machine needs none")
     parser.add_argument("--no-time", action="store_true", help="leave out the benchmark of seconds")
     return parser
 

@@ -61,10 +61,18 @@ class Needs:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Bytes in host memory and on the device; on a CPU all of it is in host memory."""
+    """Bytes of one moment, or of the peaks of a phase.
+
+    Attributes:
+        host: in host memory.
+        device: on a GPU; zero where the device is the CPU.
+        mapped: of those in host memory, what is mapped from the model's files, which is given back when memory is
+            short: ``host - mapped`` has to fit.
+    """
 
     host: float
     device: float = 0.0
+    mapped: float = 0.0
 
 
 def needs_of(method: Method) -> Needs:
@@ -121,14 +129,14 @@ def run_memory(
     """
     model = shape.parameters * shape.dtype.itemsize
     logits = _scoring(shape, evaluation, dtype)
-    phases = {"load": Held(model)}
+    phases = {"load": Held(model, mapped=model)}
     copied = shape.dtype != dtype
     if method is None or evaluation.full_precision:
         cast = shape.parameters * dtype.itemsize
         phases["full precision"] = _peak(
             device,
-            Held(2 * model if copied else model),  # the copy is cast tensor by tensor
-            Held(model if copied else 0, cast + logits),
+            Held(2 * model if copied else model, mapped=model),  # the copy is cast tensor by tensor
+            Held(model, cast + logits, mapped=model) if copied else Held(0, model + logits, mapped=model),
         )
     if method is not None:
         retained = 1.0 if device.type == "cuda" else RETAINED
@@ -172,17 +180,25 @@ def quantization_memory(
     chains = (5 if method.needs_full_chain else 3) * chain
     phases: dict[str, Held] = {}
     if isinstance(method, PlanningMethod) and method.needs_plan:
-        phases["plan"] = _peak(device, *_plan(shape, method, n_samples, seq_len, chain, retained))
+        phases["plan"] = _peak(device, *_plan(shape, method, n_samples, seq_len, chain, device, retained))
     peaks = []
     for window in windows:
-        resident = shape.parameters if whole_model else shape.outside + sum(b.weights + b.rest for b in window)
-        peaks.append(Held(resident * width + chains, _window(shape, window, method, n_samples, seq_len, retained)))
+        inside = shape.parameters if whole_model else shape.outside + sum(b.weights + b.rest for b in window)
+        resident = inside * width
+        worked_on = _window(shape, window, method, n_samples, seq_len, device, retained)
+        peaks.append(Held(resident + chains, worked_on, mapped=resident))
     phases["quantize"] = _peak(device, *peaks)
     return phases
 
 
 def _window(
-    shape: ModelShape, window: Sequence[BlockShape], method: Method, n_samples: int, seq_len: int, retained: float
+    shape: ModelShape,
+    window: Sequence[BlockShape],
+    method: Method,
+    n_samples: int,
+    seq_len: int,
+    device: torch.device,
+    retained: float,
 ) -> float:
     needs, c = needs_of(method), COMPUTE_DTYPES[method.compute_dtype].itemsize
     weights = sum(block.weights for block in window)
@@ -203,14 +219,20 @@ def _window(
     if needs.learning:
         peaks += [
             blocks + needs.learning * weights + cast + needs.largest * largest,
-            blocks + needs.learning * weights + tokens * _learning(shape, window, needs, c, seq_len),
+            blocks + needs.learning * weights + tokens * _learning(shape, window, needs, c, seq_len, device),
             blocks + needs.stepping * weights + needs.largest * largest,
         ]
     return max(peaks)
 
 
 def _plan(
-    shape: ModelShape, method: PlanningMethod, n_samples: int, seq_len: int, chain: int, retained: float
+    shape: ModelShape,
+    method: PlanningMethod,
+    n_samples: int,
+    seq_len: int,
+    chain: int,
+    device: torch.device,
+    retained: float,
 ) -> list[Held]:
     """The inputs of every block are kept, a block is on the device; logits and their gradients are with the model."""
     size = min(method.batch_size, n_samples)
@@ -220,13 +242,13 @@ def _plan(
     blocks = [
         FLOAT * (block.weights + block.rest)
         + (c * block.weights if c < FLOAT else 0)
-        + retained * size * seq_len * _learning(shape, [block], Needs(0), c, seq_len)
+        + retained * size * seq_len * _learning(shape, [block], Needs(0), c, seq_len, device)
         for block in shape.blocks
     ]
     # Logits in the model's dtype and in float32, probabilities, and the gradient of either.
     logits = size * seq_len * shape.vocabulary * (2 * shape.dtype.itemsize + 3 * FLOAT)
     model = shape.parameters * shape.dtype.itemsize
-    return [Held(model + kept + logits), Held(model + kept, max(blocks))]
+    return [Held(model + kept + logits, mapped=model), Held(model + kept, max(blocks), mapped=model)]
 
 
 def _passing(shape: ModelShape, window: Sequence[BlockShape], width: int) -> float:
@@ -235,14 +257,16 @@ def _passing(shape: ModelShape, window: Sequence[BlockShape], width: int) -> flo
     return FLOAT * 3 * shape.hidden + width * 3 * widest
 
 
-def _learning(shape: ModelShape, window: Sequence[BlockShape], needs: Needs, width: int, seq_len: int) -> float:
+def _learning(
+    shape: ModelShape, window: Sequence[BlockShape], needs: Needs, width: int, seq_len: int, device: torch.device
+) -> float:
     """Bytes for a token of a pass with gradients: what every linear and every norm keeps, and attention."""
     kept = 0.0
     for block in window:
         inputs = sum(group[0][1] for group in block.groups)
         outputs = sum(rows for rows, _ in block.linears)
-        # Half precision has attention of its own, which keeps its probabilities; half of them are masked.
-        attention = shape.heads * seq_len / 2 if width < FLOAT else 0
+        # Half precision on a CPU has attention of its own, which keeps its probabilities; half of them are masked.
+        attention = shape.heads * seq_len / 2 if width < FLOAT and device.type == "cpu" else 0
         kept += width * (inputs + needs.outputs * outputs + attention) + FLOAT * 6 * shape.hidden
     return kept
 
@@ -265,6 +289,7 @@ def _largest(window: Sequence[BlockShape]) -> int:
 
 def _peak(device: torch.device, *moments: Held) -> Held:
     """Return the most that is held in either memory; on a CPU both are one."""
-    if device.type != "cuda":
-        return Held(max(moment.host + moment.device for moment in moments))
-    return Held(max(moment.host for moment in moments), max(moment.device for moment in moments))
+    on_cpu = device.type != "cuda"
+    totals = [moment.host + moment.device * on_cpu for moment in moments]
+    firm = max(total - moment.mapped for total, moment in zip(totals, moments, strict=True))
+    return Held(max(totals), 0.0 if on_cpu else max(moment.device for moment in moments), mapped=max(totals) - firm)

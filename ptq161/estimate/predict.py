@@ -91,6 +91,8 @@ def estimate(config: RunConfig, *, measure_time: bool = True) -> Estimate:
 def check_fits(config: RunConfig) -> None:
     """Check, from shapes alone, that a run is not certain to fail for lack of memory.
 
+    Weights that are mapped from the model's files need no room of their own: short of memory, a run reads them again.
+
     Raises:
         UserError: it is, by a prediction that leaves room for its own error.
     """
@@ -101,7 +103,7 @@ def check_fits(config: RunConfig) -> None:
     memory = _memory(config, shape_of(model), None)
     room = available_memory(config.device)
     for phase, held in memory.items():
-        for place, needed, there in (("host", held.host, room.host), ("GPU", held.device, room.device)):
+        for place, needed, there in (("host", held.host - held.mapped, room.host), ("GPU", held.device, room.device)):
             if needed / TOLERANCE > there:
                 helps = f"; {MEMORY_VARIABLE}=BYTES says otherwise" if place == "host" else ""
                 raise UserError(

@@ -92,3 +92,13 @@ def test_a_plan_keeps_the_inputs_of_every_block():
     ]
     weights = shape_of(model_of(n_blocks=6)).parameters - shape_of(model_of(n_blocks=2)).parameters
     assert phases[1] - phases[0] == 4 * weights + 4 * 4 * 16 * 32 * 192
+
+
+def test_what_is_mapped_from_files_need_not_fit():
+    shape = shape_of(model_of(n_blocks=6))
+    calib, evaluation = CalibConfig("squad", 4, 32), EvalConfig(name="x", corpora=[], seq_len=32, tasks=[])
+    for device in (CPU, GPU):
+        phases = run_memory(shape, METHODS["gptq"], calib, evaluation, None, dtype=torch.float32, device=device)
+        assert phases["load"].host == phases["load"].mapped == 4 * shape.parameters
+        assert 0 < phases["quantize"].mapped <= 4 * shape.parameters
+        assert phases["quantize"].host > phases["quantize"].mapped
