@@ -7,9 +7,10 @@
     python benchmarks/estimate.py --cases wide_rtn
 
 A case of SmolLM2 is ``ptq161 estimate`` and then ``ptq161 run`` with the same settings, in processes of their own; it
-keeps four blocks of the model and scores perplexities alone, so that it takes a minute or so. A case called ``wide_``
+keeps four blocks of the model and scores perplexities alone, so that it takes a minute or so. Both measure processor
+seconds of one thread, in which other work on the machine counts little. A case called ``wide_``
 is ``benchmarks/large_model.py``: two random blocks of LLaMA-2-7B's shape out of their folder, with the memory that
-:func:`ptq161.estimate.memory.quantization_memory` predicts. Seconds are worth something on a quiet machine alone.
+:func:`ptq161.estimate.memory.quantization_memory` predicts.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ _METHODS = {
     "ptq161": ["method=ptq161", "method.epochs=2"],
     "waterfill": ["method=waterfill", "method.epochs=2"],
 }
+_PROGRAM = [
+    sys.executable,
+    "-c",
+    "import sys, time; time.perf_counter = time.process_time; from ptq161.__main__ import main; sys.exit(main())",
+]
+"""``ptq161`` with processor seconds in the place of those of the clock."""
 _WIDE = ("rtn", "ptq161")
 _SAMPLES, _SEQ_LEN = 2, 256
 
@@ -59,9 +66,9 @@ def main() -> None:
 def small(method: list[str]) -> list[tuple[str, float, float, str]]:
     """Estimate and run a method on four blocks of SmolLM2; return (figure, predicted, measured, unit)."""
     settings = [*_SMALL, *method]
-    predicted = json.loads(_output([sys.executable, "-m", "ptq161", "estimate", *settings, "--json"]))
+    predicted = json.loads(_output([*_PROGRAM, "estimate", *settings, "--json"]))
     with tempfile.TemporaryDirectory(prefix="estimate.") as folder:
-        _output([sys.executable, "-m", "ptq161", "run", *settings, f"hydra.run.dir={folder}/run"])
+        _output([*_PROGRAM, "run", *settings, f"hydra.run.dir={folder}/run"])
         results = json.loads((Path(folder) / "run" / "results.json").read_text(encoding="utf-8"))
     metrics, seconds = results["metrics"], results["seconds"]
     sizes, times = predicted["sizes"], predicted["seconds"]
@@ -121,7 +128,7 @@ def predicted_of_wide(name: str) -> tuple[float, float, int]:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout

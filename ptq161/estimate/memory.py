@@ -75,7 +75,7 @@ class Held:
     mapped: float = 0.0
 
 
-def needs_of(method: Method) -> Needs:
+def needs_of(method: Method, device: torch.device) -> Needs:
     """Return what a method holds; the figures are bytes, c those of an element of its compute dtype."""
     c = COMPUTE_DTYPES[method.compute_dtype].itemsize
     if isinstance(method, Waterfill) or (isinstance(method, PTQ161) and method.codes == "learned"):
@@ -83,7 +83,10 @@ def needs_of(method: Method) -> Needs:
             return Needs(largest=12, hessians=True, factors=4.5, learning=4)
         # Latents, two moments and the rounded weight; then gradients. Absorption trains the float weights likewise.
         floats = 16 if method.absorb_epochs else 0
-        return Needs(8, hessians=True, factors=4.5, learning=12 + c + floats, stepping=16 + c + floats, outputs=1.5)
+        largest = 8 if device.type == "cpu" else 24  # a compiled pass over the latents, or several of torch's
+        return Needs(
+            largest, hessians=True, factors=4.5, learning=12 + c + floats, stepping=16 + c + floats, outputs=1.5
+        )
     if isinstance(method, PTQ161):
         # Codes in a byte, signs, salient weights, and the latter's columns once more.
         held = 1 + (2 + method.mask_ratio) * c
@@ -200,7 +203,7 @@ def _window(
     device: torch.device,
     retained: float,
 ) -> float:
-    needs, c = needs_of(method), COMPUTE_DTYPES[method.compute_dtype].itemsize
+    needs, c = needs_of(method, device), COMPUTE_DTYPES[method.compute_dtype].itemsize
     weights = sum(block.weights for block in window)
     blocks = FLOAT * sum(block.weights + block.rest for block in window)
     tokens = retained * min(method.batch_size, n_samples) * seq_len

@@ -73,7 +73,7 @@ def estimate(config: RunConfig, *, measure_time: bool = True) -> Estimate:
         raise UserError(f"model.path={config.model.path}: the model is quantized already; give a full-precision model.")
     model = empty_model(config.model)
     shape, dtype = shape_of(model), COMPUTE_DTYPES[config.dtype]
-    left_out = _left_out(config)
+    left_out, process = _left_out(config), _process()  # before the benchmark, which leaves memory behind
     seconds = None
     if measure_time:
         arguments = (model.config, shape, config.method, config.calib, config.eval)
@@ -85,7 +85,7 @@ def estimate(config: RunConfig, *, measure_time: bool = True) -> Estimate:
     memory = _memory(config, shape, sizes)
     stored = 0 if sizes is None else sizes.checkpoint_bytes + (sizes.linear_bytes if config.cache else 0)
     merged = shape.parameters * shape.dtype.itemsize if config.preprocess and config.preprocess.save_merged else 0
-    return Estimate(memory, _process(), sizes, stored + merged, seconds, left_out)
+    return Estimate(memory, process, sizes, stored + merged, seconds, left_out)
 
 
 def check_fits(config: RunConfig) -> None:
