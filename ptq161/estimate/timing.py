@@ -34,6 +34,8 @@ _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_v
 _WIDTHS_OF_OPT = ("ffn_dim", "word_embed_proj_dim")
 _LEARNING = ("epochs", "steps", "refit_steps")
 """Settings that say how long a method learns; of windows passed (epochs), or of batches."""
+_LONGER = 4
+"""Epochs or steps beside one, from which the time of a step is told."""
 _FEW_TOKENS = 16
 """Rows of the embedding, and tokens of a window, where their number does not matter."""
 _HELD_OUT = 1 / 3
@@ -133,12 +135,12 @@ def _measured(model: PreTrainedModel, method: Method, calib: CalibConfig, device
     """Measure a method on the first block of a model, with as few windows and steps as tell what each takes."""
     few = min(method.batch_size, calib.n_samples) * (2 if hasattr(method, "held_out") else 1)  # a batch may be held out
     name = _learning(method)
-    once, twice = (_replaced(method, name, amount) for amount in (1, 2))
+    once, longer = (_replaced(method, name, amount) for amount in (1, _LONGER))
     _first_block(model, once, few, _FEW_TOKENS, device)  # compiles what is compiled at first use
     plan, base = _first_block(model, once, few, calib.seq_len, device)
     _, more = _first_block(model, once, 2 * few, calib.seq_len, device)
-    longer = _first_block(model, twice, few, calib.seq_len, device)[1] if name else base
-    step = max(longer - base, 0.0) / (_steps(twice, few) - _steps(once, few)) if name else 0.0
+    last = _first_block(model, longer, few, calib.seq_len, device)[1] if name else base
+    step = max(last - base, 0.0) / (_steps(longer, few) - _steps(once, few)) if name else 0.0
     # The second run has more windows, and more steps where these follow from the windows.
     window = max(more - base - (_steps(once, 2 * few) - _steps(once, few)) * step, 0.0) / few
     fixed = max(base - few * window - _steps(once, few) * step, 0.0)
