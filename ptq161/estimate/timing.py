@@ -246,7 +246,7 @@ def _passed(model: PreTrainedModel, seq_len: int, dtype: torch.dtype, device: to
         began = time.perf_counter()
         perplexity(model, tokens, seq_len, batch_size=2)
         seconds.append((time.perf_counter() - began) / 2)
-    return min(seconds)
+    return sorted(seconds)[1]  # the first may be slower, and any beside other work
 
 
 def _stand_in(config: PretrainedConfig, n_blocks: int, divisor: int, vocabulary: int | None = None) -> PreTrainedModel:
