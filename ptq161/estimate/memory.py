@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from ptq161.data.settings import CalibConfig
+from ptq161.errors import UserError
 from ptq161.estimate.shapes import BlockShape, ModelShape
 from ptq161.estimate.sizes import Sizes
 from ptq161.evaluation.settings import EvalConfig
@@ -76,7 +77,11 @@ class Held:
 
 
 def needs_of(method: Method, device: torch.device) -> Needs:
-    """Return what a method holds; the figures are bytes, c those of an element of its compute dtype."""
+    """Return what a method holds; the figures are bytes, c those of an element of its compute dtype.
+
+    Raises:
+        UserError: the method is none of this project's own.
+    """
     c = COMPUTE_DTYPES[method.compute_dtype].itemsize
     if isinstance(method, Waterfill) or (isinstance(method, PTQ161) and method.codes == "learned"):
         if method.codes != "learned" or not method.epochs:
@@ -103,7 +108,7 @@ def needs_of(method: Method, device: torch.device) -> Needs:
         return Needs(largest=12, hessians=True, factors=4.5)
     if isinstance(method, LayerwiseMethod):
         return Needs(largest=24 if method.needs_statistics else 14, hessians=method.needs_statistics, factors=4.5)
-    raise TypeError(type(method).__name__)
+    raise UserError(f"the memory of {type(method).__name__} is not known before it is run.")
 
 
 def run_memory(

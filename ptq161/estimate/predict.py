@@ -97,10 +97,9 @@ def check_fits(config: RunConfig) -> None:
         UserError: it is, by a prediction that leaves room for its own error.
     """
     try:
-        model = empty_model(config.model)
-    except UserError:  # the run itself says it
+        memory = _memory(config, shape_of(empty_model(config.model)), None)
+    except UserError:  # the run itself says what is wrong with the model; a method of the user's own has no figures
         return
-    memory = _memory(config, shape_of(model), None)
     room = available_memory(config.device)
     for phase, held in memory.items():
         for place, needed, there in (("host", held.host - held.mapped, room.host), ("GPU", held.device, room.device)):

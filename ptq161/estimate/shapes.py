@@ -116,11 +116,15 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     return ModelShape(
         blocks=blocks,
         outside=sum(parameter.numel() for parameter in model.parameters()) - inside,
-        hidden=int(text.hidden_size),
-        heads=int(text.num_attention_heads),
+        hidden=_number(text, "hidden_size", "d_model"),  # LLaDA has the second names
+        heads=_number(text, "num_attention_heads", "n_heads"),
         vocabulary=int(text.vocab_size),
         dtype=model.dtype,
     )
+
+
+def _number(config: PretrainedConfig, *names: str) -> int:
+    return next(int(getattr(config, name)) for name in names if hasattr(config, name))
 
 
 def _block_shape(model: PreTrainedModel, block: nn.Module) -> BlockShape:

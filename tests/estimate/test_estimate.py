@@ -157,3 +157,14 @@ def test_steps_are_counted_by_epochs_and_by_batches():
     assert timing._steps(ptq161.RTN(), 10) == 0
     # Of 32 windows two batches of one are held out: scored before the first epoch, and after each.
     assert timing._steps(ptq161.Waterfill(epochs=2, batch_size=1), 32) == pytest.approx(2 * 30 + 3 * 2 / 3)
+
+
+def test_a_method_of_the_users_own_is_left_to_the_run(folder, monkeypatch):
+    class Own:
+        compute_dtype, batch_size, block_size, needs_full_chain = "float32", 1, 1, False
+
+    config = dataclasses.replace(composed([*TINY, f"model.path={folder}"]), method=Own())
+    monkeypatch.setenv(MEMORY_VARIABLE, "1")
+    check_fits(config)
+    with pytest.raises(UserError, match="the sizes of Own are not known before it is run"):
+        predict.estimate(config, measure_time=False)
