@@ -17,6 +17,7 @@ The rooms of the package, from the verbs down to the ground floor; each imports 
     search replay report watch      the commands that start runs or show their records,
     generate                        and the one that generates text
     sweep                           many runs
+    estimate                        what a run will take
     run                             one run: configuration, pipeline
     cache                           results that were computed before
     tracking                        the record of a run and its mirror

@@ -31,6 +31,7 @@ class _Verb(NamedTuple):
 _VERBS = {
     "run": _Verb("ptq161.sweep.app", "quantize a model, score it, record the run: ptq161 run KEY=VALUE ..."),
     "sweep": _Verb("ptq161.sweep.app", "a run for each combination of values: ptq161 sweep KEY=A,B ...", ("-m",)),
+    "estimate": _Verb("ptq161.estimate.__main__", "what a run will take: ptq161 estimate KEY=VALUE ..."),
     "watch": _Verb("ptq161.watch.__main__", "follow a sweep, or a run, in the terminal"),
     "report": _Verb("ptq161.report.__main__", "a page, tables and figures from recorded runs"),
     "search": _Verb("ptq161.search.__main__", "search settings for the Pareto front of two results"),

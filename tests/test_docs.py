@@ -32,7 +32,7 @@ DOCUMENTS = [page for page in PAGES if page.endswith(".md")]
 # Inline code is no link, though it may look like one.
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
-VERBS = ("report", "search", "replay", "watch", "generate", "cache")
+VERBS = ("estimate", "report", "search", "replay", "watch", "generate", "cache")
 PROGRAM = re.compile(
     r"(?:make run ARGS=|(?:[A-Z_0-9]+=\S+ )*(?:python run\.py|ptq161 (?:run|sweep|" + "|".join(VERBS) + ")"
     r"|python -m ptq161\.(?:" + "|".join(VERBS) + r"))(?:\s|$))"

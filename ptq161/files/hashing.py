@@ -12,8 +12,9 @@ if TYPE_CHECKING:  # a report hashes files alone: torch takes a second to import
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = (".py", ".cpp", ".h", ".yaml", ".json")
-_NOT_HASHED = ("__main__.py", "conf", "generate.py", "replay", "report", "search", "sweep", "watch")
-"""Rooms that start runs and show them: no module that computes a number imports them (a test reads the import graph).
+_NOT_HASHED = ("__main__.py", "conf", "estimate", "generate.py", "replay", "report", "search", "sweep", "watch")
+"""Rooms that start runs, foretell and show them: no module that computes a number imports them (a test reads the graph
+of imports).
 
 An installed package has ``conf/`` inside; the values of a configuration are part of each run's identity."""
 

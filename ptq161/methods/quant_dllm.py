@@ -101,7 +101,7 @@ class QuantDLLM(CompensatedMethod):
         check_magnitude(weight, self.scale_dtype)
         weight = weight.float().masked_fill(factor.dead, 0.0)
         pivots = factor.upper.diagonal()
-        orders = self._orders(importance(weight, pivots))  # 1
+        orders = self.orders_of(importance(weight, pivots))  # 1
         fits: list[BlockFit] = []
 
         def quantize_block(block: Tensor, start: int) -> Tensor:
@@ -122,7 +122,7 @@ class QuantDLLM(CompensatedMethod):
             scale_dtype=self.scale_dtype,
         )
 
-    def _orders(self, scores: Tensor) -> Tensor:
+    def orders_of(self, scores: Tensor) -> Tensor:
         """Return the order of each column, ``[in]``, from the importance ``[out, in]`` of the original weights."""
         in_features = scores.shape[1]
         ratio = _MIXED_RATIO if self.mixed_ratio is None else self.mixed_ratio

@@ -55,6 +55,29 @@ def write_tensors(
         ...     sorted(load_file(file).items())
         [('a', tensor([ True, False])), ('b', tensor([[0.5000]]))]
     """
+    names, head = _header(layouts, metadata)
+    with file.open("wb") as opened:
+        opened.write(head)
+        for name in names:
+            tensor = read(name)
+            assert (tensor.shape, tensor.dtype) == (layouts[name].shape, layouts[name].dtype), name
+            # numpy has no bfloat16, hence the bytes; view() needs a last dimension, hence the reshape.
+            opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def file_bytes(layouts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Return the size of the file that :func:`write_tensors` would write.
+
+    Example:
+        >>> file_bytes({"a": torch.empty(4, dtype=torch.bfloat16, device="meta")}, {})  # 8, the header, and the values
+        72
+    """
+    names, head = _header(layouts, metadata)
+    return len(head) + sum(layouts[name].numel() * layouts[name].element_size() for name in names)
+
+
+def _header(layouts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """Return the names of the tensors in the order of the file, and the bytes before them."""
     order = list(_NAMES)
     names = sorted(layouts, key=lambda name: (order.index(layouts[name].dtype), name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -69,10 +92,4 @@ def write_tensors(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight bytes
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            tensor = read(name)
-            assert (tensor.shape, tensor.dtype) == (layouts[name].shape, layouts[name].dtype), name
-            # numpy has no bfloat16, hence the bytes; view() needs a last dimension, hence the reshape.
-            opened.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return names, len(text).to_bytes(8, "little") + text

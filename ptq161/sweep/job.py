@@ -31,7 +31,9 @@ def run_job(cfg: DictConfig) -> None:
         make_paths_absolute(cfg, hydra_config.runtime.cwd)
         name_local_model(cfg, overrides)
         config = checked_config(cfg, overrides)
-        from ptq161.run.pipeline import run  # takes seconds, which a wrong configuration need not wait for
+        # Imports take seconds, which a wrong configuration need not wait for.
+        from ptq161.estimate.predict import check_fits
+        from ptq161.run.pipeline import run
         from ptq161.run.session import RunContext
 
         context = RunContext(
@@ -42,6 +44,7 @@ def run_job(cfg: DictConfig) -> None:
             group=_sweep_name(hydra_config.sweep.dir) if sweeping else None,
             sweep={"dir": hydra_config.sweep.dir, "job": hydra_config.job.num} if sweeping else None,
         )
+        check_fits(config)
         with env_override(own_run_id(hydra_config.job.num) if sweeping and config.tracker.name == "wandb" else {}):
             run(config, context)
     except Exception as error:

@@ -86,7 +86,7 @@ def test_a_sweep_a_search_and_a_replay(scripts: Path, tmp_path: Path, tiny: list
     assert done.returncode == 0 and "1 of 1 trials finished" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", ["run", "sweep", "report", "search", "replay", "watch", "cache"])
+@pytest.mark.parametrize("verb", ["run", "sweep", "estimate", "report", "search", "replay", "watch", "cache"])
 def test_every_verb_explains_itself(verb: str, scripts: Path, tmp_path: Path) -> None:
     done = start(scripts, tmp_path, "ptq161", verb, "--help")
     assert (done.returncode == 0 and "Usage" in done.stdout) or "usage" in done.stdout, done.stderr

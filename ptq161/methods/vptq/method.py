@@ -195,7 +195,7 @@ class VPTQ(CompensatedMethod):
         weight = weight.float()
         if not bool(torch.isfinite(weight).all()):
             raise UserError("a weight is NaN or infinite; check the model's checkpoint.")
-        parts = self._parts(weight.shape[1])
+        parts = self.parts(weight.shape[1])
         norm, weight = self._normalized(weight)  # 3
         order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
         if self.match_hessian and norm.column_scale is not None:
@@ -205,7 +205,7 @@ class VPTQ(CompensatedMethod):
         indices = books.quantize(weight[:, order].masked_fill(factor.dead, 0.0), factor)
         return self._pack(weight, books, indices, parts, order, norm)
 
-    def _parts(self, in_features: int) -> list[slice]:
+    def parts(self, in_features: int) -> list[slice]:
         """2. Return the outlier columns, then the groups, as places in the order of quantization."""
         outliers = math.ceil(round(self.outlier_share * in_features, 6))
         rest = (in_features - outliers) % self.groups
