@@ -120,6 +120,7 @@ def run_memory(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    stream: bool = False,
 ) -> dict[str, Held]:
     """Return what each phase of a run holds at its peak, without what a process holds before it loads a model.
 
@@ -131,13 +132,14 @@ def run_memory(
         sizes: of the packed model; None leaves out the phases that follow from them.
         dtype: of the evaluation.
         device: of the run.
+        stream: blocks are read from the model's folder as they are quantized, and linears dequantized one by one.
 
     Returns:
         phase -> bytes, in the order of the run.
     """
     model = shape.parameters * shape.dtype.itemsize
     logits = _scoring(shape, evaluation, dtype)
-    phases = {"load": Held(model, mapped=model)}
+    phases = {} if stream else {"load": Held(model, mapped=model)}
     copied = shape.dtype != dtype
     if method is None or evaluation.full_precision:
         cast = shape.parameters * dtype.itemsize
@@ -148,11 +150,19 @@ def run_memory(
         )
     if method is not None:
         retained = 1.0 if device.type == "cuda" else RETAINED
-        phases |= quantization_memory(shape, method, calib.n_samples, calib.seq_len, device=device, retained=retained)
+        phases |= quantization_memory(
+            shape,
+            method,
+            calib.n_samples,
+            calib.seq_len,
+            device=device,
+            whole_model=not stream,
+            retained=retained,
+        )
     if sizes is not None:
         rest = sizes.other_bytes
         phases["save"] = Held(rest + 2 * sizes.linear_bytes + sizes.other_bytes)
-        dense = shape.linear_weights * dtype.itemsize
+        dense = 0 if stream else shape.linear_weights * dtype.itemsize
         scoring = max(logits, 3 * FLOAT * _largest(shape.blocks))  # or a linear on its way to the dense copy
         phases["quantized"] = _peak(device, Held(0, sizes.linear_bytes + rest + dense + scoring))
     return phases

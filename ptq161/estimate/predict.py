@@ -81,7 +81,11 @@ def estimate(config: RunConfig, *, measure_time: bool = True) -> Estimate:
             seconds = run_seconds(*arguments, dtype=dtype, device=config.device)
         except UserError as error:
             left_out.append(str(error))
-    sizes = None if config.method is None else packed_sizes(model, config.method, dtype)
+    sizes = (
+        None
+        if config.method is None
+        else packed_sizes(model, config.method, dtype, embedding_bits=config.model.embedding_bits)
+    )
     memory = _memory(config, shape, sizes)
     stored = 0 if sizes is None else sizes.checkpoint_bytes + (sizes.linear_bytes if config.cache else 0)
     merged = shape.parameters * shape.dtype.itemsize if config.preprocess and config.preprocess.save_merged else 0
@@ -108,13 +112,14 @@ def check_fits(config: RunConfig) -> None:
                 raise UserError(
                     f"the run does not fit: its phase {phase!r} is predicted to take {needed / 1e9:.3g} GB of "
                     f"{place} memory, and {there / 1e9:.3g} GB are available; ptq161 estimate shows what takes it, and "
-                    f"ptq161.quantize_folder quantizes a model that is larger than the memory{helps}."
+                    f"model.stream=true quantizes a model that is larger than the memory{helps}."
                 )
 
 
 def _memory(config: RunConfig, shape: ModelShape, sizes: Sizes | None) -> dict[str, Held]:
     dtype = COMPUTE_DTYPES[config.dtype]
-    return run_memory(shape, config.method, config.calib, config.eval, sizes, dtype=dtype, device=config.device)
+    parts = (shape, config.method, config.calib, config.eval, sizes)
+    return run_memory(*parts, dtype=dtype, device=config.device, stream=config.model.stream)
 
 
 def available_memory(device: torch.device) -> Held:

@@ -22,6 +22,7 @@ from ptq161.methods import gse, nf4, rtn
 from ptq161.methods.awq import AWQ
 from ptq161.methods.base import Method
 from ptq161.methods.billm import BiLLM
+from ptq161.methods.embeddings import GROUP_SIZES, embedding_weights
 from ptq161.methods.fp4 import FP4
 from ptq161.methods.fp8 import FP8
 from ptq161.methods.gptq import GPTQ
@@ -42,6 +43,7 @@ from ptq161.models.architectures import decoder_blocks, quantized_linears
 from ptq161.packed.allotted import AllottedWeight, Grid
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
+from ptq161.packed.embedding import install_embeddings
 from ptq161.packed.fp4 import FP4Weight
 from ptq161.packed.fp8 import FP8Weight
 from ptq161.packed.layout import TENSOR_METADATA
@@ -79,13 +81,14 @@ class Sizes:
     other_bytes: int
 
 
-def packed_sizes(model: PreTrainedModel, method: Method, dtype: torch.dtype) -> Sizes:
+def packed_sizes(model: PreTrainedModel, method: Method, dtype: torch.dtype, *, embedding_bits: int = 16) -> Sizes:
     """Return what a quantized model will take.
 
     Args:
         model: from :func:`ptq161.estimate.shapes.empty_model`; its linears are replaced by packed ones, in place.
         method: the hyperparameters.
-        dtype: in which everything but the packed linears is stored.
+        dtype: in which everything but the packed weights is stored.
+        embedding_bits: of token embeddings and head.
 
     Raises:
         UserError: the settings do not fit a linear, or the method is none of this project's own.
@@ -96,6 +99,10 @@ def packed_sizes(model: PreTrainedModel, method: Method, dtype: torch.dtype) -> 
         assert isinstance(linear, nn.Linear)
         packed = layout(linear.out_features, linear.in_features)
         decoder_blocks(model)[int(block)].set_submodule(path, PackedLinear(packed, linear.bias))
+    if embedding_bits < 16:
+        rounding = RTN(bits=embedding_bits, group_size=GROUP_SIZES[embedding_bits])
+        layouts_of_ends = {name: packed_layout(rounding, *w.shape) for name, w in embedding_weights(model).items()}
+        install_embeddings(model, layouts_of_ends)
     cast_rest(model, dtype)
     layouts = _untied(model)
     stored = sum(tensor.numel() * tensor.element_size() for tensor in layouts.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptq161.checks import check_choice
@@ -12,7 +13,6 @@ from ptq161.methods.rtn import quantize_rows
 from ptq161.models.settings import EMBEDDING_BITS
 from ptq161.packed.embedding import embedding_bits, install_embeddings
 from ptq161.packed.model import packed_linears
-from ptq161.packed.uniform import UniformWeight
 
 GROUP_SIZES = {8: None, 4: 64}
 """Columns that share a scale and a zero point, by the bits of a code; None is all columns of a row."""
@@ -52,12 +52,23 @@ def quantize_embeddings(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         raise UserError(f"model.embedding_bits={bits}: the model has no packed linears; quantize it first.")
     if embedding_bits(model):
         raise UserError(f"model.embedding_bits={bits}: the model's embeddings are already quantized.")
+    install_embeddings(
+        model,
+        {name: quantize_rows(w, bits, group_size=GROUP_SIZES[bits]) for name, w in embedding_weights(model).items()},
+    )
+    return model
+
+
+def embedding_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the weights ``[vocabulary, hidden]`` of a model's token embeddings by the modules' names, tied ones once.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> sorted(embedding_weights(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))))
+        ['lm_head', 'model.embed_tokens']
+    """
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     ends = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    packed: dict[str, UniformWeight] = {}
-    for name, module in model.named_modules():
-        if module in ends:
-            packed[name] = quantize_rows(module.weight.detach(), bits, group_size=GROUP_SIZES[bits])
-    install_embeddings(model, packed)
-    return model
+    return {name: module.weight.detach() for name, module in model.named_modules() if module in ends}

@@ -102,3 +102,12 @@ def test_what_is_mapped_from_files_need_not_fit():
         assert phases["load"].host == phases["load"].mapped == 4 * shape.parameters
         assert 0 < phases["quantize"].mapped <= 4 * shape.parameters
         assert phases["quantize"].host > phases["quantize"].mapped
+
+
+def test_a_streamed_run_never_holds_the_model():
+    shape = shape_of(model_of(n_blocks=4))
+    settings = {"name": "quick", "corpora": ["boolq"], "seq_len": 64, "tasks": [], "full_precision": False}
+    given = (shape, METHODS["ptq161"], CalibConfig("squad", 8, 64), EvalConfig(**settings), None)
+    loaded, streamed = (run_memory(*given, dtype=torch.float32, device=CPU, stream=stream) for stream in (False, True))
+    assert "load" in loaded and "load" not in streamed
+    assert streamed["quantize"].host < loaded["quantize"].host - 2 * shape.linear_weights

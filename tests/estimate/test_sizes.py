@@ -60,6 +60,16 @@ def test_other_architectures(architecture, tiny_model, tmp_path):
     assert predicted.checkpoint_bytes == ptq161.save(model, None, tmp_path / "checkpoint").stat().st_size
 
 
+@pytest.mark.parametrize(("bits", "architecture"), [(8, "llama"), (4, "gemma3_text")])
+def test_packed_embeddings_untied_and_tied(bits, architecture, tiny_model, tmp_path):
+    model = tiny_model(architecture)
+    empty = empty_model(config_only(tmp_path / "config", model))
+    predicted = packed_sizes(empty, ptq161.RTN(bits=2), torch.float32, embedding_bits=bits)
+    ptq161.quantize_embeddings(ptq161.quantize(model, TOKENS, ptq161.RTN(bits=2)), bits)
+    assert predicted.checkpoint_bytes == ptq161.save(model, None, tmp_path / "checkpoint").stat().st_size
+    assert predicted.other_bytes == measure(model).other_bytes
+
+
 def test_rows_are_counted_and_not_packed():
     method = ptq161.RTN(bits=2)
     for rows in (1, 63, 64, 1000):
