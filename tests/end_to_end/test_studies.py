@@ -18,7 +18,8 @@ from tests.end_to_end.conftest import Program
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = [
+METHODS = ["none", "rtn", "gptq", "awq", "quip", "omniquant", "pb_llm", "billm"]
+METHODS += ["quant_dllm", "vptq_1_5", "vptq_1_6", "qdrop", "ptq161", "waterfill"]
     "none",
     "rtn",
     "gptq",
