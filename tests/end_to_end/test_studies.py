@@ -20,21 +20,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["none", "rtn", "gptq", "awq", "quip", "omniquant", "pb_llm", "billm"]
 METHODS += ["quant_dllm", "vptq_1_5", "vptq_1_6", "qdrop", "ptq161", "waterfill"]
-    "none",
-    "rtn",
-    "gptq",
-    "awq",
-    "quip",
-    "omniquant",
-    "pb_llm",
-    "billm",
-    "quant_dllm",
-    "vptq_1_5",
-    "vptq_1_6",
-    "qdrop",
-    "ptq161",
-    "waterfill",
-]
 
 
 @dataclasses.dataclass(frozen=True)
