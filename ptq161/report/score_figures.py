@@ -23,7 +23,7 @@ from ptq161.report.tables import metric_text, number_text, spread_text
 from ptq161.report.texts import NO_TEXT, UNKNOWN, comparisons, remark
 from ptq161.tracking.metric_names import better
 
-MOST_LABELS = 12
+MOST_LABELS = 16
 """Points that are labeled in print; more are told apart by their method's color alone."""
 _LONGEST_LABEL = 28
 """Letters that leave room for the axes."""
