@@ -10,9 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from ptq161.errors import UserError
+from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.results import Results
+from ptq161.report.texts import NO_TEXT, UNKNOWN
 
 COLUMNS = ("source", "table", "model", "method", "nominal_bits", "measured_bits", "metric", "value")
+FURTHER_COLUMNS = ("calibration_text", "training_tokens")
+"""Columns that a file may have as well."""
 _PAPERS_NAMES = {"ptq161_paper": "ptq161", "ptq161_paper+preprocessing": "ptq161+preprocessing"}
 """Our methods that go by another name in the papers: their values for the same method."""
 
@@ -30,6 +34,9 @@ class Published:
         measured_bits: bits per weight with everything stored counted; None where nobody did.
         metric: our name of the metric, the window's length included.
         value: NaN where the paper prints one.
+        calibration_text: our name of the corpus that the method calibrated or trained on, ``UNKNOWN`` where its source
+            does not say it, ``NO_TEXT`` for full precision.
+        training_tokens: how many tokens of it, as printed; empty where the source does not say it.
     """
 
     source: str
@@ -40,6 +47,8 @@ class Published:
     measured_bits: float | None
     metric: str
     value: float
+    calibration_text: str = UNKNOWN
+    training_tokens: str = ""
 
     @property
     def bits(self) -> float:
@@ -50,7 +59,7 @@ class Published:
 
 
 def read_published(file: Path | str) -> list[Published]:
-    """Read published figures from a CSV file with the columns ``COLUMNS``.
+    """Read published figures from a CSV file with the columns ``COLUMNS``, and any of ``FURTHER_COLUMNS``.
 
     Raises:
         UserError: the file cannot be read, lacks a column, or has a number that is none.
@@ -77,12 +86,14 @@ def compare(results: Results, published: Sequence[Published]) -> pd.DataFrame:
     A figure that a paper prints twice with different values appears twice.
 
     Returns:
-        a row per pair: ``method``, ``model``, our ``calibration_text``, ``metric``, ``published``, ``ours``, their
-        ``difference`` (ours minus the published one), ``source``, ``table`` and ``run_dir``.
+        a row per pair: ``method``, ``model``, our ``calibration_text`` and that of the published figure
+        (``published_text``), ``metric``, ``published``, ``ours``, their ``difference`` (ours minus the published one),
+        ``source``, ``table`` and ``run_dir``.
     """
     ours = results.rows.merge(results.scores.rename(columns={"value": "ours"}), left_index=True, right_on="result")
     ours["theirs"] = ours.method.replace(_PAPERS_NAMES)
-    papers = published_frame(published).rename(columns={"value": "published", "method": "theirs"})
+    names = {"value": "published", "method": "theirs", "calibration_text": "published_text"}
+    papers = published_frame(published).rename(columns=names)
     # By result, then in the order of the publications.
     places = pd.Series(range(len(results.rows)), results.rows.index)
     ours["place"], papers["entry"] = ours.result.map(places), range(len(papers))
@@ -91,7 +102,8 @@ def compare(results: Results, published: Sequence[Published]) -> pd.DataFrame:
 
 
 def _published(row: dict[str, str | None], where: str) -> Published:
-    cells = {name: (row[name] or "").strip() for name in COLUMNS}
+    cells = {name: (row.get(name) or "").strip() for name in (*COLUMNS, *FURTHER_COLUMNS)}
+    none_read = NO_TEXT if cells["method"] == FULL_PRECISION else UNKNOWN
     try:
         figure = Published(
             source=cells["source"],
@@ -102,6 +114,8 @@ def _published(row: dict[str, str | None], where: str) -> Published:
             measured_bits=float(cells["measured_bits"]) if cells["measured_bits"] else None,
             metric=cells["metric"],
             value=float(cells["value"]),
+            calibration_text=cells["calibration_text"] or none_read,
+            training_tokens=cells["training_tokens"],
         )
         if not figure.bits > 0:
             raise ValueError("bits must be positive")

@@ -20,10 +20,10 @@ from ptq161.report.published import Published, published_frame
 from ptq161.report.results import FULL, NOT_QUANTIZED, Results, is_drawable, method_name, pareto_front
 from ptq161.report.style import GRAY, SYMBOLS, add, cycled, metric_axis, panels, titled
 from ptq161.report.tables import metric_text, number_text, spread_text
-from ptq161.report.texts import NO_TEXT, comparisons, remark
+from ptq161.report.texts import NO_TEXT, UNKNOWN, comparisons, remark
 from ptq161.tracking.metric_names import better
 
-MOST_LABELS = 12
+MOST_LABELS = 16
 """Points that are labeled in print; more are told apart by their method's color alone."""
 _LONGEST_LABEL = 28
 """Letters that leave room for the axes."""
@@ -31,6 +31,8 @@ MOST_LINES = 12
 """Lines that are told apart in one panel."""
 _MOST_NOMINAL = 150
 """Results whose nominal bits are drawn from the start; of more, on request."""
+_PAPERS = ("diamond", "diamond-open", "square", "square-open", "triangle-up", "triangle-up-open")
+"""Symbols of published figures."""
 _SPREAD = 0.3
 """Share of a row over which its colors are spread, so that none hides another."""
 
@@ -45,7 +47,7 @@ def bits_figure(results: Results, metrics: Sequence[str], published: Sequence[Pu
     Args:
         results: to draw.
         metrics: names of scores.
-        published: figures that are drawn as gray diamonds where model and metric match.
+        published: figures that are drawn in gray where model and metric match, with a symbol for each calibration text.
 
     Raises:
         UserError: no quantized result has one of the metrics.
@@ -63,7 +65,7 @@ def bits_figure(results: Results, metrics: Sequence[str], published: Sequence[Pu
             *_nominal(frame),
             *_fronts(frame, metric, names_text=bool(remark(rows.rows))),
             *_by_method(frame, "bits", rows, size=10 if len(frame) <= _MOST_NOMINAL else 6),
-            _published(papers[papers.metric == metric], metric),
+            *_published(papers[papers.metric == metric], metric, cycled(sorted(papers.calibration_text), _PAPERS)),
             *_full_precision(results, metric, _around(frame.bits, frame.nominal_bits), results.rows.model),
         ]
         add(figure, i, traces, titled("bits per weight, measured"), metric_axis(metric, results.of(metric).value))
@@ -226,14 +228,20 @@ def _nominal(frame: pd.DataFrame) -> list[go.Scatter]:
     return [points, joints]
 
 
-def _published(papers: pd.DataFrame, metric: str) -> go.Scatter:
+def _published(papers: pd.DataFrame, metric: str, symbols: Mapping[str, str]) -> list[go.Scatter]:
+    """Return points of the symbol that each calibration text of the papers has."""
     papers = papers[is_drawable(metric, papers.value)]
-    hover = [
-        f"{row.method}, {row.model}: {number_text(row.value)}<br>{row.source}, {row.table}"
-        for row in papers.itertuples()
-    ]
-    style = {"mode": "markers", "marker": _marker(GRAY, 7, "diamond"), "name": "published"}
-    return go.Scatter(x=papers.bits, y=papers.value, text=papers.method, hoverinfo="text", hovertext=hover, **style)
+    traces = []
+    for text, rows in papers.groupby("calibration_text"):
+        hover = [
+            f"{row.method}, {row.model}: {number_text(row.value)}<br>{row.source}, {row.table}".rstrip(", ")
+            + (f"<br>{row.training_tokens} tokens" if row.training_tokens else "")
+            for row in rows.itertuples()
+        ]
+        name = "published" if text == UNKNOWN else f"published, calibrated on {text}"
+        style = {"mode": "markers", "marker": _marker(GRAY, 7, symbols[str(text)]), "name": name, "hoverinfo": "text"}
+        traces.append(go.Scatter(x=rows.bits, y=rows.value, text=rows.method, hovertext=hover, **style))
+    return traces
 
 
 def _full_precision(

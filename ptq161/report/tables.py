@@ -14,7 +14,7 @@ import pandas as pd
 from ptq161.report.collect import TRAININGS
 from ptq161.report.keys import differing_keys
 from ptq161.report.results import FULL, QUANTIZED, Results, method_name, metric_names
-from ptq161.report.texts import comparisons, remark
+from ptq161.report.texts import NO_TEXT, UNKNOWN, comparisons, remark
 from ptq161.tracking.metric_names import ROUNDED, SIZES, better, is_perplexity
 
 _NOT_IN_PRINT = ["seconds", "GB", "commit"]
@@ -160,11 +160,22 @@ def csv_table(results: Results) -> str:
 
 
 def markdown_comparison(compared: pd.DataFrame) -> str:
-    """Lay scores out beside the published ones, a score a row.
+    """Lay scores out beside the published ones, a score a row, with a table for each calibration text of the latter.
 
     Args:
         compared: of :func:`ptq161.report.published.compare`.
     """
+    tables = compared.groupby("published_text", sort=False)
+    return "\n".join(f"Published figures, {_calibration(str(text))}:\n\n{_comparison(rows)}" for text, rows in tables)
+
+
+def _calibration(text: str) -> str:
+    if text == NO_TEXT:
+        return "which need no calibration"
+    return "whose calibration text is not known" if text == UNKNOWN else f"calibrated on {text}"
+
+
+def _comparison(compared: pd.DataFrame) -> str:
     cells = [
         (
             method_name(row.method),
@@ -185,7 +196,7 @@ def markdown_comparison(compared: pd.DataFrame) -> str:
 def csv_comparison(compared: pd.DataFrame) -> str:
     """Lay scores out beside the published ones as CSV, unrounded; ``compared`` as in :func:`markdown_comparison`."""
     ours = ["method", "model", "calibration_text", "metric"]
-    columns = [*ours, "published", "ours", "difference", "source", "table", "run_dir"]
+    columns = [*ours, "published_text", "published", "ours", "difference", "source", "table", "run_dir"]
     return str(compared[columns].to_csv(index=False))
 
 

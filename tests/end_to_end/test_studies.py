@@ -18,7 +18,8 @@ from tests.end_to_end.conftest import Program
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["rtn", "gptq", "awq", "quip", "omniquant", "pb_llm", "billm", "ptq161"]
+METHODS = ["none", "rtn", "gptq", "awq", "quip", "omniquant", "pb_llm", "billm"]
+METHODS += ["quant_dllm", "vptq_1_5", "vptq_1_6", "qdrop", "ptq161", "waterfill"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Study:
 
 
 STUDIES = {
-    "baselines": Study({"method": ["none", *METHODS]}),
+    "baselines": Study({"method": METHODS}),
     "mask_ratio": Study({"mask_ratio": [0, 0.05, 0.1, 0.2, 0.3]}),
     "saliency": Study({"method.saliency": ["max", "mean", "hessian", "magnitude", "random"]}, x="method.saliency"),
     "block_size": Study({"block_size": [1, 2, 4]}),
@@ -115,6 +116,30 @@ STUDIES = {
         },
         overrides=("+study/equal_bytes=released,scales,learned,distilled,billm",),
     ),
+    "arithmetic": Study(
+        {
+            "preprocess": ["lora", "float", "6 bits"],
+            "preprocess.base": ["packed", "nf4", "nf4"],
+            "preprocess.arithmetic": ["float", "float", "gse"],
+            "preprocess.bits": [8, 8, 6],
+        },
+        x="preprocess",
+        overrides=("+study/arithmetic=lora,float,bits_6", "method.epochs=0"),
+    ),
+    "input_drop": Study(
+        {"method.input_drop": [0, 0.25, 0.5]},
+        x="method.input_drop",
+        overrides=("method.epochs=1", "seed=0"),
+    ),
+    "adapters": Study(
+        {
+            "finetune": ["float", "8 bits", "5 bits"],
+            "finetune.arithmetic": ["float", "gse", "gse"],
+            "finetune.bits": [8, 8, 5],
+        },
+        x="finetune",
+        overrides=("+study/adapters=float,bits_8,bits_5", "method.epochs=0"),
+    ),
     "calibration": Study(
         {
             "calib": ["squad", "coqa", "squad", "squad"],
@@ -145,7 +170,7 @@ def small_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text.write_text("A text that nothing is scored on. " * 40)
     shutil.copytree(ROOT / "conf", conf)
     small = {"steps": 1, "batch_size": 1, "seq_len": 32, "corpora": ["text_file"], "text_file": str(text)}
-    for training in ("preprocess/restorative_lora", "finetune/scales", "finetune/codes"):
+    for training in ("preprocess/restorative_lora", "finetune/scales", "finetune/codes", "finetune/gsq_tuning"):
         file = conf / f"{training}.yaml"
         file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **small}))
     return conf

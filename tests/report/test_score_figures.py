@@ -100,15 +100,18 @@ def test_bits_against_perplexity(write_run: WriteRun) -> None:
     runs = results_of(collect([write_run(name, name, *values) for name, values in methods.items()]).runs)
     point = Published("A paper", "Table 1", "tiny", "nanoquant", "1.00", 1.02, PPL, 30.0)
     foreign = Published("A paper", "", "other", "billm", "1.1", None, PPL, 30.0)
-    figure = bits_figure(runs, [PPL], [point, foreign])
+    other = Published("A paper", "Table 2", "tiny", "dbw", "1.61", None, PPL, 40.0, "c4", "29M")
+    figure = bits_figure(runs, [PPL], [point, foreign, other])
     traces = named(figure)
     assert {name: points(traces[name]) for name in methods} == {n: [(b, p)] for n, (p, b) in methods.items()}
     assert points(traces["nominal bits"]) == [(1.6, ppl) for ppl, _ in methods.values()]
     assert points(traces["published"]) == [(1.02, 30.0)]
     assert traces["published"].hovertext == ("nanoquant, tiny: 30.00<br>A paper, Table 1",)
+    assert points(traces["published, calibrated on c4"]) == [(1.61, 40.0)]
+    assert traces["published, calibrated on c4"].hovertext == ("dbw, tiny: 40.00<br>A paper, Table 2<br>29M tokens",)
     assert points(traces["Pareto front"]) == [(1.72, 50.0)]
     assert figure.layout.yaxis.type == "log"
-    assert texts(figure) == {*methods, "nanoquant", "full precision 18.00"}
+    assert texts(figure) == {*methods, "nanoquant", "dbw", "full precision 18.00"}
     assert "<b>rtn</b><br>ppl/boolq@512 565.0 ± 2.50<br>2.05 bits measured, 1.60 nominal" in traces["rtn"].hovertext[0]
 
 

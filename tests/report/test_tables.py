@@ -11,7 +11,7 @@ import pytest
 
 from ptq161.errors import UserError
 from ptq161.report.collect import collect
-from ptq161.report.published import COLUMNS, Published, compare, read_published
+from ptq161.report.published import COLUMNS, FURTHER_COLUMNS, Published, compare, read_published
 from ptq161.report.results import Results, results_of
 from ptq161.report.tables import (
     best_cells,
@@ -159,7 +159,7 @@ def test_paper_ours_difference(write_run: WriteRun) -> None:
         ("ptq161", 100.0, 80.0),
         ("ptq161", 100.0, 90.0),
     ]
-    full, first, _ = markdown_comparison(compared).splitlines()[2:]
+    full, first, _ = (line for line in markdown_comparison(compared).splitlines() if "A paper" in line)
     assert cells(first)[2:] == ["squad", "ppl/boolq@512", "80.00", "100.0", "+20.00 (+25.0 %)", "A paper, Table 6"]
     assert (cells(full)[2], cells(full)[4:7]) == ("none", ["70.0", "66.0", "-4.0 (-5.7 %)"])
     _, row, _ = csv.DictReader(io.StringIO(csv_comparison(compared)))
@@ -175,7 +175,8 @@ def test_the_papers_settings_are_the_papers_method(write_run: WriteRun) -> None:
 def test_the_published_baselines() -> None:
     figures = read_published(BASELINES)
     found = {(f.model, f.method, f.metric, f.table): f for f in figures}
-    assert len({(f.source, f.table, f.model, f.method, f.nominal_bits, f.metric) for f in figures}) == len(figures)
+    keys = {(f.source, f.table, f.model, f.method, f.bits, f.metric, f.training_tokens) for f in figures}
+    assert len(keys) == len(figures)
     assert found["llama_7b", "ptq161", "ppl/wikitext2@2048", "Table 6"].value == 20.86
     assert found["llama_7b", "ptq161+preprocessing", "ppl/wikitext2@2048", "Table 1"].value == 12.5
     assert found["opt_6.7b", "billm", "ppl/c4@2048", "Table 6"].value == 39.58
@@ -185,7 +186,7 @@ def test_the_published_baselines() -> None:
     names = {
         line.split(": ")[1] for p in conf.glob("*.yaml") for line in p.read_text().splitlines() if "name: " in line
     }
-    assert {figure.model for figure in figures} <= names
+    assert {figure.model for figure in figures} - names == {"qwen3_0_6b_base", "llama3_2_1b"}  # of NanoQuant alone
 
 
 def test_the_published_baselines_are_the_collected_ones(golden_dir: Path) -> None:
@@ -196,6 +197,41 @@ def test_the_published_baselines_are_the_collected_ones(golden_dir: Path) -> Non
     assert len(rows) > 400
     for row in rows:
         assert (row["model"], row["method"], row["metric"], f"{float(row['value']):.6g}") in ours
+
+
+def test_the_field_of_2026_is_published_with_true_bits_and_calibration_text(golden_dir: Path) -> None:
+    with (golden_dir / "published" / "field_2026.csv").open() as stream:
+        field = list(csv.DictReader(stream))
+    ours = {
+        (f.model, f.method, f.measured_bits, f.metric, f.value, f.calibration_text, f.training_tokens)
+        for f in read_published(BASELINES)
+    }
+    assert len(field) > 30
+    for row in field:
+        bits = float(row["true_bits"]) if row["true_bits"] else None
+        metric, value = f"ppl/wikitext2@{row['context']}", float(row["ppl_wikitext2"])
+        text, tokens = row["calibration_text"] or "unknown", row["training_tokens"]
+        assert (row["model"], row["method"], bits, metric, value, text, tokens) in ours
+
+
+def test_figures_of_different_calibration_texts_are_never_in_one_table(write_run: WriteRun, tmp_path: Path) -> None:
+    file = tmp_path / "published.csv"
+    lines = [
+        "A paper,,tiny,ptq161,1.61,,ppl/boolq@512,80,wikitext2,1M",
+        "A paper,,tiny,ptq161,1.61,,ppl/boolq@512,90,c4,",
+    ]
+    lines += ["A paper,,tiny,none,16,,ppl/boolq@512,18,,", "B,,tiny,ptq161,1.61,,ppl/boolq@512,85,wikitext2,"]
+    file.write_text("\n".join([",".join((*COLUMNS, *FURTHER_COLUMNS)), *lines]))
+    compared = compare(results(write_run("a", ppl=100.0), write_run("b", "none", ppl=20.0)), read_published(file))
+    tables = markdown_comparison(compared).split("Published figures, ")
+    assert tables[0] == "" and [len(table.splitlines()) for table in tables[1:]] == [6, 7, 5]
+    assert [table.partition(":")[0] for table in tables[1:]] == [
+        "which need no calibration",
+        "calibrated on wikitext2",
+        "calibrated on c4",
+    ]
+    texts = [row["published_text"] for row in csv.DictReader(io.StringIO(csv_comparison(compared)))]
+    assert texts == ["none", "wikitext2", "c4", "wikitext2"]
 
 
 @pytest.mark.parametrize(
