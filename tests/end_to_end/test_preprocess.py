@@ -109,7 +109,7 @@ def test_a_killed_training_goes_on(restored: tuple[Ended, Path, list[str]], prog
             ["preprocess.seq_len=1024"],
             "preprocess.seq_len=1024: the model takes at most 512 tokens; set preprocess.seq_len to at most 512.",
         ),
-        (["+preprocess.color=1"], "unknown key preprocess.color: known are update, rank, alpha, dropout, base, "),
+        (["+preprocess.color=1"], "unknown key preprocess.color: known are arithmetic, bits, "),
     ],
 )
 def test_refusals_are_one_sentence(program: Program, training: list[str], overrides: list[str], sentence: str) -> None:
