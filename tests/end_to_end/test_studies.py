@@ -1,4 +1,4 @@
-"""Every study of conf/study runs on a tiny model, and becomes a table and a figure from the records alone."""
+"""Studies of conf/study run on a tiny model, and become a table and a figure from the records alone; all compose."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
 
 from ptq161.report.__main__ import main
 from ptq161.report.collect import collect
+from ptq161.run.preflight import checked_config
 from tests.end_to_end.conftest import Program
 
 pytestmark = pytest.mark.slow
@@ -176,7 +181,35 @@ def small_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return conf
 
 
-@pytest.mark.parametrize("name", STUDIES)
+RUN = ("baselines", "restoration", "waterfill", "finetune", "equal_bytes", "calibration", "arithmetic", "components")
+"""Studies of which each runs something that the others do not; of the rest, the jobs alone are composed and checked."""
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in RUN])
+def test_the_jobs_of_a_study(name: str) -> None:
+    study, parser = STUDIES[name], OverridesParser.create()
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        whole = compose("config", [f"+study={name}"], return_hydra_config=True)
+        given = {o.partition("=")[0]: o for o in study.overrides}
+        params = {key: f"{key}={value}" for key, value in whole.hydra.sweeper.params.items()} | given
+        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides(list(params.values())), max_batch_size=None)
+        configs = [compose("config", [f"+study={name}", "tracker=none", *job]) for job in jobs]
+    for config, job in zip(configs, jobs, strict=True):
+        checked_config(config, [f"+study={name}", *job])
+    for key, values in study.runs.items():
+        assert [_value(config, key) for config in configs] == values
+
+
+def _value(config: DictConfig, key: str) -> Any:
+    """What the report tells runs apart by."""
+    value = OmegaConf.select(config, key)
+    if not isinstance(value, DictConfig):
+        return value
+    restored = key == "method" and config.preprocess.name != "none"
+    return value.name + ("+preprocessing" if restored else "")
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_a_study_from_its_command_to_its_figure(name: str, program: Program, small_conf: Path) -> None:
     study = STUDIES[name]
     tiny = [o for o in program.tiny if not (study.keeps_calibration and o.startswith("calib"))]

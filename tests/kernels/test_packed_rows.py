@@ -221,7 +221,7 @@ del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
 native._OPTIONS = (*native._OPTIONS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
 assert all(map(native.load, packed_rows.SOURCES))
 for kind, make in (MAKERS | OTHERS).items():
-    for shape in SHAPES[1::2]:
+    for shape in (SHAPES[1], SHAPES[5]):
         packed, bias = make(*shape), torch.randn(shape[0])
         for rows in (1, 6):
             for level in range(packed_rows.HIGHEST + 1) if kind in MAKERS else [0]:
