@@ -131,6 +131,10 @@ STUDIES = {
         x="preprocess",
         overrides=("+study/arithmetic=lora,float,bits_6", "method.epochs=0"),
     ),
+    "metis": Study(
+        {"preprocess.spectral_rank": [0, 2], "preprocess.format": ["mxfp4", "mxfp4"]},
+        overrides=("preprocess.spectral_rank=0,2", "preprocess.format=mxfp4", "method.epochs=0"),
+    ),
     "input_drop": Study(
         {"method.input_drop": [0, 0.25, 0.5]},
         x="method.input_drop",
