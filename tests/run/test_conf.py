@@ -20,7 +20,8 @@ OPTIONS = sorted(
     (path.parent.relative_to(CONF).as_posix(), path.stem) for path in CONF.rglob("*.yaml") if path.parent != CONF
 )
 # What an option needs beside its name.
-FILES = {("calib", "text_file"): ["calib.text_file=some_file"]}
+NEEDED = {("calib", "text_file"): ["calib.text_file=some_file"]}
+"""What an option cannot be without."""
 
 
 def run_config(*overrides: str) -> RunConfig:
@@ -40,7 +41,8 @@ def test_the_defaults():
 def test_every_option_of_every_group(group, option):
     in_defaults = any(group in entry for entry in OmegaConf.load(CONF / "config.yaml").defaults if entry != "_self_")
     plus = "" if in_defaults or group.startswith("hydra/") else "+"
-    config = run_config(f"{plus}{group}={option}", *FILES.get((group, option), []))
+    needed = ["+study=adapters"] if group == "study/adapters" else NEEDED.get((group, option), [])
+    config = run_config(f"{plus}{group}={option}", *needed)
     if group == "method":
         assert config.method_name == option
         assert (config.method is None) is (option == "none")
