@@ -89,9 +89,9 @@ typedef int32_t Ints16 __attribute__((vector_size(64), aligned(4), may_alias));
 // Adds those of 16 values whose bits are set.
 inline void add_where(uint64_t bits, const float* values, Floats16& sum) {
 #if defined(__AVX512BW__)
-  const __m512 before = reinterpret_cast<const __m512&>(sum);
-  reinterpret_cast<__m512&>(sum) =
-      _mm512_mask_add_ps(before, static_cast<__mmask16>(bits), before, _mm512_loadu_ps(values));
+  const __m512 before = _mm512_loadu_ps(&sum);
+  const __m512 after = _mm512_mask_add_ps(before, static_cast<__mmask16>(bits), before, _mm512_loadu_ps(values));
+  _mm512_storeu_ps(&sum, after);
 #else
   const Ints16 places = {1,     2,     4,      8,      0x10,   0x20,   0x40,   0x80,
                          0x100, 0x200, 0x400,  0x800,  0x1000, 0x2000, 0x4000, 0x8000};

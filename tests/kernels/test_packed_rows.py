@@ -218,7 +218,7 @@ from ptq161.kernels import native, packed_rows
 from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES
 
 del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
-native._OPTIONS = (*native._OPTIONS, "-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer")
+native._OPTIONS = (*native._OPTIONS, "-O0", "-fsanitize=address", "-fno-omit-frame-pointer")
 assert all(map(native.load, packed_rows.SOURCES))
 for kind, make in (MAKERS | OTHERS).items():
     for shape in (SHAPES[1], SHAPES[5]):
