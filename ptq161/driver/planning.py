@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 from ptq161.driver.capture import BlockArguments, logits_after
 from ptq161.driver.windows import looking, open_window
 from ptq161.errors import UserError
-from ptq161.methods.base import LinearStatistics, PlanningMethod, Window, block_and_path, ignore_metric, not_finite
+from ptq161.methods.base import (
+    LinearStatistics,
+    PlanningMethod,
+    Window,
+    block_and_path,
+    ignore_metric,
+    not_finite,
+    plan_windows,
+)
 from ptq161.methods.rescaling import Rescaling
 from ptq161.models.architectures import decoder_blocks
 from ptq161.seeding import stage_generator
@@ -61,7 +69,7 @@ def plan_statistics(
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise UserError("the weights were made in torch.inference_mode: load them outside, or use method.level=linear.")
     size = min(method.batch_size, len(tokens))
-    n = max(size, min(method.plan_samples, len(tokens)) // size * size)
+    n = plan_windows(method, len(tokens))
     tokens, chain = tokens[:n], [inputs[:n]]
     n_blocks = len(decoder_blocks(model))
     squares: dict[str, Tensor] = {}

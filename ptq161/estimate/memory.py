@@ -18,7 +18,7 @@ from ptq161.errors import UserError
 from ptq161.estimate.shapes import BlockShape, ModelShape
 from ptq161.estimate.sizes import Sizes
 from ptq161.evaluation.settings import EvalConfig
-from ptq161.methods.base import Method, PlanningMethod
+from ptq161.methods.base import Method, PlanningMethod, plan_windows
 from ptq161.methods.compensation import CompensatedMethod
 from ptq161.methods.layerwise import LayerwiseMethod
 from ptq161.methods.omniquant import OmniQuant
@@ -254,8 +254,7 @@ def _plan(
 ) -> list[Held]:
     """The inputs of every block are kept, a block is on the device; logits and their gradients are with the model."""
     size = min(method.batch_size, n_samples)
-    n = max(size, min(method.plan_samples, n_samples) // size * size)
-    kept = chain + (len(shape.blocks) + 2) * chain * n // n_samples
+    kept = chain + (len(shape.blocks) + 2) * chain * plan_windows(method, n_samples) // n_samples
     c = COMPUTE_DTYPES[method.compute_dtype].itemsize
     blocks = [
         FLOAT * (block.weights + block.rest)

@@ -23,7 +23,8 @@ from ptq161.errors import UserError
 from ptq161.estimate.shapes import ModelShape
 from ptq161.evaluation.likelihood import perplexity
 from ptq161.evaluation.settings import EvalConfig
-from ptq161.methods.base import Method, PlanningMethod
+from ptq161.methods.base import Method, PlanningMethod, plan_windows
+from ptq161.methods.codes.learn import held_out_batches
 from ptq161.models.architectures import decoder_blocks
 from ptq161.models.loading import auto_class
 from ptq161.numerics import plain_torch
@@ -183,8 +184,7 @@ def _steps(method: Method, n: int) -> float:
         return amount
     if getattr(method, "codes", None) != "learned":
         return amount * -(-n // size)
-    share = getattr(method, "held_out", 0.0)
-    held = min(n // size - 1, max(1, round(share * n / size))) if share else 0
+    held = held_out_batches(getattr(method, "held_out", 0.0), n, size)
     return amount * ((n - size * held) // size + _HELD_OUT * held) + _HELD_OUT * held
 
 
@@ -203,8 +203,7 @@ def _planned(method: Method, n: int) -> int:
     """Return the windows of a method's plan; 0 without one."""
     if not isinstance(method, PlanningMethod) or not method.needs_plan:
         return 0
-    size = min(method.batch_size, n)
-    return max(size, min(method.plan_samples, n) // size * size)
+    return plan_windows(method, n)
 
 
 def _plan_head(

@@ -15,7 +15,7 @@ from ptq161.driver.windows import moved
 from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.layers import CastWeight, CodedLinear, RelativeWeight
 from ptq161.methods.codes import BETAS
-from ptq161.models.architectures import blocks_path
+from ptq161.models.architectures import blocks_path, token_embeddings
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, packed_linears
@@ -121,18 +121,12 @@ def make_student(
         parametrize.register_parametrization(norm, _WEIGHT, norms[name], unsafe=True)
     embeddings: dict[str, nn.Parameter] = {}
     weights: dict[int, nn.Parameter] = {}  # by what they are in the quantized model: tied ones are one
-    for name, embedding in _embeddings(model).items() if distillation.train_embeddings else ():
+    for name, embedding in token_embeddings(model).items() if distillation.train_embeddings else ():
         stored = packed.get_submodule(name).get_parameter(_WEIGHT)
         embeddings[name] = weights.setdefault(id(stored), nn.Parameter(stored.detach().to(device, torch.float32)))
         embedding.register_parameter(_WEIGHT, embeddings[name])
         parametrize.register_parametrization(embedding, _WEIGHT, CastWeight(dtype), unsafe=True)
     return Student(model, linears, norms, embeddings)
-
-
-def _embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the embeddings of the tokens, at the model's input and output."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {name: module for name, module in model.named_modules() if module in ends}
 
 
 def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -282,6 +282,18 @@ class PlanningMethod(Method, Protocol):
         """
 
 
+def plan_windows(method: PlanningMethod, n_samples: int) -> int:
+    """Return how many of ``n_samples`` calibration windows a plan looks at: whole batches, at least one.
+
+    Example:
+        >>> import ptq161
+        >>> [plan_windows(ptq161.Waterfill(batch_size=4, plan_samples=10), n_samples) for n_samples in (3, 6, 64)]
+        [3, 4, 8]
+    """
+    size = min(method.batch_size, n_samples)
+    return max(size, min(method.plan_samples, n_samples) // size * size)
+
+
 def check_common(batch_size: int, compute_dtype: str, scale_dtype: str) -> None:
     """Check the hyperparameters that every method has.
 

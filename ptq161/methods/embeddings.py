@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.rtn import quantize_rows
+from ptq161.models.architectures import token_embeddings
 from ptq161.models.settings import EMBEDDING_BITS
 from ptq161.packed.embedding import embedding_bits, install_embeddings
 from ptq161.packed.model import packed_linears
@@ -68,7 +67,7 @@ def embedding_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         >>> sorted(embedding_weights(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))))
         ['lm_head', 'model.embed_tokens']
     """
-    embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    ends = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
-    return {name: module.weight.detach() for name, module in model.named_modules() if module in ends}
+    names: dict[nn.Parameter, str] = {}
+    for name, module in token_embeddings(model).items():
+        names.setdefault(module.get_parameter("weight"), name)
+    return {name: weight.detach() for weight, name in names.items()}

@@ -124,6 +124,12 @@ def blocks_path(model: PreTrainedModel) -> str:
     return ".".join(part for part in (head, inside, architecture_of(model).blocks) if part)
 
 
+def token_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the embeddings of the tokens by path, at the model's input and output, tied or not."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: module for name, module in model.named_modules() if module in ends}
+
+
 def decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """Return the model's list of decoder blocks."""
     blocks = model.get_submodule(blocks_path(model))

@@ -182,6 +182,16 @@ def absorb(method: Method, window: Window, settings: Learning, start: Start, pac
     return layers
 
 
+def held_out_batches(share: float, n: int, size: int) -> int:
+    """Return how many batches of ``size`` are held out of ``n`` windows: a share of them, one at least, never all.
+
+    Example:
+        >>> held_out_batches(0.125, 64, 4), held_out_batches(0.125, 8, 4), held_out_batches(0.0, 64, 4)
+        (2, 1, 0)
+    """
+    return min(n // size - 1, max(1, round(share * n / size))) if share > 0 else 0
+
+
 def learn_codes(
     window: Window,
     layers: Mapping[str, LatentLinear],
@@ -226,7 +236,7 @@ def learn_codes(
     n = window.quant_inputs.shape[0]
     size = min(settings.batch_size, n)
     # Whole batches only: the block's arguments (masks, positions) are those of a whole batch.
-    n_held = size * min(n // size - 1, max(1, round(settings.held_out * n / size))) if settings.held_out > 0 else 0
+    n_held = size * held_out_batches(settings.held_out, n, size)
     shuffled = torch.randperm(n, generator=generator)
     held, training = shuffled[:n_held], shuffled[n_held:]
     floats = floats or {}
