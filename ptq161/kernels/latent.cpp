@@ -39,14 +39,16 @@ inline float code_of(float latent, float levels, float softness) {
 
 template <typename T>
 void weight_of_row(const Grid& g, const float* latent, T* weight, int64_t i, int64_t n, float softness) {
+  // Read through the grid inside of the loop, they would keep it from becoming vector instructions.
+  const float *levels = g.levels, *center = g.center, *is_ranged = g.ranged, *step = g.step, *column = g.column;
   const float row = g.row[i], scale = g.scale[i], zero_point = g.zero_point[i], mean = g.mean[i];
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const bool ranged = g.ranged[j] != 0.0f;
-    const float cell = ranged ? scale : row * (g.column[j] * g.step[j]);
-    const float offset = ranged ? zero_point : g.center[j];
-    const float shift = ranged ? 0.0f : mean * g.column[j];
-    store(weight + j, cell * (code_of(latent[j], g.levels[j], softness) - offset) + shift);
+    const bool ranged = is_ranged[j] != 0.0f;
+    const float cell = ranged ? scale : row * (column[j] * step[j]);
+    const float offset = ranged ? zero_point : center[j];
+    const float shift = ranged ? 0.0f : mean * column[j];
+    store(weight + j, cell * (code_of(latent[j], levels[j], softness) - offset) + shift);
   }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
+from ptq161.allocation import keep_freed_memory
 from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.tuning import Tuning
 from ptq161.methods.base import Method
@@ -41,6 +42,7 @@ def run(config: RunConfig, context: RunContext) -> Results:
     Raises:
         UserError: any error that the user can put right.
     """
+    keep_freed_memory()
     results = run_once(config, context, _experiment)
     # The record is complete. Whatever the caller's stdout cannot take is lost to the screen alone.
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,6 @@ from ptq161.kernels.divergence import divergence
 from ptq161.kernels.latent import Columns, latent_weight
 
 SHAPES = [(1, 1), (7, 97), (64, 576), (192, 1536)]
-
-
-@pytest.fixture
-def torch_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "usable", lambda *_: False)
-        yield
 
 
 def layer(shape: tuple[int, int], *, with_mean: bool) -> tuple[list[Tensor], Columns, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ptq161.checks import check_at_least
 from ptq161.errors import UserError
+from ptq161.kernels.token_sums import token_sums
 from ptq161.methods.base import Method, Window, check_rate
 from ptq161.methods.blockwise import check_input_drop, mixed_inputs, replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
@@ -111,9 +112,8 @@ def relative_errors(output: Tensor, target: Tensor) -> Tensor:
         >>> round(float(error), 4)
         0.5385
     """
-    tiny = torch.finfo(torch.float32).tiny
-    error, size = (output - target).square().sum(-1), target.square().sum(-1)
-    return error.sum() / size.sum().clamp(min=tiny) + (error / size.clamp(min=tiny)).mean()
+    error: Tensor = _relative_errors(output, target)[0]
+    return error
 
 
 def block_error(output: Tensor, full: Tensor, homologous: Tensor) -> Tensor:
@@ -124,7 +124,17 @@ def block_error(output: Tensor, full: Tensor, homologous: Tensor) -> Tensor:
         >>> float(block_error(2 * target, target, target))
         3.0
     """
-    return relative_errors(output, full) + _HOMOLOGOUS * relative_errors(output, homologous)
+    of_full, of_homologous = _relative_errors(output, full, homologous)
+    error: Tensor = of_full + _HOMOLOGOUS * of_homologous
+    return error
+
+
+def _relative_errors(output: Tensor, *targets: Tensor) -> Tensor:
+    tiny = torch.finfo(torch.float32).tiny
+    sums = token_sums(output, targets)
+    together = sums.errors.sum(1) / sums.target_sizes.sum(1).clamp(min=tiny)
+    of_each_token = sums.errors / sums.target_sizes.clamp(min=tiny)
+    return together + of_each_token.mean(1)
 
 
 def absorb(method: Method, window: Window, settings: Learning, start: Start, pack: Pack) -> dict[str, LatentLinear]:

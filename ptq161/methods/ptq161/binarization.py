@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ptq161.checks import check_choice
+from ptq161.kernels.token_sums import token_sums
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 from ptq161.packed.uniform import uniform_codes, uniform_parameters
 from ptq161.packed.weight import check_magnitude
 
 SALIENT_RANGES = ("row", "salient")
+_EPSILON = 1e-8
+"""Least length of an output in a cosine."""
 
 
 def initial_scales(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,9 +210,9 @@ def block_loss(y_quant: Tensor, y_full: Tensor, y_homologous: Tensor, cosine: bo
         >>> round(float(block_loss(output, target, target)), 4)  # twice an error of 2; the direction is right
         4.0
     """
-    y_quant, loss = y_quant.float(), y_quant.new_zeros((), dtype=torch.float32)
-    for target in (y_full.float(), y_homologous.float()):
-        loss = loss + torch.nn.functional.mse_loss(y_quant, target)
-        if cosine:  # zero where every token's output has the right direction, whatever its length
-            loss = loss - torch.nn.functional.cosine_similarity(y_quant, target, dim=-1).mean().abs().log()
+    sums = token_sums(y_quant, (y_full, y_homologous))
+    loss = sums.errors.sum() / y_quant.numel()
+    if cosine:  # zero where every token's output has the right direction, whatever its length
+        length, target_lengths = (x.clamp(min=_EPSILON**2).sqrt() for x in (sums.size, sums.target_sizes))
+        loss = loss - (sums.products / (length * target_lengths)).mean(1).abs().log().sum()
     return loss

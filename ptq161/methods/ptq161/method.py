@@ -167,7 +167,7 @@ class PTQ161:
         layers = self._binarize(window, masks)
         groups = self._learned(window, layers)
         if self.epochs and groups:  # 4
-            self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0))
+            self._optimize(window, layers, torch.optim.AdamW(groups, weight_decay=0.0, fused=True))
         return {name: layer.pack() for name, layer in layers.items()}
 
     def _binarize(self, window: Window, masks: Mapping[str, Tensor]) -> dict[str, BinaryLinear]:

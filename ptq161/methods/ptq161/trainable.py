@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq161.kernels import binary_product
 from ptq161.methods.ptq161.binarization import initial_scales, nearest_codes, pack_weight
 from ptq161.packed.structured_binary import StructuredBinaryWeight
 
@@ -85,7 +86,7 @@ class BinaryLinear(nn.Module):
         self.salient_index = mask.nonzero().flatten()
         sign = torch.where(codes > 0, 1.0, -1.0) * ~mask
         self.sign = sign.to(compute_dtype)
-        self.binary_channel = (~mask).to(compute_dtype)
+        self.binary_channel = (~mask).float()
         self.salient_weight = (self.pack().dequantize() * mask).to(compute_dtype)
         self.salient_columns = self.salient_weight[:, self.salient_index].contiguous()
 
@@ -120,42 +121,39 @@ class _BinaryProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, mean: Tensor, scale: Tensor, row_angle: Tensor, column_angle: Tensor, layer: BinaryLinear
     ) -> Tensor:
         dtype = layer.compute_dtype
-        x_shape, x_dtype = x.shape, x.dtype
-        x = x.reshape(-1, x.shape[-1]).to(dtype)
+        ctx.layer, ctx.x_dtype = layer, x.dtype
+        shape = x.shape[:-1]
+        column = column_angle.flatten()
+        row_scale, row_mean = (row_angle * scale).to(dtype), (row_angle * mean).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             # Eq. 5 without its weight: r2 on the inputs, one product with the signs, then scale and r1 on the outputs.
-            u = x * column_angle.masked_fill(layer.mask, 0.0).to(dtype)
+            x, u, rest = binary_product.inputs(
+                x.reshape(-1, x.shape[-1]), column.masked_fill(layer.mask, 0.0), layer.salient_index, dtype
+            )
             z = u @ layer.sign.T
-            total = u.sum(1)
             # All else is one product more: the salient channels at their own weights, and the mean with the sum of u.
-            rest = torch.cat([x[:, layer.salient_index], total.unsqueeze(1)], dim=1)
-            rest_weight = torch.cat([layer.salient_columns, (row_angle * mean).to(dtype)], dim=1)
+            rest_weight = torch.cat([layer.salient_columns, row_mean], dim=1)
             bias = None if layer.bias is None else layer.bias.to(dtype)
             y = torch.nn.functional.linear(rest, rest_weight, bias)
-            y.addcmul_(z, (row_angle * scale).to(dtype).T)
-        ctx.save_for_backward(x, z, total, mean, scale, row_angle, column_angle)
-        ctx.layer, ctx.x_dtype = layer, x_dtype
-        return y.view(*x_shape[:-1], y.shape[-1])
+            y.addcmul_(z, row_scale.T)
+        ctx.save_for_backward(x, z, rest, row_scale, row_mean, mean, scale, row_angle, column)
+        return y.view(*shape, y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, total, mean, scale, row_angle, column_angle = ctx.saved_tensors
+        x, z, rest, row_scale, row_mean, mean, scale, row_angle, column = ctx.saved_tensors
         layer: BinaryLinear = ctx.layer
-        g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype)
+        g = grad_y.reshape(-1, grad_y.shape[-1]).to(z.dtype).contiguous()
         with torch.autocast(x.device.type, enabled=False):
-            grad_z = (g * z).sum(0, dtype=torch.float32).unsqueeze(1)
-            grad_total = (g.T @ total).float().unsqueeze(1)
-            # W before r2, which the gradient at u goes through: r1 (scale sign + mean), salient channels as they are.
-            effective = layer.sign * (row_angle * scale).to(z.dtype)
-            effective.addcmul_((row_angle * mean).to(z.dtype), layer.binary_channel)
-            effective += layer.salient_weight
-            grad_u = g @ effective
-            grad_column = (x * grad_u).sum(0, dtype=torch.float32).unsqueeze(0) * layer.learned_columns
-            grad_x = None
-            if ctx.needs_input_grad[0]:  # salient channels passed unscaled
-                grad_u.mul_(column_angle.masked_fill(layer.mask, 1.0).to(z.dtype))
-                grad_x = grad_u.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
+            grad_z, grad_total = binary_product.output_sums(g, z, rest)
+            # W before r2, which the gradient at u goes through; salient channels pass unscaled.
+            weight = binary_product.effective_weight(
+                layer.sign, layer.salient_weight, row_scale, row_mean, layer.binary_channel
+            )
+            factor = column.masked_fill(layer.mask, 1.0)
+            grad_column, grad_x = binary_product.input_gradients(g @ weight, x, factor, ctx.x_dtype)
+        grad_x = grad_x.view(*grad_y.shape[:-1], -1)
         grad_mean = row_angle * grad_total * layer.live_rows
         grad_scale = row_angle * grad_z * layer.live_rows
         grad_row = scale * grad_z + mean * grad_total
-        return grad_x, grad_mean, grad_scale, grad_row, grad_column, None
+        return grad_x, grad_mean, grad_scale, grad_row, grad_column * layer.learned_columns, None
