@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 import ptq161
+from ptq161.allocation import keep_freed_memory
 from ptq161.finetune.distillation import Distillation
 from ptq161.finetune.student import make_student
 from ptq161.kernels import native
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--updates", nargs="+", choices=("scales", "codes"), default=["scales", "codes"])
     parser.add_argument("--operators", nargs="+", choices=("compiled", "torch"), default=["compiled"])
     options = parser.parse_args()
+    keep_freed_memory()  # as a run does
     dtype = resolve_dtype("auto", CPU)[0]
     full, tokenizer = load_model(ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=options.blocks))
     distillation = Distillation(

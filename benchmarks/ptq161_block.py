@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ptq161
+from ptq161.allocation import keep_freed_memory
 from ptq161.methods.ptq161 import PTQ161, block_loss, initial_scales, quantize_salient, salient_mask
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmv_")
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--plain-steps", type=int, default=8, help="steps of the plain implementation to time")
     options = parser.parse_args()
+    keep_freed_memory()  # as a run does
     samples = options.samples or (32 if options.width == 576 else 2)
     tokens = torch.randint(0, 1000, (samples, options.seq_len), generator=torch.Generator().manual_seed(0))
     method = PTQ161(

@@ -215,11 +215,16 @@ PROGRAM = """
 import os
 import torch
 from ptq161.kernels import native, packed_rows
+from ptq161.kernels.divergence import divergence
+from ptq161.methods.codes import LatentLinear
+from ptq161.methods.ptq161 import block_loss
+from ptq161.methods.ptq161.coding import binary_grid
+from ptq161.methods.ptq161.trainable import BinaryLinear
 from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES
 
 del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
 native._OPTIONS = (*native._OPTIONS, "-O0", "-fsanitize=address", "-fno-omit-frame-pointer")
-assert all(map(native.load, packed_rows.SOURCES))
+assert all(map(native.load, [*packed_rows.SOURCES, "latent", "divergence", "token_sums", "binary_product"]))
 for kind, make in (MAKERS | OTHERS).items():
     for shape in (SHAPES[1], SHAPES[5]):
         packed, bias = make(*shape), torch.randn(shape[0])
@@ -229,6 +234,17 @@ for kind, make in (MAKERS | OTHERS).items():
                     x = torch.randn(rows, shape[1])
                     assert packed.rows_product(x, bias, int8=int8, level=level).isfinite().all()
         assert torch.equal(packed.dense(torch.float32), packed.dequantize())
+for dtype in (torch.float32, torch.bfloat16):
+    for n, n_in, n_out in ((1, 1, 1), (67, 131, 33)):
+        linear, mask = torch.nn.Linear(n_in, n_out), torch.arange(n_in) % 3 == 0
+        layers = [BinaryLinear(linear, mask, salient_bits=4, salient_range="row", scale_dtype="float16",
+                               compute_dtype=dtype)]
+        grid = binary_grid(linear.weight.detach(), mask)
+        layers.append(LatentLinear(linear, grid, grid.nearest(linear.weight.detach()), dtype))
+        for layer in layers:
+            output, target = layer(torch.randn(n, n_in, requires_grad=True)), torch.randn(n, n_out)
+            block_loss(output, target, 2 * target).backward()
+        assert divergence(output.detach(), target.to(dtype))[0].isfinite()
 print("clean")
 """
 

@@ -6,7 +6,7 @@ whose codes are learned, ``learn`` the learning itself, window by window.
 
 from ptq161.methods.codes.grid import CodeGrid, compensated_codes, fit_grid
 from ptq161.methods.codes.latent import LatentLinear
-from ptq161.methods.codes.learn import BETAS, CODES, Learning, absorb, damp, learn_codes
+from ptq161.methods.codes.learn import BETAS, CODES, Learning, damp, learn_window, start_all
 
 __all__ = [
     "BETAS",
@@ -14,9 +14,9 @@ __all__ = [
     "CodeGrid",
     "LatentLinear",
     "Learning",
-    "absorb",
     "compensated_codes",
     "damp",
     "fit_grid",
-    "learn_codes",
+    "learn_window",
+    "start_all",
 ]

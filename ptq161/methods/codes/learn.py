@@ -8,6 +8,7 @@
 4. The state with the least loss on held-out windows is kept, that of the start included.
 
 Before that, the linears that are still float can absorb the errors of those that are not (:func:`absorb`).
+:func:`learn_window` is all of it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from ptq161.methods.base import Method, Window, check_rate
 from ptq161.methods.blockwise import check_input_drop, mixed_inputs, replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
 from ptq161.methods.layerwise import collect_statistics
-from ptq161.packed.weight import PackedWeight
 
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
@@ -38,7 +38,6 @@ _SHARP = 0.75
 _HOMOLOGOUS = 0.5
 """Weight of the comparison with the full-precision block on the quantized chain's input."""
 
-Pack = Callable[[str, LatentLinear], PackedWeight]
 Start = Callable[[Sequence[str], Mapping[str, nn.Linear], Tensor], dict[str, LatentLinear]]
 """``start(names, linears, hessian)``: linears that share an input, from compensated codes."""
 
@@ -137,7 +136,67 @@ def _relative_errors(output: Tensor, *targets: Tensor) -> Tensor:
     return together + of_each_token.mean(1)
 
 
-def absorb(method: Method, window: Window, settings: Learning, start: Start, pack: Pack) -> dict[str, LatentLinear]:
+def learn_window(method: Method, window: Window, start: Start) -> dict[str, LatentLinear]:
+    """Start the linears of a window from compensated codes, and learn these.
+
+    Args:
+        method: has the settings of :class:`Learning`.
+        window: with the full-precision chain's outputs.
+        start: makes the linears of a group that shares an input.
+
+    Returns:
+        the linears in their best state.
+
+    Raises:
+        UserError: an input or a loss is not finite.
+
+    Example:
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> epochs = []
+        >>> method = ptq161.Waterfill(level="linear", epochs=2, batch_size=1)  # calls it for each window
+        >>> tokens = torch.arange(8).view(2, 4)
+        >>> on_metric = lambda name, value, **where: epochs.append(where.get("epoch")) if name == "loss" else None
+        >>> model = ptq161.quantize(model, tokens, method, on_metric=on_metric)
+        >>> epochs
+        [0, 1]
+    """
+    settings = Learning.of(method)
+    homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
+    if settings.absorb_epochs and settings.epochs:
+        layers = absorb(method, window, homologous, settings, start)
+    else:
+        layers = start_all(method, window, start)
+    learn_codes(window, layers, homologous, settings)
+    return layers
+
+
+def start_all(method: Method, window: Window, start: Start) -> dict[str, LatentLinear]:
+    """Start all linears of a window from its own weights and inputs.
+
+    Raises:
+        UserError: an input is not finite.
+
+    Example:
+        >>> import ptq161
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> method = ptq161.Waterfill(level="linear", codes="compensated")  # calls it for each window
+        >>> model = ptq161.quantize(model, torch.arange(8).view(2, 4), method)
+    """
+    statistics = collect_statistics(method, window)
+    layers: dict[str, LatentLinear] = {}
+    for group in window.input_groups:
+        layers |= start(group, window.linears, statistics.pop(group[0]).hessian)
+    return layers
+
+
+def absorb(
+    method: Method, window: Window, homologous: Tensor, settings: Learning, start: Start
+) -> dict[str, LatentLinear]:
     """Start the linears of a window one input group after the other, each from what those before it have left.
 
     After each group, codes and factors of the linears that have them are learned together with the weights of those
@@ -148,9 +207,9 @@ def absorb(method: Method, window: Window, settings: Learning, start: Start, pac
     Args:
         method: for the statistics of the inputs.
         window: with the full-precision chain's outputs.
+        homologous: ``[n_samples, seq_len, hidden]``, the full-precision window on the quantized chain's inputs.
         settings: how.
         start: makes the linears of a group.
-        pack: packs a linear as learned so far.
 
     Returns:
         the linears to learn.
@@ -183,12 +242,12 @@ def absorb(method: Method, window: Window, settings: Learning, start: Start, pac
     for i, group in enumerate(groups):
         rest = {name: floats[name] for later in groups[i:] for name in later}
         with replaced_linears(window, {**layers, **rest}):
-            seen = dataclasses.replace(window, linears=rest, input_groups=groups[i:])
+            seen = dataclasses.replace(window, linears=rest, input_groups=[group])
             hessian = collect_statistics(method, seen)[group[0]].hessian
         layers |= start(group, rest, hessian)
         left = {name: linear for name, linear in rest.items() if name not in group}
         if left:
-            learn_codes(quiet, layers, brief, pack, left)
+            learn_codes(quiet, layers, homologous, brief, left)
     return layers
 
 
@@ -205,23 +264,20 @@ def held_out_batches(share: float, n: int, size: int) -> int:
 def learn_codes(
     window: Window,
     layers: Mapping[str, LatentLinear],
+    homologous: Tensor,
     settings: Learning,
-    pack: Pack,
     floats: Mapping[str, nn.Linear] | None = None,
-) -> dict[str, PackedWeight]:
-    """Learn the codes of a window's linears.
+) -> None:
+    """Learn the codes of a window's linears, which end in their best state.
 
     ``on_metric`` receives ``loss``, the mean over each epoch, and ``held_out_loss`` at its end; epoch -1 is the start.
 
     Args:
         window: with the full-precision chain's outputs.
         layers: for each linear, from its compensated codes.
+        homologous: ``[n_samples, seq_len, hidden]``, the full-precision window on the quantized chain's inputs.
         settings: how.
-        pack: packs a linear as learned so far.
         floats: linears whose weights are learned as well, in place.
-
-    Returns:
-        the packed weights of the best state.
 
     Raises:
         UserError: a loss is not finite.
@@ -231,17 +287,15 @@ def learn_codes(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1}
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> epochs = []
-        >>> method = ptq161.Waterfill(level="linear", epochs=2, batch_size=1)  # calls it for each window
-        >>> tokens = torch.arange(8).view(2, 4)
-        >>> on_metric = lambda name, value, **where: epochs.append(where.get("epoch")) if name == "loss" else None
-        >>> model = ptq161.quantize(model, tokens, method, on_metric=on_metric)
-        >>> epochs
-        [0, 1]
+        >>> losses = []
+        >>> method = ptq161.Waterfill(level="linear", epochs=2, batch_size=1, held_out=0.5)  # calls it
+        >>> on_metric = lambda name, value, **where: losses.append(value) if name == "held_out_loss" else None
+        >>> model = ptq161.quantize(model, torch.arange(16).remainder(8).view(4, 4), method, on_metric=on_metric)
+        >>> len(losses)  # at the start and after each epoch
+        3
     """
     full = window.full_outputs
     assert full is not None, "the driver brings the full-precision chain (needs_full_chain)"
-    homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
     generator, dropping = window.generator("codes"), window.generator("input_drop")
     n = window.quant_inputs.shape[0]
     size = min(settings.batch_size, n)
@@ -262,8 +316,10 @@ def learn_codes(
             output = window.run(x)
         return block_error(output.float(), window.to_device(full[batch]), window.to_device(homologous[batch]))
 
-    def packed() -> dict[str, PackedWeight]:
-        return {name: pack(name, layer) for name, layer in layers.items()}
+    learned = [parameter for layer in layers.values() for parameter in layer.parameters()]
+
+    def state() -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in learned]
 
     def soften(share: float) -> None:
         for layer in layers.values():
@@ -278,7 +334,7 @@ def learn_codes(
         return loss
 
     with replaced_linears(window, {**layers, **floats}):
-        best, least = packed(), held_out_loss(-1) if n_held else math.inf
+        best, least = (state(), held_out_loss(-1)) if n_held else ([], math.inf)
         step = 0
         for epoch in range(settings.epochs):
             losses = []
@@ -302,8 +358,11 @@ def learn_codes(
                 continue
             found = held_out_loss(epoch)
             if found < least:
-                best, least = packed(), found
-        return best if n_held else packed()
+                best, least = state(), found
+    if n_held:
+        with torch.no_grad():
+            for parameter, value in zip(learned, best, strict=True):
+                parameter.copy_(value)
 
 
 def _optimizer(

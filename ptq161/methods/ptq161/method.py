@@ -28,7 +28,7 @@ from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import Window, check_common, check_rate, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
-from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, absorb, compensated_codes, learn_codes
+from ptq161.methods.codes import CODES, CodeGrid, LatentLinear, Learning, compensated_codes, learn_window
 from ptq161.methods.compensation import check_damping
 from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.ptq161.binarization import SALIENT_RANGES, block_loss
@@ -208,15 +208,8 @@ class PTQ161:
                 for name in names
             }
 
-        def pack(_: str, layer: LatentLinear) -> PackedWeight:
-            return pack_latent(layer, self.salient_bits, self.scale_dtype)
-
-        if self.absorb_epochs and self.epochs:
-            layers = absorb(self, window, Learning.of(self), start, pack)
-        else:
-            found = self._compensated(window, masks)
-            layers = {name: self._latent(window.linears[name], *found[name]) for name in found}
-        return learn_codes(window, layers, Learning.of(self), pack)
+        layers = learn_window(self, window, start)
+        return {name: pack_latent(layer, self.salient_bits, self.scale_dtype) for name, layer in layers.items()}
 
     def _latent(self, linear: nn.Linear, grid: CodeGrid, codes: Tensor) -> LatentLinear:
         layer = LatentLinear(linear, grid, codes, COMPUTE_DTYPES[self.compute_dtype])

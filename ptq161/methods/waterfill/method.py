@@ -3,7 +3,7 @@
 1. allot bits to the input channels, per linear or for the whole model (:mod:`ptq161.methods.waterfill.allotment`);
 2. fit the grid of each linear's codes (:func:`~ptq161.methods.codes.fit_grid`);
 3. choose codes with error compensation (:func:`~ptq161.methods.codes.compensated_codes`);
-4. learn codes and factors against the full-precision block (:func:`~ptq161.methods.codes.learn_codes`).
+4. learn codes and factors against the full-precision block (:func:`~ptq161.methods.codes.learn_window`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
-from ptq161.methods.codes import CODES, LatentLinear, Learning, absorb, compensated_codes, fit_grid, learn_codes
+from ptq161.methods.codes import CODES, LatentLinear, Learning, compensated_codes, fit_grid, learn_window, start_all
 from ptq161.methods.compensation import check_damping
-from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.waterfill.allotment import allot, channel_energy, check_budget
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.allotted import AllottedWeight, Grid, check_tiers
@@ -145,16 +144,8 @@ class Waterfill:
             codes = layer.codes().to(torch.uint8)
             return AllottedWeight.pack(codes, bits[name], factors, tiers=list(self.tiers), scale_dtype=self.scale_dtype)
 
-        learns = self.codes == "learned" and self.epochs > 0
-        if learns and self.absorb_epochs:
-            layers = absorb(self, window, Learning.of(self), start, pack)
-        else:
-            statistics = collect_statistics(self, window)
-            layers = {}
-            for group in window.input_groups:
-                layers |= start(group, window.linears, statistics.pop(group[0]).hessian)
-        if learns:  # 4
-            return learn_codes(window, layers, Learning.of(self), pack)
+        learns = self.codes == "learned" and self.epochs > 0  # 4
+        layers = learn_window(self, window, start) if learns else start_all(self, window, start)
         return {name: pack(name, layer) for name, layer in layers.items()}
 
     def _allotted(self, window: Window, name: str, hessian: Tensor) -> Tensor:
