@@ -49,6 +49,12 @@ def test_a_tiny_model_of_your_own(text: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint" / "packed.safetensors").is_file()
 
 
+def test_a_packed_model_in_use(text: Path, tmp_path: Path) -> None:
+    run("quantize_your_own_model.py", "--tiny", "--text", text, "--out", tmp_path / "checkpoint", *SMALL)
+    printed = run("use_a_packed_model.py", tmp_path / "checkpoint", "--prompt", "Line 7", "--tokens", "5")
+    assert len(re.findall(r"[\d.]+ tokens per second", printed)) == 3 and "Line 7" in printed
+
+
 def test_a_folder_of_your_own(text: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model_dir, tmp_path / "model")
     printed = run("quantize_your_own_model.py", "--model", model, "--text", text, "--out", tmp_path / "out", *SMALL)
