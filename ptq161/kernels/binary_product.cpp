@@ -2,6 +2,7 @@
 // What is computed is told in binary_product.py, beside the same in torch.
 
 #include "bfloat16.h"
+#include "floats.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -21,9 +22,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunkTokens = 64;  // tokens whose sums are added up before those of other chunks
 constexpr int64_t kGrain = 16;        // tokens, or rows of a weight, of one task at least
-
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // Calls a function with a tensor's elements, as float* or as uint16_t* where they are bfloat16.
 template <typename F>

@@ -2,6 +2,7 @@
 // What is computed is told in latent.py, beside the same in torch.
 
 #include "bfloat16.h"
+#include "floats.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,9 +21,6 @@ using torch::stable::Tensor;
 
 constexpr float kSlack = 0.75f;    // cells outside of the grid within which a latent has a gradient
 constexpr int64_t kChunkRows = 16;  // rows whose column sums are added up before those of other chunks
-
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // What describes the columns of a weight, [in] each, and its rows, [out] each.
 struct Grid {

@@ -1,6 +1,8 @@
 // Sums of squares and products over the features of each token, and their gradient: one pass over the outputs each.
 // What is computed is told in token_sums.py, beside the same in torch.
 
+#include "floats.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,9 +15,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 16;  // tokens of one task at least
-
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
-float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 std::vector<const float*> pointers(const std::vector<Tensor>& tensors) {
   std::vector<const float*> found;
