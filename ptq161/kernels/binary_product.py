@@ -31,7 +31,9 @@ def inputs(x: Tensor, column: Tensor, salient: Tensor, dtype: torch.dtype) -> tu
         [[[1.0, 2.0, 3.0]], [[2.0, 2.0, 0.0]], [[3.0, 4.0]]]
     """
     if _compiled(dtype, x, column):
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.ptq161.binary_inputs(x, column, salient, _is_bfloat16(dtype))
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.ptq161.binary_inputs(
+            x, column, salient, dtype == torch.bfloat16
+        )
         return found
     x = x.to(dtype)
     scaled = x * column.to(dtype)
@@ -100,7 +102,7 @@ def input_gradients(grad: Tensor, x: Tensor, factor: Tensor, dtype: torch.dtype)
         (tensor([[3., 8.]]), tensor([[2., 2.]]))
     """
     if _compiled(dtype, grad, x, factor):
-        found: tuple[Tensor, Tensor] = torch.ops.ptq161.binary_input_gradients(grad, x, factor, _is_bfloat16(dtype))
+        found: tuple[Tensor, Tensor] = torch.ops.ptq161.binary_input_gradients(grad, x, factor, dtype == torch.bfloat16)
         return found
     return (grad * x).sum(0, dtype=torch.float32).unsqueeze(0), (grad * factor.to(grad.dtype)).to(dtype)
 
@@ -109,7 +111,3 @@ def _compiled(dtype: torch.dtype, *tensors: Tensor) -> bool:
     dtypes = (dtype, *(tensor.dtype for tensor in tensors))
     plain = all(found in (torch.float32, torch.bfloat16) for found in dtypes)
     return plain and all(t.is_contiguous() for t in tensors) and native.usable("binary_product", *tensors)
-
-
-def _is_bfloat16(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16
