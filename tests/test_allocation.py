@@ -11,30 +11,33 @@ import pytest
 
 from ptq161 import allocation
 
-FAULTS = """
-import resource, sys, torch
+KEPT = """
+import ctypes, sys, torch
 from ptq161.allocation import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-def step():
-    tensors = [torch.zeros(4 << 20, dtype=torch.uint8) for _ in range(30)]
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+mallinfo = ctypes.CDLL(None).mallinfo
+mallinfo.restype = Mallinfo
+before = mallinfo()
+torch.zeros(30 << 20, dtype=torch.uint8)
+after = mallinfo()
+print(after.arena + after.hblkhd - before.arena - before.hblkhd)
 """
+"""Prints the allocator's own account of the bytes that it has not given back after a tensor of 30 MB is freed (page
+faults, which these save, are not counted in every sandbox)."""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_steps_fault_less_where_memory_is_kept() -> None:
+def test_what_is_freed_is_kept_for_the_next_step() -> None:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    found = [
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, check=True, env=plain).stdout)
+    kept, left = [
+        int(subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, check=True, env=plain).stdout)
         for how in ("keep", "leave")
     ]
-    assert found[0] < found[1] / 20, found
+    assert kept > 25 << 20 > 5 << 20 > left, (kept, left)
 
 
 def test_the_environment_and_other_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
