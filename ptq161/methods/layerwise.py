@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ptq161.errors import UserError
-from ptq161.kernels.matmul import linear
+from ptq161.kernels.matmul import bfloat16_operands, linear
 from ptq161.methods.base import Method, Window, check_common, not_finite
 from ptq161.models.linears import linear_of
 from ptq161.packed.uniform import check_uniform
@@ -248,22 +248,45 @@ def collect_statistics(method: Method, window: Window) -> dict[str, InputStatist
         >>> statistics.hessian.tolist(), statistics.absolute_mean.tolist()
         ([[20.0, -4.0], [-4.0, 8.0]], [2.0, 1.0])
     """
+    watched = watching_inputs(window, method.compute_dtype, stop=True)
+    with watched as statistics, torch.no_grad(), window.autocast(method.compute_dtype):
+        for batch in window.batches(method.batch_size):
+            with contextlib.suppress(_AllSeenError):
+                window.run(window.to_device(window.quant_inputs[batch]))
+    return statistics
+
+
+@contextlib.contextmanager
+def watching_inputs(window: Window, compute_dtype: str, *, stop: bool = False) -> Iterator[dict[str, InputStatistics]]:
+    """Accumulate what the linears see while the window runs, once, on the quantized chain inside this context.
+
+    Args:
+        window: whose linears are watched.
+        compute_dtype: in which it runs.
+        stop: end each forward pass, by an exception, where the last group's input has been seen.
+
+    Yields:
+        the statistics by the first name of each input group, complete once the context is left.
+
+    Raises:
+        UserError: an input is NaN or infinite.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> layer, x = nn.Linear(2, 2), torch.tensor([[[1.0, -2.0], [3.0, 0.0]]])
+        >>> window = SimpleNamespace(input_groups=[["0.q"]], linears={"0.q": layer}, quant_inputs=x, device=x.device)
+        >>> with watching_inputs(window, "float32") as statistics:
+        ...     y = layer(x)
+        >>> statistics["0.q"].n_tokens, statistics["0.q"].hessian.tolist()
+        (2, [[20.0, -4.0], [-4.0, 8.0]])
+    """
     statistics = {group[0]: _empty(window.linears[group[0]], window.device) for group in window.input_groups}
     last = window.input_groups[-1][0]
-    hooks = [
-        window.linears[name].register_forward_pre_hook(
-            _accumulate_into(name, entry, method.compute_dtype, stop=name == last)
-        )
-        for name, entry in statistics.items()
-    ]
-    try:
-        with torch.no_grad(), window.autocast(method.compute_dtype):
-            for batch in window.batches(method.batch_size):
-                with contextlib.suppress(_AllSeenError):
-                    window.run(window.to_device(window.quant_inputs[batch]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks:
+        for name, entry in statistics.items():
+            hook = _accumulate_into(name, entry, compute_dtype, stop=stop and name == last)
+            hooks.enter_context(window.linears[name].register_forward_pre_hook(hook))
+        yield statistics
     n_sequences = window.quant_inputs.shape[0]
     for entry in statistics.values():
         entry.n_sequences = n_sequences
@@ -275,7 +298,6 @@ def collect_statistics(method: Method, window: Window) -> dict[str, InputStatist
         # The factor 2/n is that of GPTQ's add_batch; a batch counts by its sequences, not by its tokens.
         entry.hessian = (entry.hessian.triu() + entry.hessian.triu(1).T) * (2 / n_sequences)
         entry.absolute_mean /= entry.n_tokens
-    return statistics
 
 
 def _empty(linear: nn.Linear, device: torch.device) -> InputStatistics:
@@ -298,6 +320,7 @@ def _accumulate_into(
         x: Tensor = args[0].detach()
         # Autocast would also cast this product; the hessian has to be float32.
         with torch.autocast(x.device.type, enabled=False):
+            products = bfloat16_operands() if x.dtype == torch.bfloat16 else contextlib.nullcontext()
             x = x.flatten(0, -2).float()
             absolute = x.abs()
             total = absolute.sum(0)
@@ -306,7 +329,8 @@ def _accumulate_into(
             entry.n_tokens += x.shape[0]
             entry.absolute_mean += total
             torch.maximum(entry.absolute_max, absolute.amax(0), out=entry.absolute_max)
-            _add_upper_products(entry.hessian, x)
+            with products:
+                _add_upper_products(entry.hessian, x)
         if stop:
             raise _AllSeenError
 

@@ -29,6 +29,15 @@ def test_tensors_in_another_order_of_memory() -> None:
     torch.testing.assert_close(matmul.linear(x.T, weight.T).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_values_of_bfloat16_lose_nothing() -> None:
+    x, weight, _ = (t.bfloat16().float() for t in tensors(300, 700, out=90))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with matmul.bfloat16_operands():
+        ours = matmul.linear(x, weight)
+    assert ours.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == before
+    torch.testing.assert_close(ours.double(), x.double() @ weight.double().T, rtol=0, atol=2e-4)  # sums of 700
+
+
 def test_other_dtypes_go_to_torch() -> None:
     x, weight, bias = tensors(7, 40, dtype=torch.float64)
     assert torch.equal(matmul.linear(x, weight, bias), nn.functional.linear(x, weight, bias))

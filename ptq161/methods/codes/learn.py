@@ -28,7 +28,7 @@ from ptq161.kernels.token_sums import token_sums
 from ptq161.methods.base import Method, Window, check_rate
 from ptq161.methods.blockwise import check_input_drop, mixed_inputs, replaced_linears
 from ptq161.methods.codes.latent import LatentLinear
-from ptq161.methods.layerwise import collect_statistics
+from ptq161.methods.layerwise import InputStatistics, collect_statistics, watching_inputs
 
 CODES = ("rounded", "compensated", "learned")
 """How codes are chosen: the nearest ones, those of error compensation, or learned from these."""
@@ -164,20 +164,27 @@ def learn_window(method: Method, window: Window, start: Start) -> dict[str, Late
         [0, 1]
     """
     settings = Learning.of(method)
-    homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
-    if settings.absorb_epochs and settings.epochs:
-        layers = absorb(method, window, homologous, settings, start)
+    absorbs = settings.absorb_epochs > 0 and settings.epochs > 0
+    watched = dataclasses.replace(window, input_groups=window.input_groups[:1]) if absorbs else window
+    with watching_inputs(watched, settings.compute_dtype) as statistics:
+        homologous = window.run_all(window.quant_inputs, settings.batch_size, settings.compute_dtype)
+    if absorbs:
+        layers = absorb(method, window, homologous, statistics, settings, start)
     else:
-        layers = start_all(method, window, start)
+        layers = start_all(window, start, statistics)
     learn_codes(window, layers, homologous, settings)
     return layers
 
 
-def start_all(method: Method, window: Window, start: Start) -> dict[str, LatentLinear]:
+def start_all(
+    window: Window, start: Start, statistics: MutableMapping[str, InputStatistics]
+) -> dict[str, LatentLinear]:
     """Start all linears of a window from its own weights and inputs.
 
-    Raises:
-        UserError: an input is not finite.
+    Args:
+        window: whose linears.
+        start: makes those of a group that shares an input.
+        statistics: of the inputs, by the first name of each group; those that were used are removed.
 
     Example:
         >>> import ptq161
@@ -187,7 +194,6 @@ def start_all(method: Method, window: Window, start: Start) -> dict[str, LatentL
         >>> method = ptq161.Waterfill(level="linear", codes="compensated")  # calls it for each window
         >>> model = ptq161.quantize(model, torch.arange(8).view(2, 4), method)
     """
-    statistics = collect_statistics(method, window)
     layers: dict[str, LatentLinear] = {}
     for group in window.input_groups:
         layers |= start(group, window.linears, statistics.pop(group[0]).hessian)
@@ -195,7 +201,12 @@ def start_all(method: Method, window: Window, start: Start) -> dict[str, LatentL
 
 
 def absorb(
-    method: Method, window: Window, homologous: Tensor, settings: Learning, start: Start
+    method: Method,
+    window: Window,
+    homologous: Tensor,
+    statistics: Mapping[str, InputStatistics],
+    settings: Learning,
+    start: Start,
 ) -> dict[str, LatentLinear]:
     """Start the linears of a window one input group after the other, each from what those before it have left.
 
@@ -208,6 +219,7 @@ def absorb(
         method: for the statistics of the inputs.
         window: with the full-precision chain's outputs.
         homologous: ``[n_samples, seq_len, hidden]``, the full-precision window on the quantized chain's inputs.
+        statistics: of the first group's inputs.
         settings: how.
         start: makes the linears of a group.
 
@@ -241,10 +253,11 @@ def absorb(
     groups = window.input_groups
     for i, group in enumerate(groups):
         rest = {name: floats[name] for later in groups[i:] for name in later}
-        with replaced_linears(window, {**layers, **rest}):
-            seen = dataclasses.replace(window, linears=rest, input_groups=[group])
-            hessian = collect_statistics(method, seen)[group[0]].hessian
-        layers |= start(group, rest, hessian)
+        if i > 0:
+            with replaced_linears(window, {**layers, **rest}):
+                seen = dataclasses.replace(window, linears=rest, input_groups=[group])
+                statistics = collect_statistics(method, seen)
+        layers |= start(group, rest, statistics[group[0]].hessian)
         left = {name: linear for name, linear in rest.items() if name not in group}
         if left:
             learn_codes(quiet, layers, homologous, brief, left)

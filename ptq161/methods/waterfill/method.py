@@ -20,6 +20,7 @@ from ptq161.errors import UserError
 from ptq161.methods.base import LinearStatistics, Window, check_common, prefix_errors
 from ptq161.methods.codes import CODES, LatentLinear, Learning, compensated_codes, fit_grid, learn_window, start_all
 from ptq161.methods.compensation import check_damping
+from ptq161.methods.layerwise import collect_statistics
 from ptq161.methods.waterfill.allotment import allot, channel_energy, check_budget
 from ptq161.numerics import COMPUTE_DTYPES
 from ptq161.packed.allotted import AllottedWeight, Grid, check_tiers
@@ -144,8 +145,10 @@ class Waterfill:
             codes = layer.codes().to(torch.uint8)
             return AllottedWeight.pack(codes, bits[name], factors, tiers=list(self.tiers), scale_dtype=self.scale_dtype)
 
-        learns = self.codes == "learned" and self.epochs > 0  # 4
-        layers = learn_window(self, window, start) if learns else start_all(self, window, start)
+        if self.codes == "learned" and self.epochs > 0:
+            layers = learn_window(self, window, start)  # 4
+        else:
+            layers = start_all(window, start, collect_statistics(self, window))
         return {name: pack(name, layer) for name, layer in layers.items()}
 
     def _allotted(self, window: Window, name: str, hessian: Tensor) -> Tensor:
