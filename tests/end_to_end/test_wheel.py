@@ -90,9 +90,6 @@ def test_a_sweep_a_search_and_a_replay(scripts: Path, tmp_path: Path, tiny: list
 def test_every_verb_explains_itself(verb: str, scripts: Path, tmp_path: Path) -> None:
     done = start(scripts, tmp_path, "ptq161", verb, "--help")
     assert (done.returncode == 0 and "Usage" in done.stdout) or "usage" in done.stdout, done.stderr
-    if verb not in ("run", "sweep"):
-        as_module = start(scripts, tmp_path, "python", "-m", f"ptq161.{verb}", "--help")
-        assert as_module.returncode == 0, as_module.stderr
 
 
 def test_without_the_packages_of_a_verb_one_sentence(scripts: Path, tmp_path: Path) -> None:

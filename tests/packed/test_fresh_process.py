@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -65,30 +65,52 @@ import ptq161
 from ptq161.evaluation.likelihood import perplexity
 from ptq161.packed.model import sha256_of_packed
 
-folder, dense, tokens = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
-model, _ = ptq161.load(folder)
-ptq161.export(folder, dense)
-exported = transformers.AutoModelForCausalLM.from_pretrained(dense)
-scores = [perplexity(m, tokens, int(sys.argv[4])).value for m in (model, exported)]
-print(json.dumps([sha256_of_packed(model), *scores]))
+tokens, found = torch.tensor(json.loads(sys.argv[1])), {}
+for folder in sys.argv[3:]:
+    model, _ = ptq161.load(f"{folder}/packed")
+    ptq161.export(f"{folder}/packed", f"{folder}/dense")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/dense")
+    scores = [perplexity(m, tokens, int(sys.argv[2])).value for m in (model, exported)]
+    found[folder] = [sha256_of_packed(model), *scores]
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_a_fresh_process_loads_exports_and_scores_the_same_bits(
-    method: Method,
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A method's model, and what the other process has said of it."""
+
+    model: PreTrainedModel
+    sha256: str
+    scores: list[float]
+
+
+@pytest.fixture(scope="module")
+def opened(
     tiny_model: Callable[..., PreTrainedModel],
     tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
-    model = ptq161.quantize(tiny_model("llama"), TOKENS, method)
-    ptq161.save(model, tiny_tokenizer, tmp_path / "packed")
-    arguments = [str(tmp_path / "packed"), str(tmp_path / "dense"), json.dumps(TOKENS.flatten().tolist()), str(SEQ_LEN)]
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Opened]:
+    """Every method's model, opened and exported by one process, by the method's name."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {type(method).__name__: ptq161.quantize(tiny_model("llama"), TOKENS, method) for method in METHODS}
+    for name, model in models.items():
+        ptq161.save(model, tiny_tokenizer, folder / name / "packed")
+    arguments = [json.dumps(TOKENS.flatten().tolist()), str(SEQ_LEN), *(str(folder / name) for name in models)]
     done = subprocess.run([sys.executable, "-c", OPEN, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    sha256, *scores = json.loads(done.stdout)
-    assert sha256 == sha256_of_packed(model)
-    assert scores == [perplexity(model, TOKENS.flatten(), SEQ_LEN).value] * 2
+    found = json.loads(done.stdout)
+    return {
+        name: Opened(model, found[str(folder / name)][0], found[str(folder / name)][1:])
+        for name, model in models.items()
+    }
+
+
+@pytest.mark.parametrize("name", [type(method).__name__ for method in METHODS])
+def test_a_fresh_process_loads_exports_and_scores_the_same_bits(name: str, opened: dict[str, Opened]) -> None:
+    model = opened[name].model
+    assert opened[name].sha256 == sha256_of_packed(model)
+    assert opened[name].scores == [perplexity(model, TOKENS.flatten(), SEQ_LEN).value] * 2
 
 
 def test_the_package_registers_every_format_that_one_of_its_modules_defines() -> None:
