@@ -50,7 +50,7 @@ from ptq161.models.architectures import decoder_blocks, max_seq_len
 from ptq161.models.checks import as_tokens, check_quantizable, check_seq_len, evaluation_mode
 from ptq161.models.experts import fuse_experts, split_experts
 from ptq161.numerics import plain_torch, working_device
-from ptq161.packed.checkpoint import own_save
+from ptq161.packed.checkpoint import own_methods
 from ptq161.packed.masks import check_salient_masks
 from ptq161.packed.model import packed_linears
 from ptq161.packed.weight import PackedWeight
@@ -116,7 +116,7 @@ def quantize(
             quantize_blocks(job, resume, on_metric, progress)
     finally:
         if packed_linears(model):  # some of them, where it was cut off
-            own_save(model)
+            own_methods(model)
         else:
             fuse_experts(model)
     return model

@@ -29,7 +29,7 @@ from ptq161.models.architectures import max_seq_len
 from ptq161.models.checks import check_head, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, plain_torch, working_device
 from ptq161.packed.adapted import AdaptedWeight
-from ptq161.packed.checkpoint import own_save
+from ptq161.packed.checkpoint import own_methods
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import activation_bits, cast_rest, densify, packed_linears, sha256_of_packed, tensor_bytes
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear
@@ -111,7 +111,7 @@ def tune(
             held_out=held_out_of(held_out, tuning),
         )
     _store(packed, student, names, tuning)
-    own_save(packed)
+    own_methods(packed)
     return packed
 
 

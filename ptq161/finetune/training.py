@@ -33,7 +33,7 @@ from ptq161.models.architectures import architecture_of, max_seq_len
 from ptq161.models.checks import check_seq_len, evaluation_mode
 from ptq161.models.experts import split_experts
 from ptq161.numerics import COMPUTE_DTYPES, plain_torch, working_device
-from ptq161.packed.checkpoint import own_save
+from ptq161.packed.checkpoint import own_methods
 from ptq161.packed.model import sha256_of_packed
 from ptq161.training.loop import random_numbers, run_steps
 from ptq161.training.losses import frozen_copy, objective
@@ -120,7 +120,7 @@ def distil(
             at_first_gradients=lambda: damp(optimizer.param_groups[1:]),
         )
     student.store(packed)
-    own_save(packed)
+    own_methods(packed)
     return packed
 
 

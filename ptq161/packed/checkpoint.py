@@ -45,7 +45,7 @@ from ptq161.packed.layout import (
     write_around,
 )
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.model import packed_linears, stored_tensors, tensor_bytes
+from ptq161.packed.model import dequantize, packed_linears, stored_tensors, tensor_bytes
 from ptq161.packed.weight import packed_weight_from
 
 
@@ -146,7 +146,7 @@ def _load_model(folder: Path) -> PreTrainedModel:
     _assign_rest(model, tensors, folder)
     if (folder / GENERATION_FILE).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    own_save(model)
+    own_methods(model)
     model.eval()
     return model
 
@@ -210,8 +210,10 @@ def _empty_model(raw: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def own_save(model: PreTrainedModel) -> None:
-    """Let a packed model's own ``save_pretrained`` write a checkpoint: transformers' would write random linears.
+def own_methods(model: PreTrainedModel) -> None:
+    """Let a packed model's own ``save_pretrained`` write a checkpoint, and its ``dequantize`` make it dense.
+
+    transformers' would write linears that come back as random ones, and refuse a model that it has not opened itself.
 
     Example:
         >>> import tempfile
@@ -224,8 +226,12 @@ def own_save(model: PreTrainedModel) -> None:
         ...     model.save_pretrained(place)
         ...     is_packed_folder(place)
         True
+        >>> type(model.dequantize().model.layers[0].mlp.up_proj).__name__
+        'Linear'
     """
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]  # of this model alone
+    if getattr(model, "hf_quantizer", None) is None:
+        model.dequantize = MethodType(dequantize, model)  # type: ignore[method-assign]  # of this model alone
 
 
 def _save_pretrained(

@@ -188,8 +188,30 @@ def densify(model: PreTrainedModel) -> None:
     densify_embeddings(model)
     for name, layer in packed_linears(model).items():
         model.set_submodule(name, linear_of(layer.dequantize().to(dtype), layer.bias))
-    # A packed model saves itself as a packed one (ptq161.packed.checkpoint.own_save).
-    vars(model).pop("save_pretrained", None)
+    # What a packed model does in its own way (ptq161.packed.checkpoint.own_methods).
+    for method in ("save_pretrained", "dequantize"):
+        vars(model).pop(method, None)
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a packed model a plain one of ``dtype`` (None: the one it has), in place, and return it.
+
+    Raises:
+        UserError: the packed linears round their inputs, which dense ones do not.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> dequantize(model, torch.bfloat16).model.layers[0].mlp.up_proj.weight.dtype
+        torch.bfloat16
+    """
+    if dtype is not None:
+        cast_rest(model, dtype)
+    densify(model)
+    return model
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -108,14 +108,12 @@ class PackedQuantizer(HfQuantizer):
             install_empty(model, self.quantization_config.linears, self.quantization_config.embeddings, file)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        from ptq161.packed.checkpoint import own_save
+        from ptq161.packed.checkpoint import own_methods
 
         del model.config.transformers_weights
-        own_save(model)
+        own_methods(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from ptq161.packed.model import cast_rest, densify
+        from ptq161.packed.model import dequantize
 
-        cast_rest(model, dtype or model.dtype)
-        densify(model)
-        return model
+        return dequantize(model, dtype)

@@ -22,7 +22,7 @@ from transformers import (
 import ptq161
 from ptq161.errors import UserError
 from ptq161.files.atomic import umask
-from ptq161.packed.checkpoint import own_save
+from ptq161.packed.checkpoint import own_methods
 from ptq161.packed.export import save_dense
 from ptq161.packed.model import packed_linears
 from tests.conftest import TINY, WRAPPERS
@@ -205,7 +205,7 @@ def test_a_save_that_fails_leaves_nothing(
     assert os.listdir(tmp_path) == ["packed"]
 
 
-def test_a_packed_models_own_save_writes_a_checkpoint(
+def test_a_packed_models_own_methods_writes_a_checkpoint(
     tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = ptq161.quantize(tiny_model("llama"), TOKENS, ptq161.RTN())
@@ -222,6 +222,24 @@ def test_a_packed_models_own_save_writes_a_checkpoint(
     assert not (tmp_path / "hub").exists()
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_dequantize_makes_a_model_plain_wherever_it_comes_from(
+    dtype: torch.dtype | None, tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    quantized = ptq161.quantize(tiny_model("llama"), TOKENS, ptq161.RTN())
+    ptq161.save(quantized, tiny_tokenizer, tmp_path / "packed")
+    loaded, _ = ptq161.load(tmp_path / "packed")
+    with torch.no_grad():
+        reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype or torch.float32)
+        expected = reopened.dequantize()(TOKENS).logits
+        for model in (quantized, loaded):
+            assert model.dequantize(dtype) is model and not packed_linears(model)
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype or torch.float32}
+            assert torch.equal(model(TOKENS).logits, expected)
+    loaded.save_pretrained(tmp_path / "dense")
+    assert (tmp_path / "dense" / "model.safetensors").is_file()
+
+
 def test_a_copy_saves_itself_and_not_the_model_it_was_copied_from(tiny_model: TinyModel, tmp_path: Path) -> None:
     import copy
 
@@ -232,7 +250,7 @@ def test_a_copy_saves_itself_and_not_the_model_it_was_copied_from(tiny_model: Ti
     other.save_pretrained(tmp_path / "other")
     stored = load_file(tmp_path / "other" / "packed.safetensors")["model.norm.weight"]
     assert torch.equal(stored, other.model.norm.weight)
-    own_save(model)
+    own_methods(model)
 
 
 def test_a_model_that_was_cut_off_half_way_is_not_saved_as_a_dense_one(tiny_model: TinyModel, tmp_path: Path) -> None:
