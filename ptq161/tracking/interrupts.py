@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_SECONDS = 0.1
 
 
 class Interrupted(KeyboardInterrupt):
@@ -44,12 +47,14 @@ def exit_on_interrupt() -> Iterator[None]:
 class Interrupts:
     """Raises :class:`Interrupted` in the main thread when SIGINT or SIGTERM arrives, unless :meth:`deferred`.
 
-    The handlers are in place only inside :meth:`installed`.
+    The handlers are in place only inside :meth:`installed`. What a destructor or a callback of the garbage collector
+    raises, Python drops: a signal that arrives in one is sent again a little later.
     """
 
     def __init__(self) -> None:
         self._deferring = False
         self._pending: int | None = None
+        self._report: Callable[[Any], object] = sys.unraisablehook
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -61,9 +66,11 @@ class Interrupts:
             yield
             return
         before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        self._report, sys.unraisablehook = sys.unraisablehook, self._on_dropped
         try:
             yield
         finally:
+            sys.unraisablehook = self._report
             for number, handler in before.items():
                 # None is a handler that was not set from Python, which cannot be restored.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -79,6 +86,14 @@ class Interrupts:
             pending, self._pending = self._pending, None
             if pending is not None:
                 raise Interrupted(pending)
+
+    def _on_dropped(self, dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            self._report(dropped)
+            return
+        again = threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), dropped.exc_value.signal))
+        again.daemon = True
+        again.start()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._deferring:
