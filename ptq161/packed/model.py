@@ -162,8 +162,15 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def densify(model: PreTrainedModel) -> None:
+def densify(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, and packed embeddings, in place.
+
+    Args:
+        model: is changed.
+        dtype: of all that it stores then; None keeps that of what is not packed.
+
+    Returns:
+        the model.
 
     Raises:
         UserError: the packed linears round their inputs, which dense ones do not.
@@ -175,7 +182,8 @@ def densify(model: PreTrainedModel) -> None:
         >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
         >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
         >>> values = model.model.layers[0].mlp.up_proj.dequantize()
-        >>> densify(model)
+        >>> densify(model) is model
+        True
         >>> torch.equal(model.model.layers[0].mlp.up_proj.weight, values)
         True
     """
@@ -184,33 +192,15 @@ def densify(model: PreTrainedModel) -> None:
             f"the model's activations are quantized to {bits} bits (method.activation_bits), which a dense model "
             "cannot do: use the packed one."
         )
-    dtype = rest_dtype(model)
+    if dtype is not None:
+        cast_rest(model, dtype)
+    dense = rest_dtype(model)
     densify_embeddings(model)
     for name, layer in packed_linears(model).items():
-        model.set_submodule(name, linear_of(layer.dequantize().to(dtype), layer.bias))
+        model.set_submodule(name, linear_of(layer.dequantize().to(dense), layer.bias))
     # What a packed model does in its own way (ptq161.packed.checkpoint.own_methods).
     for method in ("save_pretrained", "dequantize"):
         vars(model).pop(method, None)
-
-
-def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make a packed model a plain one of ``dtype`` (None: the one it has), in place, and return it.
-
-    Raises:
-        UserError: the packed linears round their inputs, which dense ones do not.
-
-    Example:
-        >>> import ptq161, torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes))
-        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
-        >>> dequantize(model, torch.bfloat16).model.layers[0].mlp.up_proj.weight.dtype
-        torch.bfloat16
-    """
-    if dtype is not None:
-        cast_rest(model, dtype)
-    densify(model)
     return model
 
 

@@ -53,8 +53,7 @@ def make_student(packed: PreTrainedModel, restoration: Restoration, device: torc
     first; torch's global generator initializes its factors.
     """
     student = copy.deepcopy(packed)
-    cast_rest(student, COMPUTE_DTYPES[restoration.compute_dtype])
-    densify(student)
+    densify(student, COMPUTE_DTYPES[restoration.compute_dtype])
     student.requires_grad_(False)
     names = target_names(student, restoration)
     if restoration.update == "lora":

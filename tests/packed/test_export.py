@@ -205,7 +205,7 @@ def test_a_save_that_fails_leaves_nothing(
     assert os.listdir(tmp_path) == ["packed"]
 
 
-def test_a_packed_models_own_methods_writes_a_checkpoint(
+def test_a_packed_models_own_save_writes_a_checkpoint(
     tiny_model: TinyModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     model = ptq161.quantize(tiny_model("llama"), TOKENS, ptq161.RTN())
