@@ -6,7 +6,8 @@ whose codes are learned, ``learn`` the learning itself, window by window.
 
 from ptq161.methods.codes.grid import CodeGrid, compensated_codes, fit_grid
 from ptq161.methods.codes.latent import LatentLinear
-from ptq161.methods.codes.learn import BETAS, CODES, Learning, damp, learn_window, start_all
+from ptq161.methods.codes.learn import BETAS, CODES, Learning, damp
+from ptq161.methods.codes.window import learn_window, start_all
 
 __all__ = [
     "BETAS",

@@ -46,7 +46,7 @@ class Waterfill:
         softness: share of the way to their latents at which learned codes begin; it falls to zero
             (:class:`ptq161.methods.codes.Learning`).
         absorb_epochs: passes after each input group in which the linears of a block that are still float absorb the
-            errors of the others (:func:`ptq161.methods.codes.learn.absorb`), before all codes are learned; 0 for none.
+            errors of the others (:func:`ptq161.methods.codes.window.absorb`), before all codes are learned; 0 for none.
         absorb_lr: learning rate of their weights, in units of their root mean square.
         input_drop: probability with which an element of the block's input comes from the full-precision chain, drawn
             anew in each step (QDrop's regularizer); 0 draws nothing.
