@@ -45,7 +45,7 @@ from ptq161.packed.layout import (
     write_around,
 )
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.model import densify, packed_linears, stored_tensors, tensor_bytes
+from ptq161.packed.model import dequantize, packed_linears, stored_tensors, tensor_bytes
 from ptq161.packed.weight import packed_weight_from
 
 
@@ -231,7 +231,7 @@ def own_methods(model: PreTrainedModel) -> None:
     """
     model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]  # of this model alone
     if getattr(model, "hf_quantizer", None) is None:
-        model.dequantize = MethodType(densify, model)  # type: ignore[method-assign]  # of this model alone
+        model.dequantize = MethodType(dequantize, model)  # type: ignore[method-assign]  # of this model alone
 
 
 def _save_pretrained(

@@ -11,11 +11,10 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ptq161.errors import UserError
 from ptq161.files.checksums import SUMS, sums_of
 from ptq161.files.folders import whole_folder
-from ptq161.models.experts import fuse_experts
 from ptq161.packed.card import CARD, is_ours, write_card
 from ptq161.packed.checkpoint import load
 from ptq161.packed.layout import ADVICE, write_rest
-from ptq161.packed.model import densify
+from ptq161.packed.model import dequantize
 
 
 def export(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -50,8 +49,7 @@ def export(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> P
         True
     """
     model, tokenizer = load(folder)
-    densify(model)
-    fuse_experts(model)
+    dequantize(model)
     save_dense(model, tokenizer, out, overwrite=overwrite)
     return Path(out).expanduser()
 

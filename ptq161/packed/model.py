@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ptq161.errors import UserError
 from ptq161.files.fingerprints import key_of
 from ptq161.files.hashing import sha256_of_tensors
+from ptq161.models.experts import fuse_experts
 from ptq161.models.linears import linear_of
 from ptq161.packed.embedding import PackedEmbedding, densify_embeddings, packed_embeddings, rest_dtype
 from ptq161.packed.linear import PackedHead, PackedLinear, PackedModule
@@ -165,6 +166,8 @@ def cast_rest(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def densify(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Replace every packed linear by the ``nn.Linear`` of its dequantized weight, and packed embeddings, in place.
 
+    The experts of a mixture stay one module each.
+
     Args:
         model: is changed.
         dtype: of all that it stores then; None keeps that of what is not packed.
@@ -201,6 +204,32 @@ def densify(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrai
     # What a packed model does in its own way (ptq161.packed.checkpoint.own_methods).
     for method in ("save_pretrained", "dequantize"):
         vars(model).pop(method, None)
+    return model
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a packed model dense in place, with the modules of transformers' own class.
+
+    Args:
+        model: is changed: as by :func:`densify`, and the experts of a mixture, each of which was packed, are fused.
+        dtype: as for :func:`densify`.
+
+    Returns:
+        the model.
+
+    Raises:
+        UserError: as there.
+
+    Example:
+        >>> import ptq161, torch
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        >>> model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, num_local_experts=2, **sizes))
+        >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
+        >>> dequantize(model).model.layers[0].mlp.experts.down_proj.shape
+        torch.Size([2, 8, 8])
+    """
+    fuse_experts(densify(model, dtype))
     return model
 
 

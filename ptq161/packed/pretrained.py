@@ -114,6 +114,6 @@ class PackedQuantizer(HfQuantizer):
         own_methods(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        from ptq161.packed.model import densify
+        from ptq161.packed.model import dequantize
 
-        return densify(model, dtype)
+        return dequantize(model, dtype)

@@ -23,7 +23,7 @@ from ptq161.errors import UserError
 from ptq161.packed.layout import WEIGHTS_FILE
 from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import packed_linears
-from tests.conftest import TINY, every_method
+from tests.conftest import MIXTURES, TINY, every_method
 
 TOKENS = torch.randint(3, 256, (2, 32), generator=torch.Generator().manual_seed(4))
 METHODS = every_method(bits=2, epochs=1)
@@ -103,6 +103,18 @@ def test_dequantize_makes_it_a_plain_model(folder: Path, tmp_path: Path) -> None
         assert torch.equal(dense(TOKENS).logits, packed(TOKENS).logits)
     dense.save_pretrained(tmp_path / "dense")
     assert torch.equal(opened(tmp_path / "dense")(TOKENS).logits, packed(TOKENS).logits)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_a_mixture_made_dense_is_one_of_transformers(
+    architecture: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = ptq161.quantize(tiny_model(architecture), TOKENS, ptq161.RTN(bits=2))
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        model.dequantize().save_pretrained(tmp_path / "dense")
+        found = opened(tmp_path / "dense")(TOKENS).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_a_pipeline_generates(folder: Path) -> None:
