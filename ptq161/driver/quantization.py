@@ -256,7 +256,7 @@ def _in_own_memory(packed: dict[str, PackedWeight]) -> dict[str, PackedWeight]:
     """
     return {
         name: weight.with_tensors(
-            {key: t.clone(memory_format=torch.contiguous_format) for key, t in weight.state_dict().items()}
+            {key: t.clone(memory_format=torch.contiguous_format) for key, t in weight.tensors().items()}
         )
         for name, weight in packed.items()
     }

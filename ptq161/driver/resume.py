@@ -35,7 +35,7 @@ from ptq161.files.reading import reading
 from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key
-from ptq161.packed.weight import PackedWeight, packed_weight_from
+from ptq161.packed.weight import PackedWeight, packed_weights_from
 
 log = logging.getLogger(__name__)
 
@@ -164,10 +164,8 @@ def _load(folder: KeyedFolder, first_block: int) -> FinishedWindow | None:
     if (content["fingerprint"], content["first_block"]) != (folder.key, first_block):
         log.warning("%s belongs to another quantization or window; its blocks are quantized again", file)
         return None
-    packed = {
-        name: packed_weight_from(settings, _linear_tensors(name, tensors))
-        for name, settings in content["linears"].items()
-    }
+    linears = content["linears"]
+    packed = packed_weights_from(linears, {name: _linear_tensors(name, tensors) for name in linears})
     return FinishedWindow(packed, [(name, value, where) for name, value, where in content["measured"]])
 
 

@@ -19,7 +19,7 @@ from ptq161.models.architectures import decoder_blocks, input_groups
 from ptq161.models.checks import HOOKS
 from ptq161.models.experts import Experts
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.linear import PackedLinear, dense_cache
+from ptq161.packed.linear import PackedLinear, dense_cache, link_lenders
 from ptq161.packed.weight import PackedWeight
 from ptq161.seeding import stage_generator
 
@@ -252,7 +252,7 @@ def packed_linear(model: PreTrainedModel, name: str) -> PackedLinear:
 
 def moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
     """Move a packed weight to a device."""
-    return weight.with_tensors({key: tensor.to(device) for key, tensor in weight.state_dict().items()})
+    return weight.with_tensors({key: tensor.to(device) for key, tensor in weight.tensors().items()})
 
 
 def install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
@@ -263,3 +263,4 @@ def install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
         original = blocks[block].get_submodule(path)
         assert isinstance(original, nn.Linear)
         blocks[block].set_submodule(path, PackedLinear(moved(weight, original.weight.device), original.bias))
+    link_lenders(blocks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ from ptq161.methods.quip import QuIP
 from ptq161.methods.rtn import RTN
 from ptq161.methods.vptq import VPTQ
 from ptq161.methods.waterfill import Waterfill, allot
-from ptq161.models.architectures import decoder_blocks, quantized_linears
+from ptq161.models.architectures import decoder_blocks, input_groups
 from ptq161.packed.allotted import AllottedWeight, Grid
 from ptq161.packed.awq import AWQWeight
 from ptq161.packed.billm import BiLLMWeight, BinaryGrid, BinaryPlanes
@@ -47,7 +48,7 @@ from ptq161.packed.embedding import install_embeddings
 from ptq161.packed.fp4 import FP4Weight
 from ptq161.packed.fp8 import FP8Weight
 from ptq161.packed.layout import TENSOR_METADATA
-from ptq161.packed.linear import PackedLinear
+from ptq161.packed.linear import PackedLinear, link_lenders
 from ptq161.packed.model import cast_rest, measure
 from ptq161.packed.pb_llm import PBLLMWeight
 from ptq161.packed.quip import QuIPWeight
@@ -94,11 +95,16 @@ def packed_sizes(model: PreTrainedModel, method: Method, dtype: torch.dtype, *, 
         UserError: the settings do not fit a linear, or the method is none of this project's own.
     """
     layout = functools.cache(functools.partial(packed_layout, method))
-    for name, linear in list(quantized_linears(model)):
-        block, _, path = name.partition(".")
-        assert isinstance(linear, nn.Linear)
-        packed = layout(linear.out_features, linear.in_features)
-        decoder_blocks(model)[int(block)].set_submodule(path, PackedLinear(packed, linear.bias))
+    for i, block in enumerate(decoder_blocks(model)):
+        groups = [[f"{i}.{path}" for path in group] for group in input_groups(model, block)]
+        lenders = method.lenders(groups) if isinstance(method, VPTQ) else {}
+        for name in itertools.chain.from_iterable(groups):
+            path = name.partition(".")[2]
+            linear = block.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            packed = dataclasses.replace(layout(linear.out_features, linear.in_features), lender=lenders.get(name))
+            block.set_submodule(path, PackedLinear(packed, linear.bias))
+    link_lenders(decoder_blocks(model))
     if embedding_bits < 16:
         rounding = RTN(bits=embedding_bits, group_size=GROUP_SIZES[embedding_bits])
         layouts_of_ends = {name: packed_layout(rounding, *w.shape) for name, w in embedding_weights(model).items()}

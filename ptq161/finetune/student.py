@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,20 +18,12 @@ from ptq161.finetune.layers import CastWeight, CodedLinear, RelativeWeight
 from ptq161.methods.codes import BETAS
 from ptq161.models.architectures import blocks_path, token_embeddings
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.linear import PackedLinear
+from ptq161.packed.linear import PackedLinear, link_lenders
 from ptq161.packed.model import cast_rest, packed_linears
-from ptq161.packed.trainable import ScaledLinear
-from ptq161.packed.weight import PackedWeight
+from ptq161.packed.trainable import ScaledLinear, scaled_linears
 from ptq161.training.loop import trained_parameters
 
 _WEIGHT = "weight"
-
-
-class TrainedLinear(Protocol):
-    """A linear in training: :class:`ScaledLinear` or :class:`CodedLinear`."""
-
-    def repack(self) -> PackedWeight:
-        """Return what it has learned, in as many bytes as it began with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Student:
     """
 
     model: PreTrainedModel
-    linears: dict[str, TrainedLinear]
+    linears: Mapping[str, ScaledLinear | CodedLinear]
     norms: dict[str, RelativeWeight]
     embeddings: dict[str, nn.Parameter]
 
@@ -77,6 +70,7 @@ class Student:
             assert isinstance(before, PackedLinear)
             home = next(before.buffers()).device
             packed.set_submodule(name, PackedLinear(moved(weight, home), before.bias).train(before.training))
+        link_lenders(packed)
         for name, relative in self.norms.items():
             gain = self.model.get_parameter(f"{name}.parametrizations.{_WEIGHT}.original")
             packed.get_submodule(name).get_parameter(_WEIGHT).copy_(relative.value(gain))
@@ -101,17 +95,9 @@ def make_student(
     model.requires_grad_(False)
     model.eval()
     nn.Module.to(model, device)
-    linears: dict[str, TrainedLinear] = {}
-    for name, layer in packed_linears(model).items():
-        trained: ScaledLinear | CodedLinear
-        if distillation.update == "codes":
-            linear = teacher.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            trained = CodedLinear(layer.packed, linear, layer.bias, dtype)
-        else:
-            trained = ScaledLinear(layer.packed, layer.bias, dtype)
-        linears[name] = trained
-        model.set_submodule(name, trained.eval())
+    linears = _trained_linears(model, teacher, distillation)
+    for name, linear in linears.items():
+        model.set_submodule(name, linear.eval())
     norms = {}
     for name, norm in _norms(model).items() if distillation.train_norms else ():
         # From the quantized model itself: the copy's weight has been rounded to the compute dtype.
@@ -127,6 +113,22 @@ def make_student(
         embedding.register_parameter(_WEIGHT, embeddings[name])
         parametrize.register_parametrization(embedding, _WEIGHT, CastWeight(dtype), unsafe=True)
     return Student(model, linears, norms, embeddings)
+
+
+def _trained_linears(
+    packed: PreTrainedModel, teacher: PreTrainedModel, distillation: Distillation
+) -> Mapping[str, ScaledLinear | CodedLinear]:
+    """Return what takes the place of each packed linear, by module path."""
+    dtype, layers = COMPUTE_DTYPES[distillation.compute_dtype], packed_linears(packed)
+    if distillation.update == "scales":
+        weights = {name: layer.packed for name, layer in layers.items()}
+        return scaled_linears(weights, {name: layer.bias for name, layer in layers.items()}, dtype)
+    learned = {}
+    for name, layer in layers.items():
+        linear = teacher.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        learned[name] = CodedLinear(layer.packed, linear, layer.bias, dtype)
+    return learned
 
 
 def _norms(model: PreTrainedModel) -> dict[str, nn.Module]:

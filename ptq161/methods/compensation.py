@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -102,21 +102,29 @@ class CompensatedMethod(LayerwiseMethod):
     def quantize_group(
         self, weights: Mapping[str, Tensor], statistics: InputStatistics | None, window: Window
     ) -> dict[str, PackedWeight]:
-        """Factorize once, emit ``raised_damping`` where it had to be raised, then quantize each linear."""
+        """Factorize once, then quantize each linear."""
+        return self.quantize_factorized(weights, self.factorize_group(list(weights), statistics, window), window)
+
+    def factorize_group(
+        self, names: Sequence[str], statistics: InputStatistics | None, window: Window
+    ) -> InverseFactor:
+        """Factorize the hessian that linears share, and emit ``raised_damping`` where the damping had to be raised."""
         assert statistics is not None, "a method with needs_statistics gets them from the driver"
-        with prefix_errors(", ".join(weights)):
+        with prefix_errors(", ".join(names)):
             factor = self.factorize(statistics.hessian)
         if factor.damping != self.damping:
-            window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=next(iter(weights)))
+            window.on_metric("raised_damping", factor.damping, block=window.first_block, linear=names[0])
+        return factor
+
+    def quantize_factorized(
+        self, weights: Mapping[str, Tensor], factor: InverseFactor, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize the linears of one input; a method whose linears share more than the factor has its own way."""
         packed: dict[str, PackedWeight] = {}
         for name, weight in weights.items():
             with prefix_errors(name):
-                packed[name] = self.quantize_named(name, weight, factor, window)
+                packed[name] = self.quantize_linear(weight, factor)
         return packed
-
-    def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:
-        """Quantize the linear ``name`` of a window: a method that draws at random takes its generator from there."""
-        return self.quantize_linear(weight, factor)
 
 
 def inverse_factor(hessian: Tensor, damping: float = 0.01, *, act_order: bool = False) -> InverseFactor:

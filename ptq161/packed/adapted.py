@@ -48,16 +48,25 @@ class AdaptedWeight(PackedWeight):
             UserError: a number is not finite or leaves the range of ``scale_dtype``.
         """
         down, up = stored_scale(down, scale_dtype), stored_scale(up, scale_dtype)
-        return cls(out_features=base.out_features, in_features=base.in_features, base=base, down=down, up=up)
+        return cls(base.out_features, base.in_features, base, down, up, lender=base.lender)
 
     def values(self) -> Tensor:
         """Return the base's weight and the update: ``[out, in]`` float32."""
         update: Tensor = self.up.float() @ self.down.float()
         return self.base.dequantize() + update
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the stored tensors, those of the base under names that begin with ``base_``."""
-        return super().state_dict() | {f"{_BASE}{name}": t for name, t in self.base.state_dict().items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors, those of the base under names that begin with ``base_``."""
+        return super().tensors() | self.borrowed(self.base.tensors())
+
+    def lent(self) -> dict[str, Tensor]:
+        """Return what the base lends."""
+        return self.base.lent()
+
+    @classmethod
+    def borrowed(cls, lent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of the base by the names that they have here."""
+        return {f"{_BASE}{name}": tensor for name, tensor in lent.items()}
 
     def settings(self) -> dict[str, Any]:
         """Return everything else, the base's settings as a mapping of their own."""

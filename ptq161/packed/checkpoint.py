@@ -44,9 +44,9 @@ from ptq161.packed.layout import (
     checkpoint_folder,
     write_around,
 )
-from ptq161.packed.linear import PackedLinear
+from ptq161.packed.linear import PackedLinear, link_lenders
 from ptq161.packed.model import dequantize, packed_linears, stored_tensors, tensor_bytes
-from ptq161.packed.weight import packed_weight_from
+from ptq161.packed.weight import packed_weight_from, packed_weights_from
 
 
 def save(
@@ -251,12 +251,14 @@ def _install_packed(
     embeddings: dict[str, dict[str, Any]],
     tensors: dict[str, Tensor],
 ) -> None:
-    for name, settings in linears.items():
-        mine = _taken(name, tensors)
-        bias = mine.pop("bias", None)
+    taken = {name: _taken(name, tensors) for name in linears}
+    biases = {name: mine.pop("bias", None) for name, mine in taken.items()}
+    for name, weight in packed_weights_from(linears, taken).items():
+        bias = biases[name]
         if (bias is None) != (model.get_submodule(name).bias is None):
             raise UserError(f"the checkpoint is damaged: tensor {name}.bias is missing or not of this model.")
-        model.set_submodule(name, PackedLinear(packed_weight_from(settings, mine), bias))
+        model.set_submodule(name, PackedLinear(weight, bias))
+    link_lenders(model)
     packed = {name: packed_weight_from(settings, _taken(name, tensors)) for name, settings in embeddings.items()}
     if packed:
         install_embeddings(model, packed)

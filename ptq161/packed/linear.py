@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.packed.activations import quantized_activations
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lender_of
 
 FEW_ROWS = 16
 """Rows up to which a product from the packed bytes is surely faster than one with the dequantized weight: both take as
@@ -24,8 +24,9 @@ _TILE_WEIGHTS = 2**20
 class PackedModule(nn.Module):
     """A module whose weight exists only as packed tensors.
 
-    The packed tensors are the module's buffers, so that the state dict holds exactly what is stored. Changing the
-    module's dtype leaves them as they are.
+    The packed tensors that the weight stores are the module's buffers, so that the state dict holds exactly what is
+    stored; those that another linear stores are read from there (:func:`link_lenders`). Changing the module's dtype
+    leaves them as they are.
 
     Args:
         packed: the weight.
@@ -44,8 +45,10 @@ class PackedModule(nn.Module):
         self.out_features = packed.out_features
         self.in_features = packed.in_features
         self.activation_bits = packed.activation_bits
+        self.lender = packed.lender
         # No submodule: a tensor has one name in the state dict.
         self.__dict__["_owner"] = owner
+        self.__dict__["_lender"] = None
         if owner is None:
             self._template, self._stored = packed, packed.state_dict()
             for name, tensor in packed.state_dict().items():
@@ -57,10 +60,17 @@ class PackedModule(nn.Module):
         owner: PackedModule | None = self.__dict__["_owner"]
         if owner is not None:
             return owner.packed
-        buffers = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        if any(self._stored.get(name) is not tensor for name, tensor in buffers.items()):
-            self._template, self._stored = self._template.with_tensors(buffers), buffers
+        tensors = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        lender: PackedModule | None = self.__dict__["_lender"]
+        if lender is not None:
+            tensors |= self._template.borrowed(lender.packed.lent())
+        if any(self._stored.get(name) is not tensor for name, tensor in tensors.items()):
+            self._template, self._stored = self._template.with_tensors(tensors), tensors
         return self._template
+
+    def borrow_from(self, lender: PackedModule) -> None:
+        """Read the tensors that the weight shares from the module that stores them."""
+        self.__dict__["_lender"] = lender
 
     def dequantize(self) -> Tensor:
         """Return the weight that the stored bytes stand for: ``[out, in]`` float32."""
@@ -175,6 +185,35 @@ class PackedHead(PackedLinear):
         >>> head(torch.ones(1, 3)), list(head.state_dict())
         (tensor([[3.]]), [])
     """
+
+
+def link_lenders(root: nn.Module) -> None:
+    """Let every packed linear within ``root`` whose weight shares tensors read them from the linear that stores them.
+
+    Whoever puts packed linears into a model calls this afterwards.
+
+    Args:
+        root: the model, or the list of its decoder blocks.
+
+    Raises:
+        UserError: a linear that stores shared tensors is not there.
+
+    Example:
+        >>> import dataclasses
+        >>> from ptq161.packed.vector import Coded, VectorWeight
+        >>> one = VectorWeight.pack(Coded(torch.ones(1, 2, 2), torch.tensor([[0, 1]])), (2, 2))
+        >>> block = {"q": PackedLinear(one), "k": PackedLinear(dataclasses.replace(one, lender="0.q"))}
+        >>> blocks = nn.ModuleList([nn.ModuleDict(block)])
+        >>> link_lenders(blocks)
+        >>> blocks[0]["q"].centroids.fill_(2.0)[0, 0].tolist(), list(blocks[0]["k"].state_dict())
+        ([2.0, 2.0], ['indices'])
+        >>> blocks[0]["k"].dequantize().tolist()
+        [[2.0, 2.0], [2.0, 2.0]]
+    """
+    found = {name: module for name, module in root.named_modules() if isinstance(module, PackedLinear)}
+    for name, layer in found.items():
+        if layer.lender is not None:
+            layer.borrow_from(found[lender_of(name, layer.lender, found)])
 
 
 def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,12 +6,14 @@ serves all formats, and the trained weight has the bytes of the packed one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, scale_dtype_of, stored_scale
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lender_of, scale_dtype_of, stored_scale
 
 
 def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:
@@ -53,6 +55,36 @@ def gain_sizes(packed: PackedWeight) -> dict[str, Tensor]:
     return sizes
 
 
+def scaled_linears(
+    packed: Mapping[str, PackedWeight], biases: Mapping[str, Tensor | None], compute_dtype: torch.dtype
+) -> dict[str, ScaledLinear]:
+    """Return a :class:`ScaledLinear` for each weight; weights that share tensors are trained together.
+
+    Args:
+        packed: by ``"{block}.{path}"`` or by module path.
+        biases: by the same names.
+        compute_dtype: of the matrix products.
+
+    Example:
+        >>> import dataclasses
+        >>> from ptq161.packed.vector import Coded, VectorWeight
+        >>> one = VectorWeight.pack(Coded(torch.ones(1, 2, 2), torch.tensor([[0, 1]])), (2, 2))
+        >>> weights = {"0.q": one, "0.k": dataclasses.replace(one, lender="0.q")}
+        >>> layers = scaled_linears(weights, {"0.q": None, "0.k": None}, torch.float32)
+        >>> with torch.no_grad():
+        ...     list(layers["0.k"].gains), layers["0.q"].gains["centroids"].fill_(0.5).shape
+        ([], torch.Size([1, 2, 2]))
+        >>> layers["0.k"].repack().dequantize().tolist()
+        [[1.5, 1.5], [1.5, 1.5]]
+    """
+    made: dict[str, ScaledLinear] = {}
+    for name in sorted(packed, key=lambda name: packed[name].lender is not None):
+        lender = packed[name].lender
+        layer = None if lender is None else made[lender_of(name, lender, made)]
+        made[name] = ScaledLinear(packed[name], biases[name], compute_dtype, layer)
+    return {name: made[name] for name in packed}
+
+
 class ScaledLinear(nn.Module):
     """A linear over a packed weight whose scales, means and zero points are trained.
 
@@ -63,6 +95,7 @@ class ScaledLinear(nn.Module):
         packed: the weight.
         bias: ``[out]``, in any float dtype, not trained; None for no bias.
         compute_dtype: of the matrix product.
+        lender: the layer in training whose weight stores what this one shares; its gains move both.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -75,9 +108,16 @@ class ScaledLinear(nn.Module):
         ([[4.5]], [[1.5]])
     """
 
-    def __init__(self, packed: PackedWeight, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        lender: ScaledLinear | None = None,
+    ) -> None:
         super().__init__()
         self.start = PackedLinear(packed, bias)
+        self.__dict__["_lender"] = lender  # no submodule: a gain has one name
         self.compute_dtype = compute_dtype
         self.gains = nn.ParameterDict()
         for name, size in gain_sizes(packed).items():
@@ -86,8 +126,7 @@ class ScaledLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """Return the weight with its present gains, differentiable in them: ``[out, in]`` float32."""
-        packed = self.start.packed
-        return packed.with_tensors(packed.state_dict() | self._values()).dequantize()
+        return self._present().dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` in ``compute_dtype`` (any float dtype under autocast) to ``[..., out]``."""
@@ -103,11 +142,24 @@ class ScaledLinear(nn.Module):
         Raises:
             UserError: a value is not finite or leaves the range of its dtype.
         """
-        packed = self.start.packed
-        stored = packed.state_dict()
+        packed, lender = self.start.packed, self._lender
+        stored = packed.tensors()
+        if lender is not None:
+            stored |= packed.borrowed(lender.repack().lent())
         for name, value in self._values().items():
             stored[name] = stored_scale(value, scale_dtype_of(stored[name]))
         return packed.with_tensors(stored)
+
+    @property
+    def _lender(self) -> ScaledLinear | None:
+        lender: ScaledLinear | None = self.__dict__["_lender"]
+        return lender
+
+    def _present(self) -> PackedWeight:
+        """Return the weight over its present values, in float32."""
+        packed, lender = self.start.packed, self._lender
+        borrowed = {} if lender is None else packed.borrowed(lender._present().lent())
+        return packed.with_tensors(borrowed | self._values())
 
     def _values(self) -> dict[str, Tensor]:
         starts = scale_tensors(self.start.packed)

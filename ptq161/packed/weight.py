@@ -21,7 +21,7 @@ from ptq161.kernels.packed_rows import Operands
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 OF_ACTIVATIONS = ("activation_scale", "activation_zero_point")
 """Tensors of the inputs, which every format may have and which do not count as the weight's."""
-_LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS)
+_LEFT_OUT = ("exponent", "activation_bits", *OF_ACTIVATIONS, "lender")
 """Fields that stand among the settings only where they are neither zero nor None."""
 _WEIGHTS_AT_ONCE = 2**24
 """Weights up to which one is dequantized in a single piece."""
@@ -72,6 +72,8 @@ class PackedWeight(ABC):
             (:mod:`ptq161.packed.activations`); None leaves them as they are.
         activation_scale: ``[1]`` float32, step of the inputs; None without ``activation_bits``.
         activation_zero_point: ``[1]`` uint8, code of a zero; None without ``activation_bits``.
+        lender: the linear ``"{block}.{path}"`` that stores the ``shared`` tensors, which are this weight's, too, but
+            none of what it stores; None for a weight that stores all of its own.
 
     Example:
         >>> from ptq161.packed.uniform import UniformWeight
@@ -97,6 +99,7 @@ class PackedWeight(ABC):
     activation_bits: int | None = dataclasses.field(default=None, kw_only=True)
     activation_scale: Tensor | None = dataclasses.field(default=None, kw_only=True)
     activation_zero_point: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    lender: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Register the format."""
@@ -212,9 +215,23 @@ class PackedWeight(ABC):
         return 8 * self.nbytes / (self.out_features * self.in_features)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the stored tensors by field name."""
+        """Return the stored tensors by field name: all but those that another linear stores."""
+        borrowed = () if self.lender is None else self.borrowed(self.lent())
+        return {name: tensor for name, tensor in self.tensors().items() if name not in borrowed}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by field name, whoever stores them."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+
+    def lent(self) -> dict[str, Tensor]:
+        """Return the tensors that other linears can share, by field name."""
+        return {name: tensor for name, tensor in self.tensors().items() if name in self.shared}
+
+    @classmethod
+    def borrowed(cls, lent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors from another weight's :meth:`lent` by the names that they have in this format."""
+        return dict(lent)
 
     def settings(self) -> dict[str, Any]:
         """Return everything else that :meth:`from_state_dict` needs, as JSON values."""
@@ -243,8 +260,15 @@ class PackedWeight(ABC):
         return dataclasses.replace(self, **changes)
 
 
-def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PackedWeight:
+def packed_weight_from(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], lender: PackedWeight | None = None
+) -> PackedWeight:
     """Rebuild a packed weight of any registered format.
+
+    Args:
+        settings: from :meth:`PackedWeight.settings`.
+        tensors: from :meth:`PackedWeight.state_dict`.
+        lender: the weight that stores what this one shares, where the settings name one.
 
     Raises:
         UserError: the format is unknown, was written by another version of the layout, or lacks a tensor.
@@ -268,8 +292,10 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"the checkpoint holds version {settings['version']} of format {cls.format!r}; "
             f"this version of ptq161 reads version {cls.version}."
         )
-    given = cls.own_fields({*settings, *tensors}) - {"format", "version", "exponent"}
-    expected = {field.name for field in dataclasses.fields(cls)} - {"exponent"}
+    if lender is not None:
+        tensors = {**tensors, **cls.borrowed(lender.lent())}
+    given = cls.own_fields({*settings, *tensors}) - {"format", "version", "exponent", "lender"}
+    expected = {field.name for field in dataclasses.fields(cls)} - {"exponent", "lender"}
     if not given & {*OF_ACTIVATIONS, "activation_bits"}:
         expected -= {*OF_ACTIVATIONS, "activation_bits"}
     wrong = sorted(given ^ expected)
@@ -278,6 +304,53 @@ def packed_weight_from(settings: Mapping[str, Any], tensors: Mapping[str, Tensor
             f"the checkpoint is damaged: {wrong[0]} is missing in a weight of format {cls.format!r}, or not part of it."
         )
     return cls.from_state_dict(settings, tensors)
+
+
+def packed_weights_from(
+    settings: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, PackedWeight]:
+    """Rebuild packed weights that may share tensors.
+
+    Args:
+        settings: of each, by ``"{block}.{path}"`` or by module path.
+        tensors: that each stores, by the same names.
+
+    Raises:
+        UserError: one cannot be rebuilt, or the linear whose tensors it shares is not there.
+
+    Example:
+        >>> from ptq161.packed.vector import Coded, VectorWeight
+        >>> one = VectorWeight.pack(Coded(torch.ones(1, 2, 2), torch.tensor([[0, 1]])), (2, 2))
+        >>> weights = {"0.q": one, "0.k": dataclasses.replace(one, lender="0.q")}
+        >>> tensors = {f"model.{name}": weight.state_dict() for name, weight in weights.items()}
+        >>> [sorted(each) for each in tensors.values()]
+        [['centroids', 'indices'], ['indices']]
+        >>> settings = {f"model.{name}": weight.settings() for name, weight in weights.items()}
+        >>> packed_weights_from(settings, tensors)["model.0.k"].dequantize().tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+    """
+    found: dict[str, PackedWeight] = {}
+    for name in sorted(settings, key=lambda name: "lender" in settings[name]):
+        wanted = settings[name].get("lender")
+        lender = None if wanted is None else found[lender_of(name, str(wanted), found)]
+        found[name] = packed_weight_from(settings[name], tensors[name], lender)
+    return {name: found[name] for name in settings}
+
+
+def lender_of(name: str, lender: str, names: Collection[str]) -> str:
+    """Return the name among ``names`` of the linear ``lender``, ``"{block}.{path}"``, whose tensors ``name`` shares.
+
+    Raises:
+        UserError: it is not there.
+
+    Example:
+        >>> lender_of("model.layers.3.k", "3.q", ["model.layers.13.q", "model.layers.3.q"])
+        'model.layers.3.q'
+    """
+    for candidate in names:
+        if candidate == lender or candidate.endswith(f".{lender}"):
+            return candidate
+    raise UserError(f"the checkpoint is damaged: {name} shares tensors of {lender}, which is not there.")
 
 
 def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:

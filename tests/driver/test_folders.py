@@ -26,7 +26,7 @@ METHODS = {
     name: method
     for name, method in every_method(bits=2, epochs=1).items()
     if name in ("rtn", "gptq", "ptq161", "vptq", "waterfill")
-}
+} | {"vptq, shared codebooks": ptq161.VPTQ(vector_length=2, centroids=16, codebook_per="input", iterations=5)}
 
 
 def tokens(n: int = 3, seq_len: int = 32) -> Tensor:

@@ -50,6 +50,7 @@ METHODS = {
     "qdrop with activations": QDrop(steps=4, batch_size=2, activation_bits=4),
     "input drop": OmniQuant(bits=2, epochs=1, batch_size=2, input_drop=0.5),
     "vptq": VPTQ(vector_length=4, centroids=16, residual_centroids=4, batch_size=2),
+    "vptq, shared codebooks": VPTQ(vector_length=4, centroids=16, codebook_per="block", batch_size=2, refit_steps=2),
     "waterfill": Waterfill(epochs=1, batch_size=2),
     "pb_llm": PBLLM(batch_size=2),
     "billm": BiLLM(batch_size=2),

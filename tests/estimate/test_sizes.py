@@ -1,5 +1,6 @@
 """Bytes before a quantization are those after it, to the byte where they do not depend on the data."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ WITHIN = {"waterfill": 0.15, "billm": 0.01, "pb_llm": 0.001}
 METHODS = every_method(2, 1) | {
     "gptq_in_groups": ptq161.GPTQ(bits=3, group_size=24, act_order=True),
     "vptq_with_all": VPTQ_WITH_ALL,
+    "vptq_per_input": dataclasses.replace(VPTQ_WITH_ALL, codebook_per="input"),
+    "vptq_per_block": dataclasses.replace(VPTQ_WITH_ALL, codebook_per="block", groups=1),
     "qdrop_of_activations": ptq161.QDrop(bits=2, steps=1, batch_size=2, activation_bits=8),
     "ptq161_without_salient": ptq161.PTQ161(mask_ratio=0.0, epochs=0),
 }

@@ -17,7 +17,7 @@ import ptq161
 from ptq161.errors import UserError
 from ptq161.methods.compensation import inverse_factor, weighted_error
 from ptq161.methods.vptq import VPTQ, kmeans, nearest, quantize_weight
-from ptq161.methods.vptq.codebooks import weighted_vectors
+from ptq161.methods.vptq.codebooks import Codebooks, Part, Sizes, weighted_vectors
 from ptq161.methods.vptq.kmeans import draw_centroids
 from ptq161.methods.vptq.method import regularized
 from ptq161.packed.model import packed_linears as packed_of
@@ -259,9 +259,24 @@ def test_a_seed_decides_everything() -> None:
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 
+def test_a_shared_codebook_is_that_of_the_stacked_weight() -> None:
+    weight, hessian = layer(0, out_features=24, in_features=32)
+    factor, columns = inverse_factor(regularized(hessian)), [slice(0, 0), slice(0, 32)]
+    starts = {"init_1": torch.randn(8, 2), "res_init_1": 0.1 * torch.randn(3, 2)}
+    sizes = Sizes(2, 8, 3, 2, 0, 100, 0.0, 16, "float32")
+    together, stacked = (Codebooks(sizes, torch.Generator(), starts) for _ in range(2))
+    found = together.quantize([Part(weight[:16], factor, columns), Part(weight[16:], factor, columns)])
+    (expected,) = stacked.quantize([Part(weight, factor, columns)])
+    for stage, other in zip(together.stages, stacked.stages, strict=True):
+        torch.testing.assert_close(stage[1], other[1])
+    for i in (1, 2):
+        assert torch.equal(torch.cat([indices[i] for indices in found]), expected[i])
+
+
+@pytest.mark.parametrize("per", ["linear", "input", "block"])
 @pytest.mark.parametrize("architecture", TINY)
-def test_every_architecture(architecture: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
-    method = VPTQ(vector_length=5, centroids=24, residual_centroids=6, permute=True, iterations=3)
+def test_every_architecture(architecture: str, per: str, tiny_model: Callable[..., PreTrainedModel]) -> None:
+    method = VPTQ(vector_length=5, centroids=24, residual_centroids=6, permute=True, iterations=3, codebook_per=per)
     first, second = (packed_linears(tiny_model(architecture), method) for _ in range(2))
     assert first and all(torch.equal(first[name].dequantize(), second[name].dequantize()) for name in first)
 

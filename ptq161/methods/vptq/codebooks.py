@@ -1,4 +1,4 @@
-"""The codebooks of one linear, made in turn with the indices that use them: steps 4 to 6 of VPTQ."""
+"""Codebooks, of one linear or of several, made in turn with the indices that use them: steps 4 to 6 of VPTQ."""
 
 from __future__ import annotations
 
@@ -34,55 +34,74 @@ class Sizes(NamedTuple):
     scale_dtype: str
 
 
-class Codebooks:
-    """The codebooks of a linear, stage by stage, made in turn with the indices that use them.
+class Part(NamedTuple):
+    """A linear that takes its vectors from codebooks.
 
     Attributes:
-        stages: for the first codebooks and the residual ones a list of tensors ``[k, v]`` by part, of which the first
-            is the outliers'; an empty tensor where a part has none.
+        weight: ``[out, in]`` float32, its columns in the order of quantization.
+        factor: of the hessian of its inputs.
+        columns: the outlier columns, then each group's, as places in that order.
 
     Example:
         >>> from ptq161.methods.compensation import inverse_factor
-        >>> sizes = Sizes(2, 2, 0, 2, 0, 100, 1e-5, 128, "float16")
-        >>> books = Codebooks(sizes, [slice(0, 0), slice(0, 4)], torch.Generator().manual_seed(0), {})
+        >>> Part(torch.ones(2, 4), inverse_factor(torch.eye(4)), [slice(0, 0), slice(0, 4)]).weight.shape
+        torch.Size([2, 4])
+    """
+
+    weight: Tensor
+    factor: InverseFactor
+    columns: Sequence[slice]
+
+
+class Codebooks:
+    """Codebooks, stage by stage, made in turn with the indices that use them.
+
+    Attributes:
+        stages: for the first codebooks and the residual ones a list of tensors ``[k, v]``, of which the first is the
+            outliers' and the others are the groups'; an empty tensor where there are no such columns.
+
+    Example:
+        >>> from ptq161.methods.compensation import inverse_factor
+        >>> books = Codebooks(Sizes(2, 2, 0, 2, 0, 100, 1e-5, 128, "float16"), torch.Generator().manual_seed(0), {})
         >>> weight = torch.tensor([[1.0, -1.0, 1.0, -1.0], [2.0, -2.0, 2.0, -2.0]])  # vectors of two kinds
-        >>> _, indices = books.quantize(weight, inverse_factor(torch.eye(4)))
+        >>> ((_, indices),) = books.quantize([Part(weight, inverse_factor(torch.eye(4)), [slice(0, 0), slice(0, 4)])])
         >>> (books.stages[0][1][indices[0]].flatten().tolist() == weight.T.flatten().tolist())
         True
     """
 
-    def __init__(
-        self,
-        method: Sizes,
-        parts: Sequence[slice],
-        generator: torch.Generator,
-        initial: Mapping[str, Tensor],
-    ) -> None:
+    def __init__(self, method: Sizes, generator: torch.Generator, initial: Mapping[str, Tensor]) -> None:
         self.method = method
-        self.parts = parts
         self.generator = generator
         self.initial = initial
         self.stages: list[list[Tensor]] = []
 
-    def quantize(self, weight: Tensor, factor: InverseFactor) -> list[Tensor]:
-        """Return the indices of the outliers, then those of each stage: ``[ceil(out / v), columns]`` int64."""
-        method = self.method
-        self._add(weight, factor.diagonal, "init", method.centroids)  # 4
-        indices, missed = self._loop(weight, factor)  # 5
-        if method.residual_centroids:  # 6
-            self._add(missed, factor.diagonal, "res_init", method.residual_centroids)
-            indices, _ = self._loop(weight, factor)
-        return indices
+    def quantize(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """Make the codebooks for linears that share them.
 
-    def _add(self, values: Tensor, diagonal: Tensor, name: str, count: int) -> None:
-        """Make the codebooks of a stage for ``values [out, in]``."""
+        Returns:
+            for each linear the indices of the outliers, then those of each stage: ``[ceil(out / v), columns]`` int64.
+        """
+        method = self.method
+        self._add(parts, [part.weight for part in parts], "init", method.centroids)  # 4
+        done = [self._loop(part) for part in parts]  # 5
+        if method.residual_centroids:  # 6
+            self._add(parts, [missed for _, missed in done], "res_init", method.residual_centroids)
+            done = [self._loop(part) for part in parts]
+        return [indices for indices, _ in done]
+
+    def _add(self, parts: Sequence[Part], values: Sequence[Tensor], name: str, count: int) -> None:
+        """Make the codebooks of a stage for ``values``, of the shapes of the weights."""
         method, stage = self.method, []
-        for i, part in enumerate(self.parts):
+        for i in range(len(parts[0].columns)):
             length, size = (method.vector_length, count) if i else (method.outlier_vector_length, self._outlier_size)
-            if part.start == part.stop or not size:
-                stage.append(values.new_zeros(0, length))
+            cut = [
+                weighted_vectors(each[:, part.columns[i]], part.factor.diagonal[part.columns[i]], length)
+                for part, each in zip(parts, values, strict=True)
+            ]
+            vectors, weights = (torch.cat(tensors) for tensors in zip(*cut, strict=True))
+            if not len(vectors) or not size:
+                stage.append(vectors.new_zeros(0, length))
                 continue
-            vectors, weights = weighted_vectors(values[:, part], diagonal[part], length)
             given = self.initial.get(f"{name}_{i}")
             start = draw_centroids(vectors, weights, size, self.generator) if given is None else given.to(vectors)
             found = kmeans(vectors, weights, start, iterations=method.iterations, tolerance=method.tolerance)
@@ -94,29 +113,31 @@ class Codebooks:
         """Outliers have no residual codebook."""
         return 0 if self.stages else self.method.outlier_centroids
 
-    def _loop(self, weight: Tensor, factor: InverseFactor) -> tuple[list[Tensor], Tensor]:
+    def _loop(self, part: Part) -> tuple[list[Tensor], Tensor]:
+        """Return a linear's indices, and what the codebooks miss of it as compensated: ``[out, in]``."""
+        weight, columns = part.weight, part.columns
         out_features, in_features = weight.shape
-        method, first = self.method, self.parts[0].stop
-        width = self.parts[1].stop - self.parts[1].start
+        method, first = self.method, columns[0].stop
+        width = columns[1].stop - columns[1].start
         rows, outlier_rows = (-(-out_features // v) for v in (method.vector_length, method.outlier_vector_length))
         shapes = [(outlier_rows, first), *((rows, in_features - first) for _ in self.stages)]
         indices = [torch.empty(shape, dtype=torch.int64, device=weight.device) for shape in shapes]
         missed = torch.empty_like(weight.T, memory_format=torch.contiguous_format)
 
         def quantize_column(column: Tensor, j: int, _: Tensor) -> Tensor:
-            part = 0 if j < first else 1 + (j - first) // width
+            kind = 0 if j < first else 1 + (j - first) // width
             rest = column
             for i, stage in enumerate(self.stages):
-                if not len(stage[part]):
+                if not len(stage[kind]):
                     continue
-                vectors = _in_vectors(rest, stage[part].shape[1])
-                found = nearest(vectors, stage[part])
-                indices[1 + i if part else 0][:, j - first if part else j] = found
-                rest = rest - look_up(stage[part], found.unsqueeze(1), out_features).flatten()
+                vectors = _in_vectors(rest, stage[kind].shape[1])
+                found = nearest(vectors, stage[kind])
+                indices[1 + i if kind else 0][:, j - first if kind else j] = found
+                rest = rest - look_up(stage[kind], found.unsqueeze(1), out_features).flatten()
             missed[j] = rest
             return column - rest
 
-        compensate_columns(weight, factor, quantize_column, method.column_block)
+        compensate_columns(weight, part.factor, quantize_column, method.column_block)
         return indices, missed.T
 
 

@@ -14,6 +14,9 @@ numbered as in the code below:
 7. optional: the codebooks of a block are trained against its full-precision output
    (:mod:`ptq161.methods.vptq.refit`). The released code has no such step; the paper describes it in Section 4.
 
+Linears of one input, or of one block, may share their codebooks, which the paper and the released code do not do: then
+steps 4 and 6 take the vectors of all of them, and the first one stores what is shared.
+
 Differences: k-means is deterministic, from a start drawn with the run's seed; codebooks are rounded to the stored dtype
 before step 5, so that indices are chosen against what is stored. This project's own: step 3 with the hessian scaled to
 match, and rows divided by their root mean square.
@@ -24,14 +27,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ptq161.checks import check_at_least
+from ptq161.checks import check_at_least, check_choice
 from ptq161.errors import UserError
-from ptq161.methods.base import Window, check_rate
+from ptq161.methods.base import Window, check_rate, prefix_errors
 from ptq161.methods.blockwise import check_input_drop
 from ptq161.methods.compensation import (
     CompensatedMethod,
@@ -39,11 +42,13 @@ from ptq161.methods.compensation import (
     check_hessian,
     inverse_factor,
 )
-from ptq161.methods.vptq.codebooks import Codebooks, Sizes
+from ptq161.methods.layerwise import collect_statistics
+from ptq161.methods.vptq.codebooks import Codebooks, Part, Sizes
 from ptq161.methods.vptq.refit import refit
 from ptq161.packed.vector import Coded, Norm, VectorWeight, check_codebook
 from ptq161.packed.weight import PackedWeight, check_magnitude, stored_scale
 
+CODEBOOK_PER = ("linear", "input", "block")
 _RIDGE = 1e-2
 # Enough for k-means to come to rest, which comparisons with other implementations need.
 _TO_THE_END = 10_000
@@ -63,6 +68,8 @@ class VPTQ(CompensatedMethod):
         groups: groups of columns with a codebook each.
         permute: take the columns in the order of falling hessian diagonal.
         normalize: subtract each column's minimum and divide it by its range.
+        codebook_per: ``linear``, as released; or ``input`` or ``block``, for linears that share their codebooks
+            (this project's own).
         match_hessian: scale the hessian and the weights of the k-means with a normalized column (this project's own).
         row_scales: divide each row by its root mean square (this project's own).
         iterations: of k-means, at most.
@@ -95,6 +102,7 @@ class VPTQ(CompensatedMethod):
     groups: int = 1
     permute: bool = False
     normalize: bool = False
+    codebook_per: str = "linear"
     match_hessian: bool = False
     row_scales: bool = False
     iterations: int = 100
@@ -116,6 +124,7 @@ class VPTQ(CompensatedMethod):
             ("refit_steps", 0),
         ):
             check_at_least(f"method.{name}", getattr(self, name), least)
+        check_choice("method.codebook_per", self.codebook_per, CODEBOOK_PER)
         check_rate("method.refit_lr", self.refit_lr)
         check_rate("method.refit_scale_lr", self.refit_scale_lr or 0.0)
         check_input_drop(self.input_drop)
@@ -153,7 +162,7 @@ class VPTQ(CompensatedMethod):
         Raises:
             UserError: an input or a loss is not finite, or a linear cannot be quantized.
         """
-        packed = super().quantize_window(window)
+        packed = self._quantize_block(window) if self.codebook_per == "block" else super().quantize_window(window)
         if not self.refit_steps:
             return packed
         return refit(  # 7
@@ -167,9 +176,60 @@ class VPTQ(CompensatedMethod):
             input_drop=self.input_drop,
         )
 
-    def quantize_named(self, name: str, weight: Tensor, factor: InverseFactor, window: Window) -> PackedWeight:
-        """Quantize a linear with the window's generator for it."""
-        return self.quantize_linear(weight, factor, generator=window.generator(f"vptq/{name}"))
+    def quantize_factorized(
+        self, weights: Mapping[str, Tensor], factor: InverseFactor, window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize the linears of one input, each with the window's generator for the codebooks that it uses."""
+        if self.codebook_per == "input":
+            return self._quantize_together(weights, dict.fromkeys(weights, factor), window)
+        packed: dict[str, PackedWeight] = {}
+        for name, weight in weights.items():
+            packed |= self._quantize_together({name: weight}, {name: factor}, window)
+        return packed
+
+    def lenders(self, input_groups: Sequence[Sequence[str]]) -> dict[str, str]:
+        """Return, for linears that share another one's codebooks, which one that is.
+
+        Args:
+            input_groups: names of the linears of one block, by shared input.
+
+        Example:
+            >>> VPTQ(codebook_per="input").lenders([["0.q", "0.k"], ["0.o"]])
+            {'0.k': '0.q'}
+            >>> VPTQ(codebook_per="block").lenders([["0.q", "0.k"], ["0.o"]])
+            {'0.k': '0.q', '0.o': '0.q'}
+        """
+        if self.codebook_per == "linear":
+            return {}
+        together = (
+            [[name for group in input_groups for name in group]] if self.codebook_per == "block" else input_groups
+        )
+        return {name: names[0] for names in together for name in names[1:]}
+
+    def _quantize_block(self, window: Window) -> dict[str, PackedWeight]:
+        weights, factors = {}, {}
+        statistics = collect_statistics(self, window)
+        for group in window.input_groups:
+            factor = self.factorize_group(group, statistics.pop(group[0]), window)
+            for name in group:
+                weights[name], factors[name] = window.linears[name].weight.detach().float(), factor
+        return self._quantize_together(weights, factors, window)
+
+    def _quantize_together(
+        self, weights: Mapping[str, Tensor], factors: Mapping[str, InverseFactor], window: Window
+    ) -> dict[str, PackedWeight]:
+        """Quantize linears that share their codebooks, which the first one stores."""
+        first = next(iter(weights))
+        linears = []
+        for name, weight in weights.items():
+            with prefix_errors(name):
+                linears.append(self._prepare(weight, factors[name]))
+        with prefix_errors(", ".join(weights)):
+            packed = self._quantize(linears, window.generator(f"vptq/{first}"), {})
+        return {
+            name: weight if name == first else dataclasses.replace(weight, lender=first)
+            for name, weight in zip(weights, packed, strict=True)
+        }
 
     def quantize_linear(
         self,
@@ -190,20 +250,31 @@ class VPTQ(CompensatedMethod):
         Raises:
             UserError: the shapes do not match, the groups do not divide the columns, or a weight is not finite.
         """
+        generator = generator or torch.Generator().manual_seed(0)
+        (packed,) = self._quantize([self._prepare(weight, factor)], generator, initial_centroids or {})
+        return packed
+
+    def _prepare(self, weight: Tensor, factor: InverseFactor) -> _Linear:
+        """Check a weight, normalize it and bring its columns into their order."""
         check_magnitude(weight, self.scale_dtype)
         check_hessian(factor.upper, weight.shape[1])
         weight = weight.float()
         if not bool(torch.isfinite(weight).all()):
             raise UserError("a weight is NaN or infinite; check the model's checkpoint.")
-        parts = self.parts(weight.shape[1])
+        columns = self.parts(weight.shape[1])
         norm, weight = self._normalized(weight)  # 3
         order = torch.arange(weight.shape[1], device=weight.device) if factor.order is None else factor.order
         if self.match_hessian and norm.column_scale is not None:
             factor = matched(factor, norm.column_scale.float()[order])
+        return _Linear(Part(weight[:, order].masked_fill(factor.dead, 0.0), factor, columns), order, norm)
+
+    def _quantize(
+        self, linears: Sequence[_Linear], generator: torch.Generator, initial: Mapping[str, Tensor]
+    ) -> list[VectorWeight]:
         sizes = Sizes(**{name: getattr(self, name) for name in Sizes._fields})
-        books = Codebooks(sizes, parts, generator or torch.Generator().manual_seed(0), initial_centroids or {})
-        indices = books.quantize(weight[:, order].masked_fill(factor.dead, 0.0), factor)
-        return self._pack(weight, books, indices, parts, order, norm)
+        books = Codebooks(sizes, generator, initial)
+        indices = books.quantize([linear.part for linear in linears])
+        return [self._pack(linear, books, found) for linear, found in zip(linears, indices, strict=True)]
 
     def parts(self, in_features: int) -> list[slice]:
         """2. Return the outlier columns, then the groups, as places in the order of quantization."""
@@ -232,16 +303,9 @@ class VPTQ(CompensatedMethod):
             weight = (weight - column_offset.float()) / column_scale.float()
         return Norm(column_scale, column_offset, row_scale), weight
 
-    def _pack(
-        self,
-        weight: Tensor,
-        books: Codebooks,
-        indices: Sequence[Tensor],
-        parts: Sequence[slice],
-        order: Tensor,
-        norm: Norm,
-    ) -> VectorWeight:
-        """Bring the indices of ``order`` back to the columns of the weight."""
+    def _pack(self, linear: _Linear, books: Codebooks, indices: Sequence[Tensor]) -> VectorWeight:
+        """Bring the indices back to the columns of the weight."""
+        order, parts = linear.order, linear.part.columns
         labels = torch.empty_like(order)
         for label, part in enumerate((*parts[1:], parts[0])):
             labels[order[part]] = label
@@ -254,17 +318,25 @@ class VPTQ(CompensatedMethod):
             for stage, found in zip(books.stages, indices[1:], strict=True)
         ]
         outlier = None
-        if main:
+        if len(books.stages[0][0]):
             outlier = Coded(books.stages[0][0].unsqueeze(0), indices[0][:, outer])
         return VectorWeight.pack(
             coded[0],
-            weight.shape,
+            linear.part.weight.shape,
             residual=coded[1] if len(coded) > 1 else None,
             outlier=outlier,
             labels=labels,
-            norm=norm,
+            norm=linear.norm,
             scale_dtype=self.scale_dtype,
         )
+
+
+class _Linear(NamedTuple):
+    """A linear that is about to be quantized: ``order [in]`` says which column stands at each place of the part."""
+
+    part: Part
+    order: Tensor
+    norm: Norm
 
 
 def quantize_weight(

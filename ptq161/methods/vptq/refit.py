@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ptq161.methods.base import Window, prefix_errors
 from ptq161.methods.blockwise import optimize, replaced_linears
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.trainable import ScaledLinear
+from ptq161.packed.trainable import scaled_linears
 from ptq161.packed.weight import PackedWeight
 
 
@@ -74,7 +74,7 @@ def refit(
     """
     assert window.full_outputs is not None, "the driver brings the full-precision chain (needs_full_chain)"
     dtype = COMPUTE_DTYPES[compute_dtype]
-    layers = {name: ScaledLinear(packed[name], linear.bias, dtype) for name, linear in window.linears.items()}
+    layers = scaled_linears(packed, {name: linear.bias for name, linear in window.linears.items()}, dtype)
     gains: dict[bool, list[Tensor]] = {True: [], False: []}
     for layer in layers.values():
         for name, gain in layer.gains.items():
