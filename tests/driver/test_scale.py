@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable
@@ -16,11 +17,11 @@ import ptq161
 from ptq161.methods.base import Method
 from ptq161.models.architectures import decoder_blocks
 from ptq161.packed.model import packed_linears
-from tests.conftest import every_method
+from tests.conftest import _tiny_model, every_method
 
 TinyModel = Callable[..., PreTrainedModel]
 TOKENS = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-FACTORS = [1e-6, 1e-3, 1e3, 1e6]
+FACTORS = [1e-6, 1e3]  # each rescaling multiplies one weight and divides another
 METHODS = every_method(bits=3, epochs=2) | {"waterfill": ptq161.Waterfill(epochs=2, batch_size=2)}
 
 
@@ -64,11 +65,15 @@ def error(model: PreTrainedModel, method: Method) -> float:
     return float((after - before).norm() / before.norm())
 
 
+@functools.cache
+def undisturbed_error(name: str) -> float:
+    return error(_tiny_model("llama"), METHODS[name])
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("rescale", RESCALE, ids=lambda function: function.__name__)
 def test_a_rescaled_model_is_quantized_about_as_well(name: str, rescale: object, tiny_model: TinyModel) -> None:
-    model = tiny_model("llama")
-    expected = error(model, METHODS[name])
+    model, expected = tiny_model("llama"), undisturbed_error(name)
     for factor in FACTORS:
         found = error(rescaled(model, rescale, factor), METHODS[name])
         assert math.isfinite(found) and found < 1.15 * expected + 0.01, factor

@@ -70,8 +70,7 @@ def test_a_second_run_in_a_live_ones_directory(program: Program) -> None:
     assert seeds(program.folder) == [1]
 
 
-@pytest.mark.parametrize("launcher", ["basic", "local"])
-@pytest.mark.parametrize("chdir", [True, False])
+@pytest.mark.parametrize(("launcher", "chdir"), [("basic", False), ("local", True)])
 def test_a_relative_directory_is_the_one_that_was_typed(program: Program, launcher: str, chdir: bool) -> None:
     ended = program(
         "-m",

@@ -13,8 +13,9 @@ from tests.end_to_end.conftest import SECONDS, Program, command, variables
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("multirun", [False, True])
-@pytest.mark.parametrize("redirection", ["2>&1 | head -1", ">/dev/full 2>&1", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    ("redirection", "multirun"), [("2>&1 | head -1", True), (">/dev/full 2>&1", False), (">&- 2>&-", True)]
+)
 def test_a_run_ends_well_without_an_output(program: Program, redirection: str, multirun: bool) -> None:
     where = ["-m", "hydra.sweep.dir=sweep"] if multirun else ["hydra.run.dir=run"]
     arguments = shlex.join(command(*where, *program.tiny, "method=rtn", "tracker=none"))
