@@ -35,7 +35,8 @@ run: $(STAMP)  ## install what is needed, once, and run an experiment; settings:
 	$(BIN)/python run.py $(ARGS)
 
 .PHONY: test
-test: lint docs  ## install what is needed, once, then linter, type checker, documentation and all tests; some: TESTS="tests/packed -x"
+test: $(STAMP)  ## install what is needed, once, then linter, type checker, documentation and all tests; some: TESTS="tests/packed -x"
+	$(MAKE) -j2 lint docs
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 
 .PHONY: lint
