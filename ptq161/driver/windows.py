@@ -263,4 +263,5 @@ def install(model: PreTrainedModel, packed: dict[str, PackedWeight]) -> None:
         original = blocks[block].get_submodule(path)
         assert isinstance(original, nn.Linear)
         blocks[block].set_submodule(path, PackedLinear(moved(weight, original.weight.device), original.bias))
-    link_lenders(blocks)
+    if any(weight.lender is not None for weight in packed.values()):
+        link_lenders(blocks)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.packed.activations import quantized_activations
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lender_of
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lenders_of
 
 FEW_ROWS = 16
 """Rows up to which a product from the packed bytes is surely faster than one with the dequantized weight: both take as
@@ -211,9 +211,8 @@ def link_lenders(root: nn.Module) -> None:
         [[2.0, 2.0], [2.0, 2.0]]
     """
     found = {name: module for name, module in root.named_modules() if isinstance(module, PackedLinear)}
-    for name, layer in found.items():
-        if layer.lender is not None:
-            layer.borrow_from(found[lender_of(name, layer.lender, found)])
+    for name, lender in lenders_of({name: layer.lender for name, layer in found.items()}).items():
+        found[name].borrow_from(found[lender])
 
 
 def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:

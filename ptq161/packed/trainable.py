@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lender_of, scale_dtype_of, stored_scale
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lenders_of, scale_dtype_of, stored_scale
 
 
 def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:
@@ -77,11 +77,11 @@ def scaled_linears(
         >>> layers["0.k"].repack().dequantize().tolist()
         [[1.5, 1.5], [1.5, 1.5]]
     """
+    lenders = lenders_of({name: weight.lender for name, weight in packed.items()})
     made: dict[str, ScaledLinear] = {}
-    for name in sorted(packed, key=lambda name: packed[name].lender is not None):
-        lender = packed[name].lender
-        layer = None if lender is None else made[lender_of(name, lender, made)]
-        made[name] = ScaledLinear(packed[name], biases[name], compute_dtype, layer)
+    for name in sorted(packed, key=lambda name: name in lenders):
+        lender = made[lenders[name]] if name in lenders else None
+        made[name] = ScaledLinear(packed[name], biases[name], compute_dtype, lender)
     return {name: made[name] for name in packed}
 
 

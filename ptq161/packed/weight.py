@@ -329,28 +329,36 @@ def packed_weights_from(
         >>> packed_weights_from(settings, tensors)["model.0.k"].dequantize().tolist()
         [[1.0, 1.0], [1.0, 1.0]]
     """
+    lenders = lenders_of({name: each.get("lender") for name, each in settings.items()})
     found: dict[str, PackedWeight] = {}
-    for name in sorted(settings, key=lambda name: "lender" in settings[name]):
-        wanted = settings[name].get("lender")
-        lender = None if wanted is None else found[lender_of(name, str(wanted), found)]
+    for name in sorted(settings, key=lambda name: name in lenders):
+        lender = found[lenders[name]] if name in lenders else None
         found[name] = packed_weight_from(settings[name], tensors[name], lender)
     return {name: found[name] for name in settings}
 
 
-def lender_of(name: str, lender: str, names: Collection[str]) -> str:
-    """Return the name among ``names`` of the linear ``lender``, ``"{block}.{path}"``, whose tensors ``name`` shares.
+def lenders_of(wanted: Mapping[str, str | None]) -> dict[str, str]:
+    """Return, for each linear that shares tensors, the name of the one that stores them.
+
+    Args:
+        wanted: by the name of each linear, ``"{block}.{path}"`` or a module path, its weight's ``lender``.
 
     Raises:
-        UserError: it is not there.
+        UserError: a lender is not there, or shares tensors itself.
 
     Example:
-        >>> lender_of("model.layers.3.k", "3.q", ["model.layers.13.q", "model.layers.3.q"])
-        'model.layers.3.q'
+        >>> lenders_of({"model.layers.13.q": None, "model.layers.3.q": None, "model.layers.3.k": "3.q"})
+        {'model.layers.3.k': 'model.layers.3.q'}
     """
-    for candidate in names:
-        if candidate == lender or candidate.endswith(f".{lender}"):
-            return candidate
-    raise UserError(f"the checkpoint is damaged: {name} shares tensors of {lender}, which is not there.")
+    sharing = {name: lender for name, lender in wanted.items() if lender is not None}
+    if not sharing:
+        return {}
+    owners = [name for name in wanted if name not in sharing]
+    ends = {name.split(".", i)[-1]: name for name in owners for i in range(name.count(".") + 1)}
+    for name, lender in sharing.items():
+        if lender not in ends:
+            raise UserError(f"the checkpoint is damaged: {name} shares tensors of {lender}, which is not there.")
+    return {name: ends[lender] for name, lender in sharing.items()}
 
 
 def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
