@@ -121,6 +121,7 @@ STUDIES = {
         },
         overrides=("+study/equal_bytes=released,scales,learned,distilled,billm",),
     ),
+    "codebooks": Study({"method.codebook_per": ["linear", "input", "block"]}, x="method.codebook_per"),
     "arithmetic": Study(
         {
             "preprocess": ["lora", "float", "6 bits"],
