@@ -224,7 +224,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         >>> import ptq161, torch
         >>> from transformers import MixtralConfig, MixtralForCausalLM
         >>> sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
-        >>> model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, num_local_experts=2, **sizes))
+        >>> sizes |= {"num_key_value_heads": 1, "num_local_experts": 2}
+        >>> model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1, **sizes))
         >>> model = ptq161.quantize(model, torch.zeros(1, 2, dtype=torch.long), ptq161.RTN(bits=2))
         >>> dequantize(model).model.layers[0].mlp.experts.down_proj.shape
         torch.Size([2, 8, 8])
