@@ -35,7 +35,8 @@ from ptq161.files.reading import reading
 from ptq161.files.strict_json import decode_json, encode_json
 from ptq161.methods.base import Method
 from ptq161.models.architectures import config_key
-from ptq161.packed.weight import PackedWeight, packed_weights_from
+from ptq161.packed.lenders import packed_weights_from
+from ptq161.packed.weight import PackedWeight
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from ptq161.models.architectures import decoder_blocks, input_groups
 from ptq161.models.checks import HOOKS
 from ptq161.models.experts import Experts
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.linear import PackedLinear, dense_cache, link_lenders
+from ptq161.packed.lenders import link_lenders
+from ptq161.packed.linear import PackedLinear, dense_cache
 from ptq161.packed.weight import PackedWeight
 from ptq161.seeding import stage_generator
 

@@ -48,7 +48,8 @@ from ptq161.packed.embedding import install_embeddings
 from ptq161.packed.fp4 import FP4Weight
 from ptq161.packed.fp8 import FP8Weight
 from ptq161.packed.layout import TENSOR_METADATA
-from ptq161.packed.linear import PackedLinear, link_lenders
+from ptq161.packed.lenders import link_lenders
+from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, measure
 from ptq161.packed.pb_llm import PBLLMWeight
 from ptq161.packed.quip import QuIPWeight

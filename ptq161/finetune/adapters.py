@@ -30,7 +30,8 @@ from ptq161.models.checks import check_head, check_seq_len
 from ptq161.numerics import COMPUTE_DTYPES, plain_torch, working_device
 from ptq161.packed.adapted import AdaptedWeight
 from ptq161.packed.checkpoint import own_methods
-from ptq161.packed.linear import PackedLinear, link_lenders
+from ptq161.packed.lenders import link_lenders
+from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import activation_bits, cast_rest, densify, packed_linears, sha256_of_packed, tensor_bytes
 from ptq161.training.arithmetic.linears import FrozenLinear, LoraLinear
 from ptq161.training.arithmetic.metis import check_ranks

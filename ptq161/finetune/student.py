@@ -18,7 +18,8 @@ from ptq161.finetune.layers import CastWeight, CodedLinear, RelativeWeight
 from ptq161.methods.codes import BETAS
 from ptq161.models.architectures import blocks_path, token_embeddings
 from ptq161.numerics import COMPUTE_DTYPES
-from ptq161.packed.linear import PackedLinear, link_lenders
+from ptq161.packed.lenders import link_lenders
+from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import cast_rest, packed_linears
 from ptq161.packed.trainable import ScaledLinear, scaled_linears
 from ptq161.training.loop import trained_parameters

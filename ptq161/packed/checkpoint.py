@@ -44,9 +44,10 @@ from ptq161.packed.layout import (
     checkpoint_folder,
     write_around,
 )
-from ptq161.packed.linear import PackedLinear, link_lenders
+from ptq161.packed.lenders import link_lenders, packed_weights_from
+from ptq161.packed.linear import PackedLinear
 from ptq161.packed.model import dequantize, packed_linears, stored_tensors, tensor_bytes
-from ptq161.packed.weight import packed_weight_from, packed_weights_from
+from ptq161.packed.weight import packed_weight_from
 
 
 def save(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ptq161.errors import UserError
 from ptq161.packed.activations import quantized_activations
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lenders_of
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight
 
 FEW_ROWS = 16
 """Rows up to which a product from the packed bytes is surely faster than one with the dequantized weight: both take as
@@ -25,8 +25,8 @@ class PackedModule(nn.Module):
     """A module whose weight exists only as packed tensors.
 
     The packed tensors that the weight stores are the module's buffers, so that the state dict holds exactly what is
-    stored; those that another linear stores are read from there (:func:`link_lenders`). Changing the module's dtype
-    leaves them as they are.
+    stored; those that another linear stores are read from there (:mod:`ptq161.packed.lenders`). Changing the module's
+    dtype leaves them as they are.
 
     Args:
         packed: the weight.
@@ -185,34 +185,6 @@ class PackedHead(PackedLinear):
         >>> head(torch.ones(1, 3)), list(head.state_dict())
         (tensor([[3.]]), [])
     """
-
-
-def link_lenders(root: nn.Module) -> None:
-    """Let every packed linear within ``root`` whose weight shares tensors read them from the linear that stores them.
-
-    Whoever puts packed linears into a model calls this afterwards.
-
-    Args:
-        root: the model, or the list of its decoder blocks.
-
-    Raises:
-        UserError: a linear that stores shared tensors is not there.
-
-    Example:
-        >>> import dataclasses
-        >>> from ptq161.packed.vector import Coded, VectorWeight
-        >>> one = VectorWeight.pack(Coded(torch.ones(1, 2, 2), torch.tensor([[0, 1]])), (2, 2))
-        >>> block = {"q": PackedLinear(one), "k": PackedLinear(dataclasses.replace(one, lender="0.q"))}
-        >>> blocks = nn.ModuleList([nn.ModuleDict(block)])
-        >>> link_lenders(blocks)
-        >>> blocks[0]["q"].centroids.fill_(2.0)[0, 0].tolist(), list(blocks[0]["k"].state_dict())
-        ([2.0, 2.0], ['indices'])
-        >>> blocks[0]["k"].dequantize().tolist()
-        [[2.0, 2.0], [2.0, 2.0]]
-    """
-    found = {name: module for name, module in root.named_modules() if isinstance(module, PackedLinear)}
-    for name, lender in lenders_of({name: layer.lender for name, layer in found.items()}).items():
-        found[name].borrow_from(found[lender])
 
 
 def tiled_product(packed: PackedWeight, x: Tensor, bias: Tensor | None = None) -> Tensor:

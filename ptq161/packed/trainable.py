@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq161.packed.lenders import lenders_of
 from ptq161.packed.linear import PackedLinear
-from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, lenders_of, scale_dtype_of, stored_scale
+from ptq161.packed.weight import OF_ACTIVATIONS, PackedWeight, scale_dtype_of, stored_scale
 
 
 def scale_tensors(packed: PackedWeight) -> dict[str, Tensor]:

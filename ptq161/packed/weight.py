@@ -306,61 +306,6 @@ def packed_weight_from(
     return cls.from_state_dict(settings, tensors)
 
 
-def packed_weights_from(
-    settings: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, PackedWeight]:
-    """Rebuild packed weights that may share tensors.
-
-    Args:
-        settings: of each, by ``"{block}.{path}"`` or by module path.
-        tensors: that each stores, by the same names.
-
-    Raises:
-        UserError: one cannot be rebuilt, or the linear whose tensors it shares is not there.
-
-    Example:
-        >>> from ptq161.packed.vector import Coded, VectorWeight
-        >>> one = VectorWeight.pack(Coded(torch.ones(1, 2, 2), torch.tensor([[0, 1]])), (2, 2))
-        >>> weights = {"0.q": one, "0.k": dataclasses.replace(one, lender="0.q")}
-        >>> tensors = {f"model.{name}": weight.state_dict() for name, weight in weights.items()}
-        >>> [sorted(each) for each in tensors.values()]
-        [['centroids', 'indices'], ['indices']]
-        >>> settings = {f"model.{name}": weight.settings() for name, weight in weights.items()}
-        >>> packed_weights_from(settings, tensors)["model.0.k"].dequantize().tolist()
-        [[1.0, 1.0], [1.0, 1.0]]
-    """
-    lenders = lenders_of({name: each.get("lender") for name, each in settings.items()})
-    found: dict[str, PackedWeight] = {}
-    for name in sorted(settings, key=lambda name: name in lenders):
-        lender = found[lenders[name]] if name in lenders else None
-        found[name] = packed_weight_from(settings[name], tensors[name], lender)
-    return {name: found[name] for name in settings}
-
-
-def lenders_of(wanted: Mapping[str, str | None]) -> dict[str, str]:
-    """Return, for each linear that shares tensors, the name of the one that stores them.
-
-    Args:
-        wanted: by the name of each linear, ``"{block}.{path}"`` or a module path, its weight's ``lender``.
-
-    Raises:
-        UserError: a lender is not there, or shares tensors itself.
-
-    Example:
-        >>> lenders_of({"model.layers.13.q": None, "model.layers.3.q": None, "model.layers.3.k": "3.q"})
-        {'model.layers.3.k': 'model.layers.3.q'}
-    """
-    sharing = {name: lender for name, lender in wanted.items() if lender is not None}
-    if not sharing:
-        return {}
-    owners = [name for name in wanted if name not in sharing]
-    ends = {name.split(".", i)[-1]: name for name in owners for i in range(name.count(".") + 1)}
-    for name, lender in sharing.items():
-        if lender not in ends:
-            raise UserError(f"the checkpoint is damaged: {name} shares tensors of {lender}, which is not there.")
-    return {name: ends[lender] for name, lender in sharing.items()}
-
-
 def stored_scale(value: Tensor, scale_dtype: str) -> Tensor:
     """Round scales, means or zero points to the dtype in which they are stored.
 

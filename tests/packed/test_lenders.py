@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,8 @@ SHARED = {"centroids", "residual_centroids"}
 
 
 def method(per: str, **changes: int) -> ptq161.VPTQ:
-    settings: dict[str, int] = {"vector_length": 2, "centroids": 16, "residual_centroids": 4, "iterations": 5}
-    return ptq161.VPTQ(codebook_per=per, row_scales=True, batch_size=2, **settings | changes)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"vector_length": 2, "centroids": 16, "residual_centroids": 4, "iterations": 5}
+    return ptq161.VPTQ(codebook_per=per, row_scales=True, batch_size=2, **settings | changes)
 
 
 def quantized(per: str = "input") -> PreTrainedModel:
