@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptq161.errors import UserError
+from ptq161.kernels import codebook
 from ptq161.kernels.packed_rows import Operands
 from ptq161.packed.bits import INDEX_BITS, index_bits, merge_columns, pack_indices, unpack_indices
 from ptq161.packed.weight import PackedWeight, stored_scale
@@ -197,9 +198,14 @@ class VectorWeight(PackedWeight):
 
     def _vectors(self, centroids: Tensor, packed: Tensor, groups: Tensor) -> Tensor:
         """Look columns up in the codebook of each one's group: ``[out, columns]`` float32."""
-        indices = self._unpack(packed, centroids, len(groups))
-        table = centroids.float().flatten(0, 1)
-        return look_up(table, indices + centroids.shape[1] * groups, self.out_features)
+        table, size, columns = centroids.float().flatten(0, 1), centroids.shape[1], len(groups)
+        if codebook.usable(table, packed):
+            labels = groups if centroids.shape[0] > 1 else None
+            return codebook.codebook_weight(
+                table, packed, labels, size=size, out_features=self.out_features, columns=columns
+            )
+        indices = self._unpack(packed, centroids, columns)
+        return look_up(table, indices + size * groups, self.out_features)
 
     def _unpack(self, packed: Tensor, centroids: Tensor, columns: int) -> Tensor:
         rows = -(-self.out_features // centroids.shape[2])

@@ -215,16 +215,18 @@ PROGRAM = """
 import os
 import torch
 from ptq161.kernels import native, packed_rows
+from ptq161.kernels.codebook import cluster_sums, codebook_weight, nearest
 from ptq161.kernels.divergence import divergence
 from ptq161.methods.codes import LatentLinear
 from ptq161.methods.ptq161 import block_loss
 from ptq161.methods.ptq161.coding import binary_grid
 from ptq161.methods.ptq161.trainable import BinaryLinear
+from ptq161.packed.bits import index_bits, pack_indices
 from tests.kernels.packed_weights import MAKERS, OTHERS, SHAPES
 
 del os.environ["LD_PRELOAD"]  # for this process alone, not the compiler
 native._OPTIONS = (*native._OPTIONS, "-O0", "-fsanitize=address", "-fno-omit-frame-pointer")
-assert all(map(native.load, [*packed_rows.SOURCES, "latent", "divergence", "token_sums", "binary_product"]))
+assert all(map(native.load, [*packed_rows.SOURCES, "latent", "divergence", "token_sums", "binary_product", "codebook"]))
 for kind, make in (MAKERS | OTHERS).items():
     for shape in (SHAPES[1], SHAPES[5]):
         packed, bias = make(*shape), torch.randn(shape[0])
@@ -245,6 +247,14 @@ for dtype in (torch.float32, torch.bfloat16):
             output, target = layer(torch.randn(n, n_in, requires_grad=True)), torch.randn(n, n_out)
             block_loss(output, target, 2 * target).backward()
         assert divergence(output.detach(), target.to(dtype))[0].isfinite()
+for n, length, count, columns in ((1, 1, 2, 1), (33, 5, 7, 3)):
+    table, vectors = torch.randn(count, length), torch.randn(n * columns, length)
+    labels = nearest(vectors, table)
+    assert cluster_sums(vectors, torch.ones(len(labels)).double(), labels, count)[0].sum() == n * columns
+    codes = pack_indices(labels, index_bits(count))
+    groups = torch.zeros(columns, dtype=torch.int64)
+    shape = {"size": count, "out_features": (n - 1) * length + 1, "columns": columns}
+    codebook_weight(table.requires_grad_(), codes, groups, **shape).sum().backward()
 print("clean")
 """
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 import ptq161
 from ptq161.errors import UserError
+from ptq161.kernels.codebook import nearest
 from ptq161.methods.compensation import inverse_factor, weighted_error
-from ptq161.methods.vptq import VPTQ, kmeans, nearest, quantize_weight
+from ptq161.methods.vptq import VPTQ, kmeans, quantize_weight
 from ptq161.methods.vptq.codebooks import Codebooks, Part, Sizes, weighted_vectors
 from ptq161.methods.vptq.kmeans import draw_centroids
 from ptq161.methods.vptq.method import regularized

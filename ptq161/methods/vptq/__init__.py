@@ -4,9 +4,9 @@
 without a model. Other rooms import from here alone.
 """
 
-from ptq161.methods.vptq.kmeans import kmeans, nearest
+from ptq161.methods.vptq.kmeans import kmeans
 from ptq161.methods.vptq.method import VPTQ
 from ptq161.methods.vptq.refit import refit
 from ptq161.methods.vptq.weight import quantize_weight
 
-__all__ = ["VPTQ", "kmeans", "nearest", "quantize_weight", "refit"]
+__all__ = ["VPTQ", "kmeans", "quantize_weight", "refit"]

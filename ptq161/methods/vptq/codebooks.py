@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptq161.kernels.codebook import nearest
 from ptq161.methods.compensation import InverseFactor, compensate_columns
-from ptq161.methods.vptq.kmeans import draw_centroids, kmeans, nearest
+from ptq161.methods.vptq.kmeans import draw_centroids, kmeans
 from ptq161.packed.vector import look_up
 from ptq161.packed.weight import stored_scale
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from ptq161.errors import UserError
-
-# Distances that are held at once: what a core's cache holds.
-_CHUNK = 1 << 18
+from ptq161.kernels.codebook import cluster_sums, nearest
 
 
 def kmeans(
@@ -45,46 +43,22 @@ def kmeans(
     used = weights > 0
     if not bool(used.all()):
         vectors, weights = vectors[used], weights[used]
-    weighted = vectors.double() * weights.unsqueeze(1)
     # Only differences of the error matter, but they are compared with all of it.
-    own = float((weighted * vectors).sum())
+    own = float(vectors.square().sum(1).double() @ weights)
     before, labels = float("inf"), None
     for _ in range(iterations):
         found = nearest(vectors, centroids)
         if labels is not None and torch.equal(found, labels):
             break
         labels, old = found, centroids.double()
-        mass = weights.new_zeros(len(old)).index_add_(0, labels, weights).unsqueeze(1)
-        sums = weighted.new_zeros(old.shape).index_add_(0, labels, weighted)
+        mass, sums = cluster_sums(vectors, weights, labels, len(old))
+        mass = mass.unsqueeze(1)
         error = own + float(((mass * old - 2 * sums) * old).sum())
         if tolerance and before - error < tolerance * before:
             break
         before = error
         centroids = torch.where(mass > 0, sums / mass, old).float()
     return centroids
-
-
-def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
-    """Return the index of the nearest centroid in Euclidean distance, the first of equally near ones.
-
-    Args:
-        vectors: ``[n, v]``.
-        centroids: ``[k, v]``.
-
-    Returns:
-        ``[n]`` int64.
-
-    Example:
-        >>> nearest(torch.tensor([[0.4], [0.6], [9.0]]), torch.tensor([[0.0], [1.0]])).tolist()
-        [0, 1, 1]
-    """
-    table, half = centroids.T.contiguous(), centroids.square().sum(1) / -2
-    rows = max(1, _CHUNK // len(centroids))
-    closeness = vectors.new_empty(min(rows, len(vectors)), len(centroids))  # x c - c^2 / 2, largest for the nearest c
-    found = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for part, place in zip(vectors.split(rows), found.split(rows), strict=True):
-        place.copy_(_largest(torch.addmm(half, part, table, out=closeness[: len(part)])))
-    return found
 
 
 def draw_centroids(vectors: Tensor, weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -109,8 +83,3 @@ def draw_centroids(vectors: Tensor, weights: Tensor, count: int, generator: torc
         return vectors.new_zeros(count, vectors.shape[1])
     drawn = torch.randperm(len(candidates), generator=generator)[:count].to(candidates.device)
     return vectors[candidates[drawn[torch.arange(count, device=drawn.device) % len(drawn)]]]
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """Return the place of the first largest value of each row; numpy's search takes an eighth of torch's on the CPU."""
-    return torch.from_numpy(rows.numpy().argmax(1)) if rows.device.type == "cpu" else rows.argmax(1)

@@ -1,0 +1,215 @@
+// A codebook and its vectors: which centroid is the nearest, the sums over each centroid's vectors, and the weight that
+// packed indices stand for, with its gradient. What is computed is told in codebook.py, beside the same in torch.
+
+#include "floats.h"
+#include "indices.h"
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+namespace {
+
+using packed_rows::Indices;
+using packed_rows::indices_of;
+using packed_rows::Optional;
+using packed_rows::ScalarType;
+using packed_rows::Tensor;
+
+constexpr int64_t kBlock = 32;             // vectors whose distances are held in registers
+constexpr int64_t kGrainProducts = 1 << 18;  // that a thread is woken for
+constexpr int64_t kParts = 16;             // of a sum, whatever the number of threads
+
+const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
+
+// Where each of kParts parts of n things begins.
+int64_t part(int64_t i, int64_t n) { return i * n / kParts; }
+
+// For kBlock vectors, [v][kBlock], the centroid c with the largest x c - c^2 / 2. kLength is v, or 0 for any.
+template <int64_t kLength>
+void nearest_of_block(const float* x, const float* centroids, const float* half, int64_t k, int64_t v, int32_t* found) {
+  float best[kBlock];
+  std::fill_n(best, kBlock, -std::numeric_limits<float>::infinity());
+  std::fill_n(found, kBlock, 0);
+  const int64_t length = kLength ? kLength : v;
+  for (int64_t c = 0; c < k; ++c) {
+    float closeness[kBlock];
+    std::fill_n(closeness, kBlock, half[c]);
+    for (int64_t d = 0; d < length; ++d) {
+      const float value = centroids[c * length + d];
+#pragma omp simd
+      for (int64_t b = 0; b < kBlock; ++b) closeness[b] = std::fma(x[d * kBlock + b], value, closeness[b]);
+    }
+#pragma omp simd
+    for (int64_t b = 0; b < kBlock; ++b) {
+      const bool better = closeness[b] > best[b];
+      best[b] = better ? closeness[b] : best[b];
+      found[b] = better ? static_cast<int32_t>(c) : found[b];
+    }
+  }
+}
+
+Tensor nearest(Tensor vectors, Tensor centroids) {
+  const int64_t n = vectors.size(0), v = vectors.size(1), k = centroids.size(0);
+  Tensor result = torch::stable::new_empty(vectors, {n}, ScalarType::Long);
+  auto* indices = static_cast<int64_t*>(result.mutable_data_ptr());
+  const float *from = floats(vectors), *table = floats(centroids);
+  std::vector<float> half(k);
+  for (int64_t c = 0; c < k; ++c) {
+    float square = 0.0f;
+    for (int64_t d = 0; d < v; ++d) square += table[c * v + d] * table[c * v + d];
+    half[c] = square / -2.0f;
+  }
+  const auto of_block = v == 4   ? nearest_of_block<4>
+                        : v == 6 ? nearest_of_block<6>
+                        : v == 8 ? nearest_of_block<8>
+                                 : nearest_of_block<0>;
+  const int64_t blocks = (n + kBlock - 1) / kBlock, grain = 1 + kGrainProducts / (kBlock * v * k);
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(v * kBlock);
+    int32_t found[kBlock];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock, count = std::min(kBlock, n - first);
+      for (int64_t b = 0; b < count; ++b) {
+        for (int64_t d = 0; d < v; ++d) x[d * kBlock + b] = from[(first + b) * v + d];
+      }
+      of_block(x.data(), table, half.data(), k, v, found);
+      std::copy_n(found, count, indices + first);
+    }
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> cluster_sums(Tensor vectors, Tensor weights, Tensor labels, int64_t k) {
+  const int64_t n = vectors.size(0), v = vectors.size(1), stride = k * (v + 1);
+  Tensor masses = torch::stable::new_empty(weights, {k}), sums = torch::stable::new_empty(weights, {k, v});
+  const float* from = floats(vectors);
+  const auto* weight = static_cast<const double*>(weights.const_data_ptr());
+  const int64_t* label = integers(labels);
+  std::vector<double> parts(kParts * stride, 0.0);
+  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      double *mass = parts.data() + p * stride, *sum = mass + k;
+      for (int64_t i = part(p, n); i < part(p + 1, n); ++i) {
+        mass[label[i]] += weight[i];
+        for (int64_t d = 0; d < v; ++d) sum[label[i] * v + d] += weight[i] * static_cast<double>(from[i * v + d]);
+      }
+    }
+  });
+  auto *mass = static_cast<double*>(masses.mutable_data_ptr()), *sum = static_cast<double*>(sums.mutable_data_ptr());
+  for (int64_t i = 0; i < stride; ++i) {
+    double total = 0.0;
+    for (int64_t p = 0; p < kParts; ++p) total += parts[p * stride + i];
+    (i < k ? mass[i] : sum[i - k]) = total;
+  }
+  return {masses, sums};
+}
+
+// The columns of a weight as vectors of codebooks, row of vectors by row of vectors.
+struct Coded {
+  Indices indices;
+  std::vector<uint32_t> first;  // of each column's codebook in the table
+  int64_t columns;
+  uint32_t last;  // place in the table
+  mutable std::atomic<bool> beyond = false;
+
+  Coded(const Tensor& packed, const Optional& groups, int64_t columns, int64_t rows, int64_t size, int64_t entries)
+      : indices(indices_of(packed, rows * columns, size)), first(columns, 0), columns(columns), last(entries - 1) {
+    for (int64_t j = 0; groups && j < columns; ++j) first[j] = static_cast<uint32_t>(integers(*groups)[j] * size);
+  }
+
+  // Writes the places in the table of a row of vectors.
+  void read(int64_t row, uint32_t* to) const {
+    indices.read(row * columns, columns, to);
+    uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < columns; ++j) {
+      to[j] += first[j];
+      most = std::max(most, to[j]);
+    }
+    if (most <= last) return;
+    beyond = true;
+    std::fill_n(to, columns, 0u);
+  }
+
+  void check() const { STD_TORCH_CHECK(!beyond, "an index is beyond its codebook"); }
+};
+
+Tensor codebook_weight(Tensor table, Tensor packed, Optional groups, int64_t size, int64_t out, int64_t columns) {
+  const int64_t entries = table.size(0), v = table.size(1), rows = (out + v - 1) / v;
+  const Coded coded(packed, groups, columns, rows, size, entries);
+  Tensor result = torch::stable::new_empty(table, {out, columns});
+  float* weight = mutable_floats(result);
+  std::vector<float> by_row(entries * v);  // [v][entries]
+  for (int64_t c = 0; c < entries; ++c) {
+    for (int64_t d = 0; d < v; ++d) by_row[d * entries + c] = floats(table)[c * v + d];
+  }
+  torch::stable::parallel_for(0, rows, 1 + packed_rows::kGrainWeights / (v * columns + 1), [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> at(columns);
+    for (int64_t row = begin; row < end; ++row) {
+      coded.read(row, at.data());
+      for (int64_t d = 0; d < std::min(v, out - row * v); ++d) {
+        float* to = weight + (row * v + d) * columns;
+        const float* values = by_row.data() + d * entries;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) to[j] = values[at[j]];
+      }
+    }
+  });
+  coded.check();
+  return result;
+}
+
+Tensor codebook_gradient(Tensor grad, Tensor packed, Optional groups, int64_t size, int64_t entries, int64_t v) {
+  const int64_t out = grad.size(0), columns = grad.size(1), rows = (out + v - 1) / v;
+  const Coded coded(packed, groups, columns, rows, size, entries);
+  Tensor result = torch::stable::new_empty(grad, {entries, v});
+  const float* from = floats(grad);
+  std::vector<double> parts(kParts * entries * v, 0.0);
+  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<uint32_t> at(columns);
+    for (int64_t p = begin; p < end; ++p) {
+      double* sums = parts.data() + p * entries * v;
+      for (int64_t row = part(p, rows); row < part(p + 1, rows); ++row) {
+        coded.read(row, at.data());
+        const float* first = from + row * v * columns;
+        if (out - row * v >= v) {
+          for (int64_t j = 0; j < columns; ++j) {
+            for (int64_t d = 0; d < v; ++d) sums[at[j] * v + d] += static_cast<double>(first[d * columns + j]);
+          }
+        } else {
+          for (int64_t j = 0; j < columns; ++j) {
+            for (int64_t d = 0; d < out - row * v; ++d) {
+              sums[at[j] * v + d] += static_cast<double>(first[d * columns + j]);
+            }
+          }
+        }
+      }
+    }
+  });
+  coded.check();
+  float* of_table = mutable_floats(result);
+  for (int64_t i = 0; i < entries * v; ++i) {
+    double total = 0.0;
+    for (int64_t p = 0; p < kParts; ++p) total += parts[p * entries * v + i];
+    of_table[i] = static_cast<float>(total);
+  }
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptq161, m) {
+  m.def("nearest(Tensor vectors, Tensor centroids) -> Tensor");
+  m.def("cluster_sums(Tensor vectors, Tensor weights, Tensor labels, int k) -> (Tensor, Tensor)");
+  m.def("codebook_weight(Tensor table, Tensor packed, Tensor? groups, int size, int out, int columns) -> Tensor");
+  m.def("codebook_gradient(Tensor grad, Tensor packed, Tensor? groups, int size, int entries, int v) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptq161, CPU, m) {
+  m.impl("nearest", TORCH_BOX(&nearest));
+  m.impl("cluster_sums", TORCH_BOX(&cluster_sums));
+  m.impl("codebook_weight", TORCH_BOX(&codebook_weight));
+  m.impl("codebook_gradient", TORCH_BOX(&codebook_gradient));
+}
