@@ -136,24 +136,35 @@ struct Coded {
   void check() const { STD_TORCH_CHECK(!beyond, "an index is beyond its codebook"); }
 };
 
-Tensor codebook_weight(Tensor table, Tensor packed, Optional groups, int64_t size, int64_t out, int64_t columns) {
+// The table with its entries as columns: [v][entries].
+std::vector<float> by_row_of(const Tensor& table) {
+  const int64_t entries = table.size(0), v = table.size(1);
+  std::vector<float> by_row(entries * v);
+  for (int64_t c = 0; c < entries; ++c) {
+    for (int64_t d = 0; d < v; ++d) by_row[d * entries + c] = floats(table)[c * v + d];
+  }
+  return by_row;
+}
+
+Tensor codebook_weight(Tensor table, Tensor packed, Optional groups, Optional row_scale, int64_t size, int64_t out,
+                       int64_t columns) {
   const int64_t entries = table.size(0), v = table.size(1), rows = (out + v - 1) / v;
   const Coded coded(packed, groups, columns, rows, size, entries);
   Tensor result = torch::stable::new_empty(table, {out, columns});
   float* weight = mutable_floats(result);
-  std::vector<float> by_row(entries * v);  // [v][entries]
-  for (int64_t c = 0; c < entries; ++c) {
-    for (int64_t d = 0; d < v; ++d) by_row[d * entries + c] = floats(table)[c * v + d];
-  }
-  torch::stable::parallel_for(0, rows, 1 + packed_rows::kGrainWeights / (v * columns + 1), [&](int64_t begin, int64_t end) {
+  const float* scales = row_scale ? floats(*row_scale) : nullptr;
+  const auto by_row = by_row_of(table);
+  const int64_t grain = 1 + packed_rows::kGrainWeights / (v * columns + 1);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> at(columns);
     for (int64_t row = begin; row < end; ++row) {
       coded.read(row, at.data());
       for (int64_t d = 0; d < std::min(v, out - row * v); ++d) {
         float* to = weight + (row * v + d) * columns;
         const float* values = by_row.data() + d * entries;
+        const float scale = scales ? scales[row * v + d] : 1.0f;
 #pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) to[j] = values[at[j]];
+        for (int64_t j = 0; j < columns; ++j) to[j] = values[at[j]] * scale;
       }
     }
   });
@@ -161,11 +172,15 @@ Tensor codebook_weight(Tensor table, Tensor packed, Optional groups, int64_t siz
   return result;
 }
 
-Tensor codebook_gradient(Tensor grad, Tensor packed, Optional groups, int64_t size, int64_t entries, int64_t v) {
-  const int64_t out = grad.size(0), columns = grad.size(1), rows = (out + v - 1) / v;
+std::tuple<Tensor, Tensor> codebook_gradients(Tensor grad, Tensor table, Tensor packed, Optional groups,
+                                              Optional row_scale, int64_t size) {
+  const int64_t out = grad.size(0), columns = grad.size(1), entries = table.size(0), v = table.size(1);
+  const int64_t rows = (out + v - 1) / v;
   const Coded coded(packed, groups, columns, rows, size, entries);
-  Tensor result = torch::stable::new_empty(grad, {entries, v});
-  const float* from = floats(grad);
+  Tensor of_table = torch::stable::empty_like(table), of_rows = torch::stable::new_empty(grad, {out, 1});
+  float* of_row = mutable_floats(of_rows);
+  const float *from = floats(grad), *scales = row_scale ? floats(*row_scale) : nullptr;
+  const auto by_row = by_row_of(table);
   std::vector<double> parts(kParts * entries * v, 0.0);
   torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
     std::vector<uint32_t> at(columns);
@@ -173,29 +188,27 @@ Tensor codebook_gradient(Tensor grad, Tensor packed, Optional groups, int64_t si
       double* sums = parts.data() + p * entries * v;
       for (int64_t row = part(p, rows); row < part(p + 1, rows); ++row) {
         coded.read(row, at.data());
-        const float* first = from + row * v * columns;
-        if (out - row * v >= v) {
-          for (int64_t j = 0; j < columns; ++j) {
-            for (int64_t d = 0; d < v; ++d) sums[at[j] * v + d] += static_cast<double>(first[d * columns + j]);
-          }
-        } else {
-          for (int64_t j = 0; j < columns; ++j) {
-            for (int64_t d = 0; d < out - row * v; ++d) {
-              sums[at[j] * v + d] += static_cast<double>(first[d * columns + j]);
-            }
-          }
+        for (int64_t d = 0; d < std::min(v, out - row * v); ++d) {
+          const int64_t o = row * v + d;
+          const float *g = from + o * columns, *values = by_row.data() + d * entries;
+          const float scale = scales ? scales[o] : 1.0f;
+          float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+          for (int64_t j = 0; j < columns; ++j) product += g[j] * values[at[j]];
+          of_row[o] = product;
+          for (int64_t j = 0; j < columns; ++j) sums[at[j] * v + d] += static_cast<double>(g[j] * scale);
         }
       }
     }
   });
   coded.check();
-  float* of_table = mutable_floats(result);
+  float* sum = mutable_floats(of_table);
   for (int64_t i = 0; i < entries * v; ++i) {
     double total = 0.0;
     for (int64_t p = 0; p < kParts; ++p) total += parts[p * entries * v + i];
-    of_table[i] = static_cast<float>(total);
+    sum[i] = static_cast<float>(total);
   }
-  return result;
+  return {of_table, of_rows};
 }
 
 }  // namespace
@@ -203,13 +216,17 @@ Tensor codebook_gradient(Tensor grad, Tensor packed, Optional groups, int64_t si
 STABLE_TORCH_LIBRARY_FRAGMENT(ptq161, m) {
   m.def("nearest(Tensor vectors, Tensor centroids) -> Tensor");
   m.def("cluster_sums(Tensor vectors, Tensor weights, Tensor labels, int k) -> (Tensor, Tensor)");
-  m.def("codebook_weight(Tensor table, Tensor packed, Tensor? groups, int size, int out, int columns) -> Tensor");
-  m.def("codebook_gradient(Tensor grad, Tensor packed, Tensor? groups, int size, int entries, int v) -> Tensor");
+  m.def(
+      "codebook_weight(Tensor table, Tensor packed, Tensor? groups, Tensor? row_scale, int size, int out, int columns) "
+      "-> Tensor");
+  m.def(
+      "codebook_gradients(Tensor grad, Tensor table, Tensor packed, Tensor? groups, Tensor? row_scale, int size) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptq161, CPU, m) {
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("cluster_sums", TORCH_BOX(&cluster_sums));
   m.impl("codebook_weight", TORCH_BOX(&codebook_weight));
-  m.impl("codebook_gradient", TORCH_BOX(&codebook_gradient));
+  m.impl("codebook_gradients", TORCH_BOX(&codebook_gradients));
 }

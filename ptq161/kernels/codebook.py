@@ -68,14 +68,24 @@ def cluster_sums(vectors: Tensor, weights: Tensor, labels: Tensor, count: int) -
 
 
 def codebook_weight(
-    table: Tensor, packed: Tensor, groups: Tensor | None, *, size: int, out_features: int, columns: int
+    table: Tensor,
+    packed: Tensor,
+    groups: Tensor | None,
+    row_scale: Tensor | None,
+    *,
+    size: int,
+    out_features: int,
+    columns: int,
 ) -> Tensor:
-    """Return the weight of packed indices, differentiable in the centroids. The operator has no other form in torch.
+    """Return the weight of packed indices, differentiable in centroids and row scales.
+
+    There is no such function in torch beside it: :func:`usable` says where it serves.
 
     Args:
         table: ``[groups * size, v]`` float32 on the CPU, the centroids of all groups.
         packed: uint8, ``ceil(out / v) * columns`` indices (:func:`ptq161.packed.bits.pack_indices`).
         groups: ``[columns]`` int64, the group of each column; None where there is one.
+        row_scale: ``[out_features, 1]`` float32; None for ones.
         size: centroids of a group.
         out_features: rows that are kept.
         columns: of the weight.
@@ -90,12 +100,12 @@ def codebook_weight(
         >>> table, packed = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0b0110], dtype=torch.uint8)
         >>> usable(table, packed)
         True
-        >>> codebook_weight(table, packed, None, size=2, out_features=3, columns=2).tolist()  # 0, 1; 1, 0
+        >>> codebook_weight(table, packed, None, None, size=2, out_features=3, columns=2).tolist()  # 0, 1; 1, 0
         [[1.0, 3.0], [2.0, 4.0], [3.0, 1.0]]
     """
     # Function.apply has no annotations.
     weight: Tensor = _CodebookWeight.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        table.contiguous(), packed, groups, size, out_features, columns
+        table.contiguous(), row_scale, packed, groups, size, out_features, columns
     )
     return weight
 
@@ -113,20 +123,24 @@ def usable(*tensors: Tensor) -> bool:
 class _CodebookWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, table: Tensor, packed: Tensor, groups: Tensor | None, size: int, out_features: int, columns: int
+        ctx: Any,
+        table: Tensor,
+        row_scale: Tensor | None,
+        packed: Tensor,
+        groups: Tensor | None,
+        size: int,
+        out_features: int,
+        columns: int,
     ) -> Tensor:
-        ctx.save_for_backward(packed, groups)
-        ctx.size, ctx.table_shape = size, table.shape
-        weight: Tensor = torch.ops.ptq161.codebook_weight(table, packed, groups, size, out_features, columns)
+        ctx.save_for_backward(table, packed, groups, row_scale)
+        ctx.size = size
+        weight: Tensor = torch.ops.ptq161.codebook_weight(table, packed, groups, row_scale, size, out_features, columns)
         return weight
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, groups = ctx.saved_tensors
-        found: Tensor = torch.ops.ptq161.codebook_gradient(
-            grad.contiguous(), packed, groups, ctx.size, *ctx.table_shape
-        )
-        return found, None, None, None, None, None
+        of_table, of_rows = torch.ops.ptq161.codebook_gradients(grad.contiguous(), *ctx.saved_tensors, ctx.size)
+        return of_table, of_rows if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 def _largest(rows: Tensor) -> Tensor:

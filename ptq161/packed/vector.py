@@ -177,6 +177,8 @@ class VectorWeight(PackedWeight):
         labels = self.column_labels()
         is_outlier = labels == self.centroids.shape[0]
         groups = labels[~is_outlier]
+        if self.residual_centroids is None and self.outlier_centroids is None and self.column_scale is None:
+            return self._vectors(self.centroids, self.indices, groups, self.row_scale)
         weight = self._vectors(self.centroids, self.indices, groups)
         if self.residual_centroids is not None and self.residual_indices is not None:
             weight = weight + self._vectors(self.residual_centroids, self.residual_indices, groups)
@@ -196,16 +198,18 @@ class VectorWeight(PackedWeight):
         settings = (self.out_features, self.in_features, self.outliers)
         return Operands(self.format, (*books, *outliers, *norm), settings, 2.0**self.exponent, "codebook_rows")
 
-    def _vectors(self, centroids: Tensor, packed: Tensor, groups: Tensor) -> Tensor:
-        """Look columns up in the codebook of each one's group: ``[out, columns]`` float32."""
+    def _vectors(self, centroids: Tensor, packed: Tensor, groups: Tensor, row_scale: Tensor | None = None) -> Tensor:
+        """Look columns up in the codebook of each one's group, and scale the rows: ``[out, columns]`` float32."""
         table, size, columns = centroids.float().flatten(0, 1), centroids.shape[1], len(groups)
+        scale = None if row_scale is None else row_scale.float()
         if codebook.usable(table, packed):
             labels = groups if centroids.shape[0] > 1 else None
             return codebook.codebook_weight(
-                table, packed, labels, size=size, out_features=self.out_features, columns=columns
+                table, packed, labels, scale, size=size, out_features=self.out_features, columns=columns
             )
         indices = self._unpack(packed, centroids, columns)
-        return look_up(table, indices + size * groups, self.out_features)
+        weight = look_up(table, indices + size * groups, self.out_features)
+        return weight if scale is None else weight * scale
 
     def _unpack(self, packed: Tensor, centroids: Tensor, columns: int) -> Tensor:
         rows = -(-self.out_features // centroids.shape[2])

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ptq161.kernels import codebook, native
-from ptq161.packed.vector import Coded, VectorWeight
+from ptq161.packed.trainable import scale_tensors
+from ptq161.packed.vector import Coded, Norm, VectorWeight
 
 
 def vectors_of(length: int, count: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,18 +19,19 @@ def vectors_of(length: int, count: int, n: int) -> tuple[Tensor, Tensor, Tensor]
     return vectors, torch.randn(count, length, generator=generator), torch.rand(n, generator=generator).double()
 
 
-def weight_of(length: int, size: int, groups: int, shape: tuple[int, int]) -> VectorWeight:
+def weight_of(length: int, size: int, groups: int, shape: tuple[int, int], *, row_scales: bool = True) -> VectorWeight:
     generator = torch.Generator().manual_seed(length)
     rows = -(-shape[0] // length)
     indices = torch.randint(size, (rows, shape[1]), generator=generator)
-    return VectorWeight.pack(Coded(torch.randn(groups, size, length, generator=generator), indices), shape)
+    norm = Norm(row_scale=torch.rand(shape[0], 1, generator=generator)) if row_scales else None
+    return VectorWeight.pack(Coded(torch.randn(groups, size, length, generator=generator), indices), shape, norm=norm)
 
 
-def weight_and_gradient(packed: VectorWeight) -> tuple[Tensor, Tensor]:
-    centroids = packed.centroids.float().requires_grad_()
-    weight = packed.with_tensors({"centroids": centroids}).dequantize()
+def weight_and_gradients(packed: VectorWeight) -> list[Tensor]:
+    trained = {name: tensor.float().requires_grad_() for name, tensor in scale_tensors(packed).items()}
+    weight = packed.with_tensors(trained).dequantize()
     upstream = torch.arange(float(weight.numel())).view_as(weight).cos()
-    return weight.detach(), torch.autograd.grad(weight, centroids, upstream)[0]
+    return [weight.detach(), *torch.autograd.grad(weight, list(trained.values()), upstream)]
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -63,20 +65,26 @@ def test_of_equally_near_centroids_the_first_is_taken(alone: bool, request: pyte
     assert codebook.nearest(torch.zeros(0, 2), centroids).tolist() == []
 
 
+@pytest.mark.parametrize("row_scales", [False, True])
 @pytest.mark.parametrize(
     ("length", "size", "groups", "shape"),
     [(1, 2, 1, (1, 1)), (4, 64, 1, (64, 48)), (6, 512, 1, (100, 33)), (8, 300, 3, (37, 30)), (5, 4, 2, (3, 8))],
 )
 def test_weights_and_gradients_are_those_of_torch(
-    length: int, size: int, groups: int, shape: tuple[int, int], request: pytest.FixtureRequest
+    length: int,
+    size: int,
+    groups: int,
+    shape: tuple[int, int],
+    row_scales: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
-    packed = weight_of(length, size, groups, shape)
+    packed = weight_of(length, size, groups, shape, row_scales=row_scales)
     assert codebook.usable(packed.centroids, packed.indices)
-    weight, gradient = weight_and_gradient(packed)
+    weight, *gradients = weight_and_gradients(packed)
     request.getfixturevalue("torch_alone")
-    expected, of_torch = weight_and_gradient(packed)
-    assert torch.equal(weight, expected)
-    torch.testing.assert_close(gradient, of_torch, rtol=1e-5, atol=1e-4)
+    expected, *of_torch = weight_and_gradients(packed)
+    assert torch.equal(weight, expected) and len(gradients) == 1 + row_scales
+    torch.testing.assert_close(gradients, of_torch, rtol=1e-5, atol=1e-4)
 
 
 def test_bits_do_not_depend_on_threads(threads: None) -> None:
@@ -85,13 +93,13 @@ def test_bits_do_not_depend_on_threads(threads: None) -> None:
     found = [
         labels,
         *codebook.cluster_sums(vectors, weights, labels, 64),
-        *weight_and_gradient(weight_of(6, 100, 1, (600, 300))),
+        *weight_and_gradients(weight_of(6, 100, 1, (600, 300))),
     ]
     torch.set_num_threads(1)
     again = [
         codebook.nearest(vectors, centroids),
         *codebook.cluster_sums(vectors, weights, labels, 64),
-        *weight_and_gradient(weight_of(6, 100, 1, (600, 300))),
+        *weight_and_gradients(weight_of(6, 100, 1, (600, 300))),
     ]
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 

@@ -254,7 +254,8 @@ for n, length, count, columns in ((1, 1, 2, 1), (33, 5, 7, 3)):
     codes = pack_indices(labels, index_bits(count))
     groups = torch.zeros(columns, dtype=torch.int64)
     shape = {"size": count, "out_features": (n - 1) * length + 1, "columns": columns}
-    codebook_weight(table.requires_grad_(), codes, groups, **shape).sum().backward()
+    scales = torch.ones(shape["out_features"], 1, requires_grad=True)
+    codebook_weight(table.requires_grad_(), codes, groups, scales, **shape).sum().backward()
 print("clean")
 """
 
