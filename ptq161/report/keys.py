@@ -14,6 +14,9 @@ from ptq161.report.seeds import GROUPS
 _UNREAD = ("seed", "tracker", "hydra", "debug")
 """Keys, and groups of keys, that tell no results apart."""
 _WITHOUT_EFFECT = (
+    "cache",
+    "force",
+    "on_error",
     "finetune.score_before",
     "finetune.checkpoint_every",
     "preprocess.checkpoint_every",

@@ -92,7 +92,8 @@ def test_a_key_that_older_runs_lack_and_one_without_effect_are_no_difference(wri
     old = write_run("old", calib=calib)
     new = write_run("new", calib=calib | {"masking": "none", "mask_token": None, "masking_prefix": 0.25})
     masked = write_run("masked", calib=calib | {"masking": "linear", "mask_token": 7, "masking_prefix": 0.25})
-    assert differing_keys(results(old, new).quantized.config) == []
+    again = write_run("again", calib=calib, force=True, cache=False, on_error="stop")
+    assert differing_keys(results(old, new, again).quantized.config) == []
     assert "calib.masking" in differing_keys(results(old, masked).quantized.config)
 
 
