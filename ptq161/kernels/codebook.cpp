@@ -17,9 +17,9 @@ using packed_rows::Optional;
 using packed_rows::ScalarType;
 using packed_rows::Tensor;
 
-constexpr int64_t kBlock = 32;             // vectors whose distances are held in registers
+constexpr int64_t kBlock = 32;               // vectors whose distances are held in registers
 constexpr int64_t kGrainProducts = 1 << 18;  // that a thread is woken for
-constexpr int64_t kParts = 16;             // of a sum, whatever the number of threads
+constexpr int64_t kParts = 16;               // of a sum, whatever the number of threads
 
 const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 

@@ -31,7 +31,7 @@ def nearest(vectors: Tensor, centroids: Tensor) -> Tensor:
         >>> nearest(torch.tensor([[0.4], [0.6], [9.0]]), torch.tensor([[0.0], [1.0]])).tolist()
         [0, 1, 1]
     """
-    if native.usable("codebook", vectors, centroids):
+    if vectors.dtype == centroids.dtype == torch.float32 and native.usable("codebook", vectors, centroids):
         compiled: Tensor = torch.ops.ptq161.nearest(vectors.contiguous(), centroids.contiguous())
         return compiled
     table, half = centroids.T.contiguous(), centroids.square().sum(1) / -2
@@ -58,7 +58,8 @@ def cluster_sums(vectors: Tensor, weights: Tensor, labels: Tensor, count: int) -
         >>> mass.tolist(), sums.tolist()
         ([0.0, 4.0], [[0.0], [7.0]])
     """
-    if native.usable("codebook", vectors, weights, labels):
+    dtypes = (vectors.dtype, weights.dtype, labels.dtype)
+    if dtypes == (torch.float32, torch.float64, torch.int64) and native.usable("codebook", vectors, weights, labels):
         tensors = (vectors.contiguous(), weights.contiguous(), labels.contiguous())
         mass, sums = torch.ops.ptq161.cluster_sums(*tensors, count)
         return mass, sums

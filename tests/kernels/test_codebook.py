@@ -65,6 +65,14 @@ def test_of_equally_near_centroids_the_first_is_taken(alone: bool, request: pyte
     assert codebook.nearest(torch.zeros(0, 2), centroids).tolist() == []
 
 
+def test_other_dtypes_are_left_to_torch() -> None:
+    vectors, centroids, weights = vectors_of(3, 7, 100)
+    labels = codebook.nearest(vectors, centroids)
+    assert torch.equal(codebook.nearest(vectors.double(), centroids.double()), labels)
+    found = codebook.cluster_sums(vectors.double(), weights, labels, 7)
+    torch.testing.assert_close(found, codebook.cluster_sums(vectors, weights, labels, 7))
+
+
 @pytest.mark.parametrize("row_scales", [False, True])
 @pytest.mark.parametrize(
     ("length", "size", "groups", "shape"),
