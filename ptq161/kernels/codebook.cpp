@@ -19,12 +19,23 @@ using packed_rows::Tensor;
 
 constexpr int64_t kBlock = 32;               // vectors whose distances are held in registers
 constexpr int64_t kGrainProducts = 1 << 18;  // that a thread is woken for
-constexpr int64_t kParts = 16;               // of a sum, whatever the number of threads
+constexpr int64_t kParts = 16;               // of a sum: its order does not depend on the number of threads
 
 const int64_t* integers(const Tensor& tensor) { return static_cast<const int64_t*>(tensor.const_data_ptr()); }
 
-// Where each of kParts parts of n things begins.
-int64_t part(int64_t i, int64_t n) { return i * n / kParts; }
+// Sums `size` numbers over n things: `add(sums, begin, end)` adds those of some things.
+template <typename Add>
+std::vector<double> summed(int64_t n, int64_t size, const Add& add) {
+  std::vector<double> parts(kParts * size, 0.0);
+  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) add(parts.data() + p * size, p * n / kParts, (p + 1) * n / kParts);
+  });
+  std::vector<double> totals(size, 0.0);
+  for (int64_t p = 0; p < kParts; ++p) {
+    for (int64_t i = 0; i < size; ++i) totals[i] += parts[p * size + i];
+  }
+  return totals;
+}
 
 // For kBlock vectors, [v][kBlock], the centroid c with the largest x c - c^2 / 2. kLength is v, or 0 for any.
 template <int64_t kLength>
@@ -82,27 +93,20 @@ Tensor nearest(Tensor vectors, Tensor centroids) {
 }
 
 std::tuple<Tensor, Tensor> cluster_sums(Tensor vectors, Tensor weights, Tensor labels, int64_t k) {
-  const int64_t n = vectors.size(0), v = vectors.size(1), stride = k * (v + 1);
+  const int64_t n = vectors.size(0), v = vectors.size(1);
   Tensor masses = torch::stable::new_empty(weights, {k}), sums = torch::stable::new_empty(weights, {k, v});
   const float* from = floats(vectors);
   const auto* weight = static_cast<const double*>(weights.const_data_ptr());
   const int64_t* label = integers(labels);
-  std::vector<double> parts(kParts * stride, 0.0);
-  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      double *mass = parts.data() + p * stride, *sum = mass + k;
-      for (int64_t i = part(p, n); i < part(p + 1, n); ++i) {
-        mass[label[i]] += weight[i];
-        for (int64_t d = 0; d < v; ++d) sum[label[i] * v + d] += weight[i] * static_cast<double>(from[i * v + d]);
-      }
+  const auto totals = summed(n, k * (v + 1), [&](double* mass, int64_t begin, int64_t end) {
+    double* sum = mass + k;
+    for (int64_t i = begin; i < end; ++i) {
+      mass[label[i]] += weight[i];
+      for (int64_t d = 0; d < v; ++d) sum[label[i] * v + d] += weight[i] * static_cast<double>(from[i * v + d]);
     }
   });
-  auto *mass = static_cast<double*>(masses.mutable_data_ptr()), *sum = static_cast<double*>(sums.mutable_data_ptr());
-  for (int64_t i = 0; i < stride; ++i) {
-    double total = 0.0;
-    for (int64_t p = 0; p < kParts; ++p) total += parts[p * stride + i];
-    (i < k ? mass[i] : sum[i - k]) = total;
-  }
+  std::copy_n(totals.begin(), k, static_cast<double*>(masses.mutable_data_ptr()));
+  std::copy_n(totals.begin() + k, k * v, static_cast<double*>(sums.mutable_data_ptr()));
   return {masses, sums};
 }
 
@@ -181,33 +185,24 @@ std::tuple<Tensor, Tensor> codebook_gradients(Tensor grad, Tensor table, Tensor 
   float* of_row = mutable_floats(of_rows);
   const float *from = floats(grad), *scales = row_scale ? floats(*row_scale) : nullptr;
   const auto by_row = by_row_of(table);
-  std::vector<double> parts(kParts * entries * v, 0.0);
-  torch::stable::parallel_for(0, kParts, 1, [&](int64_t begin, int64_t end) {
+  const auto totals = summed(rows, entries * v, [&](double* sums, int64_t begin, int64_t end) {
     std::vector<uint32_t> at(columns);
-    for (int64_t p = begin; p < end; ++p) {
-      double* sums = parts.data() + p * entries * v;
-      for (int64_t row = part(p, rows); row < part(p + 1, rows); ++row) {
-        coded.read(row, at.data());
-        for (int64_t d = 0; d < std::min(v, out - row * v); ++d) {
-          const int64_t o = row * v + d;
-          const float *g = from + o * columns, *values = by_row.data() + d * entries;
-          const float scale = scales ? scales[o] : 1.0f;
-          float product = 0.0f;
+    for (int64_t row = begin; row < end; ++row) {
+      coded.read(row, at.data());
+      for (int64_t d = 0; d < std::min(v, out - row * v); ++d) {
+        const int64_t o = row * v + d;
+        const float *g = from + o * columns, *values = by_row.data() + d * entries;
+        const float scale = scales ? scales[o] : 1.0f;
+        float product = 0.0f;
 #pragma omp simd reduction(+ : product)
-          for (int64_t j = 0; j < columns; ++j) product += g[j] * values[at[j]];
-          of_row[o] = product;
-          for (int64_t j = 0; j < columns; ++j) sums[at[j] * v + d] += static_cast<double>(g[j] * scale);
-        }
+        for (int64_t j = 0; j < columns; ++j) product += g[j] * values[at[j]];
+        of_row[o] = product;
+        for (int64_t j = 0; j < columns; ++j) sums[at[j] * v + d] += static_cast<double>(g[j] * scale);
       }
     }
   });
   coded.check();
-  float* sum = mutable_floats(of_table);
-  for (int64_t i = 0; i < entries * v; ++i) {
-    double total = 0.0;
-    for (int64_t p = 0; p < kParts; ++p) total += parts[p * entries * v + i];
-    sum[i] = static_cast<float>(total);
-  }
+  std::copy_n(totals.begin(), entries * v, mutable_floats(of_table));
   return {of_table, of_rows};
 }
 
