@@ -23,6 +23,7 @@ def optimize(
     batch_size: int,
     compute_dtype: str,
     steps: int | None = None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     input_drop: float = 0.0,
 ) -> None:
     """Run the window on the quantized chain's inputs, epoch by epoch, and step on the loss of each batch.
@@ -38,6 +39,7 @@ def optimize(
         batch_size: samples per step.
         compute_dtype: dtype of matrix products; the loss is computed outside autocast.
         steps: at most so many in all; None is no limit.
+        scheduler: of the optimizer's rates, one step of it after each of the optimizer; None keeps them.
         input_drop: probability with which an element of the input comes from the full-precision chain.
 
     Raises:
@@ -84,6 +86,8 @@ def optimize(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
         means.emit()
 
 

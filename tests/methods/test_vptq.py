@@ -291,7 +291,7 @@ def test_the_refit_lowers_the_loss_and_leaves_indices_and_bytes(tiny_model: Call
 
     tokens = torch.randint(3, 256, (6, 32), generator=torch.Generator().manual_seed(0))
     plain = VPTQ(vector_length=4, centroids=32, row_scales=True, batch_size=2)
-    method = dataclasses.replace(plain, refit_steps=14, refit_lr=1e-2)
+    method = dataclasses.replace(plain, refit_steps=14)
     assert method.needs_full_chain and not plain.needs_full_chain
     before, after = (ptq161.quantize(tiny_model("llama"), tokens, m, on_metric=on_metric) for m in (plain, method))
     assert len(losses) == 5 and losses[-1] < 0.8 * losses[0]  # 3 steps an epoch, and 2 in the last
@@ -306,7 +306,7 @@ def test_the_refit_lowers_the_loss_and_leaves_indices_and_bytes(tiny_model: Call
 def test_a_refit_moves_scales_at_a_rate_of_their_own(tiny_model: Callable[..., PreTrainedModel]) -> None:
     tokens = torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(0))
     plain = VPTQ(vector_length=4, centroids=16, row_scales=True, normalize=True, batch_size=2)
-    rates: list[dict[str, Any]] = [{}, {"refit_steps": 2}, {"refit_steps": 2, "refit_scale_lr": 2e-3}]
+    rates: list[dict[str, Any]] = [{}, {"refit_steps": 2}, {"refit_steps": 2, "refit_scale_lr": 2e-2}]
     rates += [{"refit_steps": 2, "refit_scale_lr": 0.0}, {"refit_steps": 2, "refit_lr": 0.0, "refit_scale_lr": 1e-2}]
     found = []
     for rate in rates:
@@ -319,6 +319,25 @@ def test_a_refit_moves_scales_at_a_rate_of_their_own(tiny_model: Callable[..., P
         assert torch.equal(start[name], centroids[name]) and not torch.equal(start[name], scales[name])
     assert torch.equal(start["centroids"], scales["centroids"])
     assert not torch.equal(start["centroids"], centroids["centroids"])
+
+
+def test_the_rates_of_a_refit_fall_linearly(
+    tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[list[float]] = []
+    step = torch.optim.Adam.step
+
+    def recorded(self: torch.optim.Adam, *args: Any, **kwargs: Any) -> Any:
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recorded)
+    tokens = torch.randint(3, 256, (4, 16), generator=torch.Generator().manual_seed(0))
+    refitted = {"refit_steps": 4, "refit_lr": 0.04, "refit_scale_lr": 0.008}
+    method = VPTQ(vector_length=4, centroids=16, row_scales=True, batch_size=2, **refitted)  # type: ignore[arg-type]
+    model = ptq161.quantize(tiny_model("llama"), tokens, method)
+    of_a_block = [[0.04, 0.008], [0.03, 0.006], [0.02, 0.004], [0.01, 0.002]]
+    assert torch.allclose(torch.tensor(rates), torch.tensor(of_a_block * model.config.num_hidden_layers))
 
 
 def test_a_refit_is_deterministic(tiny_model: Callable[..., PreTrainedModel]) -> None:

@@ -74,7 +74,7 @@ class VPTQ(CompensatedMethod):
         tolerance: k-means ends when its error falls by less than this share of itself.
         refit_steps: steps in which the centroids and scales of a block are trained against the full-precision block; 0
             for none, as released.
-        refit_lr: learning rate of the centroids, in units of their root mean square.
+        refit_lr: first learning rate of the centroids, in units of their root mean square; it falls linearly to zero.
         refit_scale_lr: learning rate of the scales, relative to them, and of the columns' offsets, in units of their
             root mean square; 0 leaves them as they are, None takes ``refit_lr``.
         input_drop: probability with which an element of the block's input comes from the full-precision chain, in each
@@ -106,7 +106,7 @@ class VPTQ(CompensatedMethod):
     iterations: int = 100
     tolerance: float = 1e-5
     refit_steps: int = 0
-    refit_lr: float = 2e-3
+    refit_lr: float = 2e-2
     refit_scale_lr: float | None = None
     input_drop: float = 0.0
 

@@ -29,17 +29,18 @@ def refit(
 ) -> dict[str, PackedWeight]:
     """Train everything that is no index against the full-precision output (Section 4 of the VPTQ paper).
 
-    A weight is linear in its centroids, so that few steps of Adam go a long way. The loss is the mean squared error of
-    the window's output on the quantized chain; ``on_metric`` receives its mean over each pass.
+    A weight is linear in its centroids, so that few steps of Adam go a long way; its rates fall linearly to zero, which
+    bears rates several times as large as constant ones. The loss is the mean squared error of the window's output on
+    the quantized chain; ``on_metric`` receives its mean over each pass.
 
     Args:
         window: with the full-precision chain's outputs.
         packed: of each linear of the window, in any format.
         steps: of Adam, over batches of the calibration set in its order.
-        lr: learning rate of the gains (:func:`ptq161.packed.trainable.gain_sizes`) of codebooks.
+        lr: first learning rate of the gains (:func:`ptq161.packed.trainable.gain_sizes`) of codebooks.
         batch_size: calibration sequences per step.
         compute_dtype: dtype of matrix products; the gains and the loss are float32 always.
-        scale_lr: learning rate of the gains of scales and offsets; None is that of the codebooks.
+        scale_lr: first learning rate of the gains of scales and offsets; None is that of the codebooks.
         input_drop: probability with which an element of the input comes from the full-precision chain.
 
     Returns:
@@ -81,16 +82,18 @@ def refit(
             gains[name in layer.start.packed.shared].append(gain)
     rates = {True: lr, False: lr if scale_lr is None else scale_lr}
     groups = [{"params": gains[shared], "lr": rates[shared]} for shared in gains if gains[shared]]
+    optimizer = torch.optim.Adam(groups)
     with replaced_linears(window, layers):
         optimize(
             window,
-            torch.optim.Adam(groups),
+            optimizer,
             [window.full_outputs],
             F.mse_loss,
             epochs=math.ceil(steps * batch_size / window.quant_inputs.shape[0]),
             batch_size=batch_size,
             compute_dtype=compute_dtype,
             steps=steps,
+            scheduler=torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps),
             input_drop=input_drop,
         )
     found = {}
