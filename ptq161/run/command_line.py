@@ -15,7 +15,7 @@ from typing import Any
 # Internal, but the only parser that knows which arguments of the command line are settings and which are Hydra's own.
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override, OverrideType, RangeSweep
 from hydra.errors import CompactHydraException, HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -34,6 +34,10 @@ _CALL_OR_BRACKET = re.compile(r"[\[{]|(choice|range|interval|glob|sort|shuffle|t
 def check_arguments(arguments: Sequence[str]) -> list[str]:
     """Check the settings among the arguments of the command line, and expand ``~`` in the folders of records.
 
+    In a sweep over a group, such as ``method=rtn,gptq method.bits=3``, Hydra composes the group's default with all that
+    is not swept, and may not find its keys there. So a key of a swept group is given as a sweep of one value
+    (all but null, which Hydra cannot sweep: ``++method.group_size=null``).
+
     Args:
         arguments: settings and Hydra's own flags, in any order.
 
@@ -46,9 +50,13 @@ def check_arguments(arguments: Sequence[str]) -> list[str]:
     flags = get_args_parser().parse_args(arguments)
     if flags.shell_completion:  # begun settings
         return list(arguments)
-    settings = set(flags.overrides)
+    settings = {argument: _parsed(argument, flags.multirun) for argument in flags.overrides}
+    sweeps = [setting for setting in settings.values() if flags.multirun and setting.is_sweep_override()]
+    swept = {str(setting.key_or_group) for setting in sweeps}
     return [
-        _expanded(_parsed(argument, flags.multirun), argument) if argument in settings else argument
+        _expanded(settings[argument], _of_each_job(settings[argument], argument, swept))
+        if argument in settings
+        else argument
         for argument in arguments
     ]
 
@@ -135,6 +143,15 @@ def _parsed(setting: str, sweeping: bool) -> Override:
                 "characters inside them."
             ) from error
         raise UserError(f"{setting} cannot be read: quote the value, {_typed(key, quoted)}.") from error
+
+
+def _of_each_job(setting: Override, argument: str, swept: set[str]) -> str:
+    key, _, value = argument.partition("=")
+    of_swept_group = any(key.startswith(f"{group}.") for group in swept)
+    if not of_swept_group or setting.is_sweep_override() or setting.type != OverrideType.CHANGE:
+        return argument
+    chosen = f"{key}=choice({value})"
+    return chosen if _reads(chosen) else argument
 
 
 def _reads(setting: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 # Internal, but the only code that splits overrides into jobs as Hydra itself does.
@@ -66,5 +67,5 @@ def own_overrides(overrides: Sequence[str], sweep: DictConfig) -> list[str]:
 
 
 def _plain(override: str) -> str:
-    """Normalize what Hydra changes in an override as typed: spaces, and the case of ``true``."""
-    return "".join(override.split()).lower()
+    """Normalize what Hydra changes in an override as typed: spaces, the case of ``true``, a choice of one value."""
+    return re.sub(r"=choice\((.*)\)$", r"=\1", "".join(override.split()).lower())

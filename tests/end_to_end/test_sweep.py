@@ -58,6 +58,13 @@ def test_a_job_that_fails_does_not_stop_the_next(program: Program) -> None:
     assert finished.manifest["exit_state"] == "finished"
 
 
+def test_a_setting_that_the_default_method_has_not(program: Program) -> None:
+    ended = program("-m", *program.tiny, "method=rtn,gptq", "method.bits=3", "tracker=none", "hydra.sweep.dir=sweep")
+    assert ended.status == 0, ended.stderr
+    runs = [read_run(program.folder / "sweep" / name) for name in ("0", "1")]
+    assert [(run.config["method"]["name"], run.config["method"]["bits"]) for run in runs] == [("rtn", 3), ("gptq", 3)]
+
+
 def test_a_range_of_floats_is_what_was_meant_everywhere(program: Program) -> None:
     sweep = program.folder / "sweep"
     common = [*program.tiny, "tracker=none", "method.epochs=1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from fractions import Fraction
 from pathlib import Path
@@ -55,6 +56,27 @@ def test_a_value_with_special_characters_is_shown_as_it_should_be_typed(value: s
     (setting,) = shlex.split(typed)  # what the shell makes of it
     assert check_arguments([setting]) == [setting]
     assert read(setting) == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "given"),
+    [
+        ("method=rtn,gptq method.bits=3", "method=rtn,gptq method.bits=choice(3)"),
+        ("method=rtn,gptq method.group_size=null seed=1", "method=rtn,gptq method.group_size=null seed=1"),
+        ("preprocess=a,b preprocess.text_file='my text'", "preprocess=a,b preprocess.text_file=choice('my text')"),
+        ("eval=ppl,both eval.corpora=[squad,boolq]", "eval=ppl,both eval.corpora=choice([squad,boolq])"),
+        ("method=rtn,gptq method.bits=2,3", "method=rtn,gptq method.bits=2,3"),
+        ("method=rtn,gptq ++method.bits=3", "method=rtn,gptq ++method.bits=3"),
+        ("method=rtn,gptq method.name=", "method=rtn,gptq method.name="),
+        ("method=rtn method.bits=3 seed=0,1", "method=rtn method.bits=3 seed=0,1"),
+    ],
+)
+def test_a_key_of_a_swept_group_is_given_to_each_job(typed: str, given: str) -> None:
+    def words(text: str) -> list[str]:
+        return re.split(r" (?=[a-z+_.]+=)", text)
+
+    assert check_arguments(["-m", *words(typed)]) == ["-m", *words(given)]
+    assert "choice" not in " ".join(check_arguments([word for word in words(typed) if "," not in word]))
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="$,[]{}\n", exclude_categories=["C", "Z"]), min_size=1))
