@@ -57,13 +57,14 @@ class ArithmeticSettings:
     """What arithmetics read of the settings of a training, which inherit it.
 
     Attributes:
-        arithmetic: in which the trained linears multiply: ``float``, ``gse`` or ``metis``. The settings from here to
-            ``spectral_schedule`` are without effect on the others.
+        arithmetic: in which the trained linears multiply: ``float``, ``gse``, or ``metis`` with a ``format``, for which
+            ``nvfp4``, ``mxfp4`` and ``fp8`` stand, too. The settings from here to ``spectral_schedule`` are without
+            effect on the others.
         bits: ``gse``: of an element, its sign included.
         group_size: ``gse``: elements that share an exponent.
         stochastic_rounding: round up or down at random, to the value on average: ``gse`` output gradients, ``metis``
             inputs, weights and output gradients.
-        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``.
+        format: ``metis``: ``nvfp4``, ``mxfp4`` or ``fp8``, unless the name of the arithmetic is the format.
         spectral_rank: ``metis``: singular values of each matrix that are split off and quantized apart; 0 for none.
         refresh_every: ``metis``: steps between two estimates of the subspace of these.
         spectral_factors: ``metis``: ``format``, their singular vectors are rounded, too, as released, or ``float``.

@@ -34,6 +34,9 @@ from ptq161.training.arithmetic.spectral import (
 FORMATS = {"nvfp4": "nvfp4e2m1b", "mxfp4": "mxfp4e2m1b", "fp8": "fp8e4m3"}
 """Values of the setting ``format`` -> formats of :mod:`~ptq161.training.arithmetic.blockfloat`."""
 
+NAMES = ("metis", *FORMATS)
+"""Names of this arithmetic: ``metis`` takes the format of the setting ``format``, the others are formats themselves."""
+
 
 class SpectralQuantizer(StatefulQuantizer):
     """The spectral product of a matrix whose dominant subspace is remembered.
@@ -113,7 +116,8 @@ def arithmetic(settings: ArithmeticSettings, weight: Tensor) -> Arithmetic:
     Raises:
         UserError: the rank is not below both dimensions of the weight.
     """
-    format, rank, stochastic = FORMATS[settings.format], settings.spectral_rank, settings.stochastic_rounding
+    format = FORMATS[settings.arithmetic if settings.arithmetic in FORMATS else settings.format]
+    rank, stochastic = settings.spectral_rank, settings.stochastic_rounding
     if not rank:
         direct = partial(_direct, format=format, stochastic=stochastic)
         return Arithmetic(direct, direct, direct, quantizes_once=True)
@@ -160,7 +164,7 @@ def check_ranks(settings: ArithmeticSettings, sizes: Iterable[Sequence[int]]) ->
     Raises:
         UserError: one has not.
     """
-    rank = settings.spectral_rank if settings.arithmetic == "metis" else 0
+    rank = settings.spectral_rank if settings.arithmetic in NAMES else 0
     least = min((min(of_one) for of_one in sizes), default=rank + 1)
     if rank and rank >= least:
         raise UserError(

@@ -16,7 +16,7 @@ FLOAT = "float"
 
 ARITHMETICS: dict[str, Callable[[ArithmeticSettings, Tensor], Arithmetic]] = {
     "gse": gse.arithmetic,
-    "metis": metis.arithmetic,
+    **dict.fromkeys(metis.NAMES, metis.arithmetic),
 }
 """Name -> builder from the settings and the weight ``[out, in]`` that it serves, for all that quantize."""
 

@@ -52,9 +52,10 @@ def test_golden_vectors_of_a_linear(golden_dir: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_all_operands_are_in_the_stated_format(format: str) -> None:
+@pytest.mark.parametrize("of", ["format", "arithmetic"])
+def test_all_operands_are_in_the_stated_format(of: str, format: str) -> None:
     weight, x, gradient = torch.randn(32, 64), torch.randn(40, 64), torch.randn(40, 32)
-    arithmetic = arithmetic_of(settings(format=format, spectral_rank=0), weight)
+    arithmetic = arithmetic_of(settings(**{of: format}, spectral_rank=0), weight)
     expected = partial(quantize, format=FORMATS[format], as_released=False)
     assert torch.equal(arithmetic.input(x, 1), expected(x))
     assert torch.equal(arithmetic.weight(weight, 1), expected(weight))
