@@ -131,7 +131,14 @@ def _run_first_batch(window: Window, method: Method) -> None:
 
 
 def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
-    """Run the full-precision chain through the window, and measure the activation scales of each linear's input."""
+    """Run the full-precision chain through the window.
+
+    Where the method has salient channels, it measures the activation scales of each linear's input as well.
+    """
+    window.full_inputs = full_inputs
+    if not method.takes_salient_masks:
+        window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
+        return
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     n_tokens = {group[0]: 0 for group in window.input_groups}
 
@@ -144,7 +151,6 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
         seen[name] = maximum, total, squares
         n_tokens[name] += len(x)
 
-    window.full_inputs = full_inputs
     with looking(window, measure):
         window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
     for name in n_tokens:

@@ -111,7 +111,8 @@ class Window:
         quant_inputs: ``[n_samples, seq_len, hidden]`` in host memory: the quantized chain's input of the window.
         full_outputs: the same of the full-precision chain's output; None unless the method asks for that chain.
         full_inputs: the same of the full-precision chain's input.
-        activations: activation scales by linear on the full-precision chain; empty unless the method asks for it.
+        activations: activation scales by linear on the full-precision chain; empty unless the method asks for it
+            and has salient channels.
         salient_masks: salient channels by linear (``[in]`` bool, on ``device``) that the caller gives; None lets the
             method select them.
         run_block: ``run_block(i, hidden)`` runs block ``i`` of the window (0 is the first) on a batch of hidden
@@ -228,7 +229,7 @@ class Method(Protocol):
 
     @property
     def needs_full_chain(self) -> bool:
-        """Whether the window has to bring the full-precision chain's outputs and activation scales."""
+        """Whether the window has to bring the full-precision chain's outputs, and its activation scales for masks."""
 
     @property
     def block_size(self) -> int:

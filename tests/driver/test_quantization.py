@@ -39,7 +39,7 @@ class Inspecting:
     """A method that passes each window to a function and rounds the weights to 8 bits."""
 
     needs_full_chain: ClassVar[bool] = True
-    takes_salient_masks: ClassVar[bool] = False
+    takes_salient_masks: ClassVar[bool] = True
 
     inspect: Callable[[Window], object]
     block_size: int = 1
