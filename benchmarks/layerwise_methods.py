@@ -1,11 +1,12 @@
 """Seconds that each layer-wise method takes: on the embedded model, and per linear as it grows wider.
 
     python benchmarks/layerwise_methods.py [--methods pb_llm billm] [--n-blocks 30] [--n-samples 32] [--seq-len 512]
-        [--compute-dtype float32] [--widths 256 512 1024 2048]
+        [--compute-dtype float32] [--rounds 1] [--widths 256 512 1024 2048]
 
 First table: SmolLM2-135M through ``ptq161.quantize``, statistics and the propagation of the chain included, in total
 and per block; the processor time of all threads beside it, which other work on the machine disturbs less. Thirty
-blocks with every method take a few minutes on two cores; ``--n-blocks 4`` is enough for the seconds per block.
+blocks with every method take a few minutes on two cores; ``--n-blocks 4`` is enough for the seconds per block. The
+methods are those of the presets of the same names; ``--rounds`` takes them in turn several times.
 Second table: one linear ``[width, width]`` from its hessian on; of GPTQ, PB-LLM and BiLLM without the factorization,
 which linears that share an input share. In brackets the exponent of growth over the width before: 2 is proportional
 to the number of weights, 3 to a product with the hessian.
@@ -22,19 +23,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 import ptq161
 from ptq161.data.calibration import calibration_tokens
 from ptq161.data.settings import CalibConfig
-from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn, vptq
+from ptq161.methods import awq, billm, gptq, pb_llm, quant_dllm, quip, rtn, vptq
 from ptq161.methods.base import OnMetric
 from ptq161.methods.compensation import inverse_factor
 from ptq161.methods.layerwise import LayerwiseMethod
 from ptq161.models.loading import load_model
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import COMPUTE_DTYPES
+
+VPTQ_PRESET: dict[str, Any] = {"row_scales": True, "iterations": 10, "refit_steps": 16, "batch_size": 2}
 
 METHODS: dict[str, LayerwiseMethod] = {
     "rtn": rtn.RTN(bits=2),
@@ -43,9 +47,10 @@ METHODS: dict[str, LayerwiseMethod] = {
     "quip": quip.QuIP(bits=2, rescale=False),
     "pb_llm": pb_llm.PBLLM(saliency="hessian"),
     "billm": billm.BiLLM(saliency="hessian"),
-    "vptq_1_06": vptq.VPTQ(vector_length=8, centroids=256, iterations=20),
-    "vptq_1_5": vptq.VPTQ(vector_length=4, centroids=64, iterations=20),
-    "vptq_1_6": vptq.VPTQ(vector_length=6, centroids=512, iterations=20),
+    "quant_dllm": quant_dllm.QuantDLLM(allocation="columns"),
+    "vptq_1_06": vptq.VPTQ(vector_length=8, centroids=256, **VPTQ_PRESET),
+    "vptq_1_5": vptq.VPTQ(vector_length=4, centroids=64, **VPTQ_PRESET),
+    "vptq_1_6": vptq.VPTQ(vector_length=6, centroids=512, **VPTQ_PRESET),
 }
 
 
@@ -57,22 +62,23 @@ def main() -> None:
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--compute-dtype", default="float32", choices=list(COMPUTE_DTYPES))
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--widths", type=int, nargs="*", default=[256, 512, 1024, 2048])
     args = parser.parse_args()
     print(f"torch threads: {torch.get_num_threads()}")
     if args.n_blocks:
         methods = {name: dataclasses.replace(METHODS[name], compute_dtype=args.compute_dtype) for name in args.methods}
-        time_model(methods, args.n_blocks, args.n_samples, args.seq_len)
+        time_model(list(methods.items()) * args.rounds, args.n_blocks, args.n_samples, args.seq_len)
     if args.widths:
         time_widths(args.widths)
 
 
-def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: int, seq_len: int) -> None:
+def time_model(methods: list[tuple[str, LayerwiseMethod]], n_blocks: int, n_samples: int, seq_len: int) -> None:
     """Quantize the embedded model with each method."""
     print(f"SmolLM2-135M, {n_blocks} blocks, {n_samples} x {seq_len} tokens")
-    print(f"{'method':9} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
+    print(f"{'method':10} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
     config = ModelConfig(name="smollm2_135m", asset="smollm2_135m", n_blocks=n_blocks)
-    for name, method in methods.items():
+    for name, method in methods:
         model, tokenizer = load_model(config)
         tokens = calibration_tokens(tokenizer, CalibConfig("squad", n_samples, seq_len), seed=0)
         recorded: dict[str, list[float]] = defaultdict(list)
@@ -82,7 +88,7 @@ def time_model(methods: dict[str, LayerwiseMethod], n_blocks: int, n_samples: in
         total, total_cpu = time.perf_counter() - began, time.process_time() - began_cpu
         bits = 8 * sum(recorded["nbytes"]) / weights
         median = statistics.median(recorded["seconds"])
-        print(f"{name:9} {total:8.1f} {total_cpu:8.1f} {median:15.2f} {bits:12.2f}", flush=True)
+        print(f"{name:10} {total:8.1f} {total_cpu:8.1f} {median:15.2f} {bits:12.2f}", flush=True)
 
 
 def append_to(recorded: dict[str, list[float]]) -> OnMetric:
