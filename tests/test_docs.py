@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,8 +17,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from ptq161 import generate
+from ptq161.cache import __main__ as cached
+from ptq161.estimate import __main__ as estimate
+from ptq161.replay import __main__ as replay
+from ptq161.report import __main__ as report
 from ptq161.run.config import load_run_config
+from ptq161.search import __main__ as search
 from ptq161.sweep.overrides import sweep_jobs
+from ptq161.watch import __main__ as watch
 from tests.end_to_end.test_studies import STUDIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +40,16 @@ DOCUMENTS = [page for page in PAGES if page.endswith(".md")]
 # Inline code is no link, though it may look like one.
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^()\s]+)\)")
-VERBS = ("estimate", "report", "search", "replay", "watch", "generate", "cache")
+MAINS = {
+    "estimate": estimate.main,
+    "report": report.main,
+    "search": search.main,
+    "replay": replay.main,
+    "watch": watch.main,
+    "generate": generate.main,
+    "cache": cached.main,
+}
+VERBS = tuple(MAINS)
 PROGRAM = re.compile(
     r"(?:make run ARGS=|(?:[A-Z_0-9]+=\S+ )*(?:python run\.py|ptq161 (?:run|sweep|" + "|".join(VERBS) + ")"
     r"|python -m ptq161\.(?:" + "|".join(VERBS) + r"))(?:\s|$))"
@@ -171,9 +187,11 @@ def task_config(config: DictConfig) -> DictConfig:
 
 @cache
 def help_of(verb: str) -> str:
-    done = subprocess.run([sys.executable, "-m", f"ptq161.{verb}", "--help"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        MAINS[verb](["--help"])
+    assert ended.value.code == 0
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize(("verb", "flag"), OF_VERBS)

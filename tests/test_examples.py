@@ -43,14 +43,10 @@ def test_every_example_shows_its_usage(file: Path) -> None:
     assert f"python examples/{file.name}" in file.read_text(encoding="utf-8").split('"""')[1]
 
 
-def test_a_tiny_model_of_your_own(text: Path, tmp_path: Path) -> None:
+def test_a_tiny_model_of_your_own_in_use(text: Path, tmp_path: Path) -> None:
     printed = run("quantize_your_own_model.py", "--tiny", "--text", text, "--out", tmp_path / "checkpoint", *SMALL)
     assert float(re.findall(r"([\d.]+) measured, 1.60 nominal", printed)[0]) > 1.6
     assert (tmp_path / "checkpoint" / "packed.safetensors").is_file()
-
-
-def test_a_packed_model_in_use(text: Path, tmp_path: Path) -> None:
-    run("quantize_your_own_model.py", "--tiny", "--text", text, "--out", tmp_path / "checkpoint", *SMALL)
     printed = run("use_a_packed_model.py", tmp_path / "checkpoint", "--prompt", "Line 7", "--tokens", "5")
     assert len(re.findall(r"[\d.]+ tokens per second", printed)) == 3 and "Line 7" in printed
 

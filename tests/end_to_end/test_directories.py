@@ -33,10 +33,10 @@ def seeds(folder: Path) -> list[tuple[int, str]]:
 
 
 def test_runs_that_start_in_the_same_second(program: Program) -> None:
-    ended = together(program, *([f"seed={seed}"] for seed in range(3)))
-    assert [one.status for one in ended] == [0, 0, 0], ended
-    assert seeds(program.folder) == [0, 1, 2]
-    assert len({one.stdout.partition("Record: ")[2].splitlines()[0] for one in ended}) == 3
+    ended = together(program, *([f"seed={seed}"] for seed in range(2)))
+    assert [one.status for one in ended] == [0, 0], ended
+    assert seeds(program.folder) == [0, 1]
+    assert len({one.stdout.partition("Record: ")[2].splitlines()[0] for one in ended}) == 2
 
 
 def test_sweeps_that_start_in_the_same_second(program: Program) -> None:

@@ -70,13 +70,12 @@ def test_the_local_launcher_leaves_what_hydras_own_does(
 @pytest.mark.parametrize(
     ("launcher", "settings"),
     [
-        ("local", []),
         ("ray", ["+hydra.launcher.ray.init.include_dashboard=false", "+hydra.launcher.ray.remote.num_cpus=1"]),
         ("submitit_local", []),
         ("submitit_slurm", ["hydra.launcher.cpus_per_task=1", "hydra.launcher.max_num_timeout=2"]),
     ],
 )
-def test_every_launcher_runs_all_jobs_and_tells_what_failed(
+def test_a_launcher_beyond_this_process_runs_all_jobs_and_tells_what_failed(
     program: Program, capsys: pytest.CaptureFixture[str], launcher: str, settings: list[str]
 ) -> None:
     arguments = [*SWEEP, *program.tiny, ONE_FAILS, f"hydra/launcher={launcher}", *settings]

@@ -86,10 +86,9 @@ def test_a_sweep_a_search_and_a_replay(scripts: Path, tmp_path: Path, tiny: list
     assert done.returncode == 0 and "1 of 1 trials finished" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("verb", ["run", "sweep", "estimate", "report", "search", "replay", "watch", "cache"])
-def test_every_verb_explains_itself(verb: str, scripts: Path, tmp_path: Path) -> None:
-    done = start(scripts, tmp_path, "ptq161", verb, "--help")
-    assert (done.returncode == 0 and "Usage" in done.stdout) or "usage" in done.stdout, done.stderr
+def test_a_verb_that_nothing_else_starts_explains_itself(scripts: Path, tmp_path: Path) -> None:
+    done = start(scripts, tmp_path, "ptq161", "estimate", "--help")
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
 def test_without_the_packages_of_a_verb_one_sentence(scripts: Path, tmp_path: Path) -> None:

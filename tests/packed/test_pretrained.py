@@ -139,9 +139,7 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
     ("first", "second"),
     [
         ("import ptq161\nassert 'transformers' not in sys.modules", ""),
-        ("", "import ptq161"),
         ("import transformers.quantizers", "import ptq161"),
-        ("import ptq161.driver.quantization", ""),
     ],
 )
 def test_the_order_of_imports_is_free(first: str, second: str, folder: Path) -> None:
