@@ -186,7 +186,7 @@ def small_conf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return conf
 
 
-RUN = ("baselines", "waterfill", "finetune", "equal_bytes", "calibration")
+RUN = ("baselines", "waterfill", "finetune", "equal_bytes", "calibration", "components")
 """Studies of which each runs something that the others do not; of the rest, the jobs alone are composed and checked."""
 
 

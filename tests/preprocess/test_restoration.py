@@ -31,7 +31,7 @@ from ptq161.training.targets import ROLES
             ({name: 0}, f"preprocess.{name}=0: use at least 1.")
             for name in ("rank", "steps", "batch_size", "accumulation", "rounds", "checkpoint_every")
         ),
-        ({"arithmetic": "int8"}, "preprocess.arithmetic=int8: use one of float, gse, metis."),
+        ({"arithmetic": "int8"}, "preprocess.arithmetic=int8: use one of float, gse, metis, nvfp4, mxfp4, fp8."),
         ({"base": "int4"}, "preprocess.base=int4: use one of packed, nf4."),
         (
             {"base": "nf4", "update": "full"},
