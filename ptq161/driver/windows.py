@@ -135,12 +135,8 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
 
     Where the method has salient channels, it measures the activation scales of each linear's input as well.
     """
-    window.full_inputs = full_inputs
-    if not method.takes_salient_masks:
-        window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
-        return
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    n_tokens = {group[0]: 0 for group in window.input_groups}
+    n_tokens = {group[0]: 0 for group in window.input_groups if method.takes_salient_masks}
 
     def measure(name: str, x: Tensor) -> None:
         absolute = x.abs().float()
@@ -151,7 +147,8 @@ def run_full_chain(window: Window, method: Method, full_inputs: Tensor) -> None:
         seen[name] = maximum, total, squares
         n_tokens[name] += len(x)
 
-    with looking(window, measure):
+    window.full_inputs = full_inputs
+    with looking(window, measure, n_tokens):
         window.full_outputs = window.run_all(full_inputs, method.batch_size, method.compute_dtype)
     for name in n_tokens:
         if name in seen:
