@@ -6,7 +6,7 @@
 First table: SmolLM2-135M through ``ptq161.quantize``, statistics and the propagation of the chain included, in total
 and per block; the processor time of all threads beside it, which other work on the machine disturbs less. Thirty
 blocks with every method take a few minutes on two cores; ``--n-blocks 4`` is enough for the seconds per block. The
-methods are those of the presets of the same names; ``--rounds`` takes them in turn several times.
+methods are the presets of these names; ``--rounds`` takes them in turn several times.
 Second table: one linear ``[width, width]`` from its hessian on; of GPTQ, PB-LLM and BiLLM without the factorization,
 which linears that share an input share. In brackets the exponent of growth over the width before: 2 is proportional
 to the number of weights, 3 to a product with the hessian.
@@ -15,7 +15,6 @@ to the number of weights, 3 to a product with the hessian.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 import statistics
@@ -23,41 +22,30 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 
 import ptq161
 from ptq161.data.calibration import calibration_tokens
 from ptq161.data.settings import CalibConfig
-from ptq161.methods import awq, billm, gptq, pb_llm, quant_dllm, quip, rtn, vptq
-from ptq161.methods.base import OnMetric
+from ptq161.methods import awq, billm, gptq, pb_llm, quip, rtn
+from ptq161.methods.base import Method, OnMetric
 from ptq161.methods.compensation import inverse_factor
-from ptq161.methods.layerwise import LayerwiseMethod
 from ptq161.models.loading import load_model
 from ptq161.models.settings import ModelConfig
 from ptq161.numerics import COMPUTE_DTYPES
+from ptq161.run.conf import CONF
+from ptq161.run.config import load_run_config
 
-VPTQ_PRESET: dict[str, Any] = {"row_scales": True, "iterations": 10, "refit_steps": 16, "batch_size": 2}
-
-METHODS: dict[str, LayerwiseMethod] = {
-    "rtn": rtn.RTN(bits=2),
-    "gptq": gptq.GPTQ(bits=2),
-    "awq": awq.AWQ(bits=2, group_size=None),
-    "quip": quip.QuIP(bits=2, rescale=False),
-    "pb_llm": pb_llm.PBLLM(saliency="hessian"),
-    "billm": billm.BiLLM(saliency="hessian"),
-    "quant_dllm": quant_dllm.QuantDLLM(allocation="columns"),
-    "vptq_1_06": vptq.VPTQ(vector_length=8, centroids=256, **VPTQ_PRESET),
-    "vptq_1_5": vptq.VPTQ(vector_length=4, centroids=64, **VPTQ_PRESET),
-    "vptq_1_6": vptq.VPTQ(vector_length=6, centroids=512, **VPTQ_PRESET),
-}
+METHODS = ("rtn", "gptq", "awq", "quip", "pb_llm", "billm", "quant_dllm", "vptq_1_06", "vptq_1_5", "vptq_1_6")
+"""Presets of ``conf/method``."""
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--n-blocks", type=int, default=30)
     parser.add_argument("--n-samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -67,13 +55,19 @@ def main() -> None:
     args = parser.parse_args()
     print(f"torch threads: {torch.get_num_threads()}")
     if args.n_blocks:
-        methods = {name: dataclasses.replace(METHODS[name], compute_dtype=args.compute_dtype) for name in args.methods}
-        time_model(list(methods.items()) * args.rounds, args.n_blocks, args.n_samples, args.seq_len)
+        methods = [(name, preset(name, args.compute_dtype)) for name in args.methods]
+        time_model(methods * args.rounds, args.n_blocks, args.n_samples, args.seq_len)
     if args.widths:
         time_widths(args.widths)
 
 
-def time_model(methods: list[tuple[str, LayerwiseMethod]], n_blocks: int, n_samples: int, seq_len: int) -> None:
+def preset(name: str, dtype: str) -> Method:
+    """Return the method of a preset, on the default model."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return load_run_config(compose("config", [f"method={name}", f"dtype={dtype}"])).method
+
+
+def time_model(methods: list[tuple[str, Method]], n_blocks: int, n_samples: int, seq_len: int) -> None:
     """Quantize the embedded model with each method."""
     print(f"SmolLM2-135M, {n_blocks} blocks, {n_samples} x {seq_len} tokens")
     print(f"{'method':10} {'total s':>8} {'CPU s':>8} {'median s/block':>15} {'bits/weight':>12}")
