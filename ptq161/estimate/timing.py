@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,8 +195,8 @@ def _learning(method: Method) -> str | None:
 def _replaced(method: Method, name: str | None, amount: int) -> Method:
     if name is None:
         return method
-    changed: Any = dataclasses.replace(method, **{name: amount})  # type: ignore[type-var]  # methods are dataclasses
-    return changed  # type: ignore[no-any-return]
+    changed: Method = dataclasses.replace(method, **{name: amount})  # type: ignore[type-var]  # methods are dataclasses
+    return changed
 
 
 def _planned(method: Method, n: int) -> int:

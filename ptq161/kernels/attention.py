@@ -58,7 +58,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     shape = query.shape
     flat = [t.to(torch.bfloat16).reshape(-1, *t.shape[-2:]) for t in (query * scale, key, value)]
-    # Function.apply has no annotations.
     output: Tensor = _CausalAttention.apply(*flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return output.view(shape)
 
