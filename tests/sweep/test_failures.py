@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
+from ptq161.run.command_line import check_arguments
 from ptq161.sweep.callbacks import SweepFailures
 from ptq161.sweep.failures import FAILURES, FailedRunError, Failure, print_failures, read_failures, record_failure
+from ptq161.sweep.overrides import own_overrides
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -27,6 +29,14 @@ def sweep_config(*overrides: str) -> DictConfig:
 
 def failure(job: int, **changes: Any) -> Failure:
     return dataclasses.replace(Failure(job, [f"seed={job}"], f"no {job}.", run_dir=str(job)), **changes)
+
+
+def test_a_fixed_key_of_a_swept_group_does_not_tell_jobs_apart() -> None:
+    typed = check_arguments(["-m", "method=rtn,gptq", "method.bits=3", "seed=1"])
+    sweep = sweep_config()
+    with read_write(sweep.hydra):
+        sweep.hydra.overrides.task = typed[1:]
+    assert own_overrides(["method=gptq", "method.bits=3", "seed=1"], sweep) == ["method=gptq"]
 
 
 def test_failures_are_read_in_the_order_of_jobs_and_once_each(tmp_path: Path) -> None:
