@@ -22,6 +22,7 @@ from ptq161.cache import __main__ as cached
 from ptq161.estimate import __main__ as estimate
 from ptq161.replay import __main__ as replay
 from ptq161.report import __main__ as report
+from ptq161.run.command_line import check_arguments
 from ptq161.run.config import load_run_config
 from ptq161.search import __main__ as search
 from ptq161.sweep.overrides import sweep_jobs
@@ -164,6 +165,8 @@ def test_a_command_composes(command: str) -> None:
     """Its configuration is valid; of a sweep, that of as many jobs as take every value of every setting."""
     words, sweep = overrides(command)
     words = [word for word in words if word not in ("--help",)]
+    if sweep:  # as typed settings are changed before Hydra reads them
+        words = check_arguments(["-m", *words])[1:]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         mode = RunMode.MULTIRUN if sweep else RunMode.RUN
