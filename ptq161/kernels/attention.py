@@ -2,7 +2,8 @@
 
 torch's fused kernel spends two thirds of a training step of attention in its backward pass (60 ms for [4, 9, 512, 64]
 on two cores). Here probabilities are kept from the forward pass and every product is a plain matrix product; queries
-are taken in chunks that see only their own past, which leaves out most of the masked half.
+are taken in chunks that see only their own past, which leaves out most of the masked half. What lies between the
+products, the softmax and its gradient, is one pass over the scores (``attention.cpp``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from ptq161.kernels import native
 
 _CHUNK = 128
 
@@ -52,14 +55,17 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     Returns:
         ``[batch, heads, seq, head_dim]`` bfloat16.
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    shape = query.shape
-    flat = [t.to(torch.bfloat16).reshape(-1, *t.shape[-2:]) for t in (query * scale, key, value)]
-    output: Tensor = _CausalAttention.apply(*flat)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    return output.view(shape)
+    return chunked_attention(query.to(torch.bfloat16), key.to(torch.bfloat16), value.to(torch.bfloat16), scale)
+
+
+def chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Softmax attention over the past of tensors in bfloat16; the rest as :func:`causal_attention`."""
+    batch, heads, seq, head_dim = query.shape
+    shared = [t.reshape(-1, seq, head_dim) for t in (key, value)]
+    query = query.reshape(shared[0].shape[0], -1, seq, head_dim)
+    output: Tensor = _CausalAttention.apply(query, *shared, scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return output.view(batch, heads, seq, head_dim)
 
 
 def _applies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -77,35 +83,67 @@ def _applies(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 class _CausalAttention(torch.autograd.Function):
-    """Attention over ``[n, seq, head_dim]`` with the probabilities of each chunk kept for the gradient."""
+    """Attention of queries ``[n, groups, seq, head_dim]`` over keys and values ``[n, seq, head_dim]`` of each group.
+
+    Queries of a chunk are the rows of one product, those of all groups that share keys together. The probabilities of
+    each chunk are kept for the gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         output = torch.empty_like(query)
-        future = torch.ones(_CHUNK, _CHUNK, dtype=torch.bool).triu(1)
-        probabilities = []
-        for start in range(0, query.shape[1], _CHUNK):
-            end = min(start + _CHUNK, query.shape[1])
-            scores = query[:, start:end] @ key[:, :end].transpose(1, 2)
-            scores[:, :, start:].masked_fill_(future[: end - start, : end - start], float("-inf"))
-            probabilities.append(scores.softmax(-1))
-            output[:, start:end] = probabilities[-1] @ value[:, :end]
-        ctx.save_for_backward(query, key, value, output, *probabilities)
+        kept = []
+        for here, past in _chunks(query.shape[2]):
+            queries = query[:, :, here].flatten(1, 2)
+            scores = queries @ key[:, past].transpose(1, 2)
+            probabilities = _softmax(scores, here, scale)
+            output[:, :, here] = (probabilities @ value[:, past]).view_as(output[:, :, here])
+            kept += [queries, probabilities]
+        ctx.scale = scale
+        ctx.save_for_backward(key, value, *kept)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, output, *probabilities = ctx.saved_tensors
-        grad = grad.to(query.dtype)
-        grad_query = torch.empty_like(query)
-        grad_key = torch.zeros_like(key)
-        grad_value = torch.zeros_like(value)
-        expected = (grad * output).sum(-1, keepdim=True)
-        for start, p in zip(range(0, query.shape[1], _CHUNK), probabilities, strict=True):
-            end = min(start + _CHUNK, query.shape[1])
-            here, past = slice(start, end), slice(0, end)
-            grad_value[:, past].baddbmm_(p.transpose(1, 2), grad[:, here])
-            grad_scores = (grad[:, here] @ value[:, past].transpose(1, 2)).sub_(expected[:, here]).mul_(p)
-            grad_query[:, here] = grad_scores @ key[:, past]
-            grad_key[:, past].baddbmm_(grad_scores.transpose(1, 2), query[:, here])
-        return grad_query, grad_key, grad_value
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        key, value, *kept = ctx.saved_tensors
+        grad = grad.to(key.dtype)
+        grad_query = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        chunks = _chunks(grad.shape[2])
+        for (here, past), queries, probabilities in zip(chunks, kept[::2], kept[1::2], strict=True):
+            of_output = grad[:, :, here].flatten(1, 2)
+            grad_value[:, past].baddbmm_(probabilities.transpose(1, 2), of_output)
+            of_probabilities = of_output @ value[:, past].transpose(1, 2)
+            of_scores = _softmax_gradient(of_probabilities, probabilities, here, ctx.scale)
+            grad_query[:, :, here] = (of_scores @ key[:, past]).view_as(grad_query[:, :, here])
+            grad_key[:, past].baddbmm_(of_scores.transpose(1, 2), queries)
+        return grad_query, grad_key, grad_value, None
+
+
+def _chunks(seq: int) -> list[tuple[slice, slice]]:
+    """Return the queries of each chunk, and the keys that they see."""
+    ends = [min(start + _CHUNK, seq) for start in range(0, seq, _CHUNK)]
+    return [(slice(start, end), slice(0, end)) for start, end in zip(range(0, seq, _CHUNK), ends, strict=True)]
+
+
+def _softmax(scores: Tensor, here: slice, scale: float) -> Tensor:
+    """Return the probabilities of scores ``[n, groups * chunk, keys]``, which may lie in the memory of the scores."""
+    n_queries = here.stop - here.start
+    if native.usable("attention", scores):
+        torch.ops.ptq161.causal_softmax(scores, here.start, n_queries, scale)
+        return scores
+    future = torch.ones(n_queries, n_queries, dtype=torch.bool, device=scores.device).triu(1)
+    scores = (scores.float() * scale).unflatten(1, (-1, n_queries))
+    scores[..., here].masked_fill_(future, float("-inf"))
+    return scores.softmax(-1).flatten(1, 2).to(torch.bfloat16)
+
+
+def _softmax_gradient(gradient: Tensor, probabilities: Tensor, here: slice, scale: float) -> Tensor:
+    """Return the gradient at the scores from that at the probabilities, which may lie in the memory of the latter."""
+    if native.usable("attention", gradient, probabilities):
+        n_queries = here.stop - here.start
+        torch.ops.ptq161.causal_softmax_gradient(gradient, probabilities, here.start, n_queries, scale)
+        return gradient
+    of_shares, shares = gradient.float(), probabilities.float()
+    expected = (of_shares * shares).sum(-1, keepdim=True)
+    return ((of_shares - expected) * (shares * scale)).to(torch.bfloat16)

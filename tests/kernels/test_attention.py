@@ -54,3 +54,23 @@ def test_only_causal_bfloat16_attention_is_taken_over(monkeypatch: pytest.Monkey
             F.scaled_dot_product_attention(*tensors, is_causal=True, scale=0.3)
     assert len(calls) == 1
     assert calls[0][3] == 0.3
+
+
+def test_compiled_softmax_and_its_gradient_are_those_of_torch(request: pytest.FixtureRequest) -> None:
+    found = []
+    for _ in range(2):
+        tensors = inputs(300, 2)
+        output = causal_attention(*tensors, 0.3)
+        found.append([output, *torch.autograd.grad(output.float().square().sum(), tensors)])
+        request.getfixturevalue("torch_alone")
+    assert all(relative(ours, of_torch) < 0.01 for ours, of_torch in zip(*found, strict=True))
+
+
+def test_scores_that_are_no_numbers_are_passed_on() -> None:
+    query, key, value = inputs(40, 4)
+    with torch.no_grad():
+        key[0, 0, 20] = float("nan")
+    output = causal_attention(query, key, value)
+    assert bool(output[0, 0, :20].isfinite().all())
+    assert not bool(output[0, 0, 20:].isfinite().any())
+    assert bool(output[1].isfinite().all())
