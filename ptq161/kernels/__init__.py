@@ -4,4 +4,4 @@ Functions of tensors alone, some of them compiled from C++ (``native``). They im
 ``files`` and the ground floor, and every room from ``data`` up may import them.
 """
 
-__all__ = ["attention", "divergence", "latent", "matmul", "native", "packed_rows", "sorting", "where"]
+__all__ = ["attention", "block", "divergence", "latent", "matmul", "native", "packed_rows", "sorting", "where"]

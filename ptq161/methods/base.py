@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
 from ptq161.kernels.attention import FastCausalAttention
+from ptq161.kernels.block import fused_blocks
 from ptq161.kernels.matmul import FastLinear
 from ptq161.methods.rescaling import Rescaling
 from ptq161.numerics import COMPUTE_DTYPES
@@ -201,7 +202,7 @@ class Window:
             with FastLinear():
                 yield
             return
-        with torch.autocast(self.device.type, dtype), FastCausalAttention():
+        with torch.autocast(self.device.type, dtype), FastCausalAttention(), fused_blocks(self.blocks):
             yield
 
     def replace(self, name: str, module: nn.Module) -> None:
