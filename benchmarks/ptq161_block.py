@@ -1,11 +1,12 @@
-"""Seconds per decoder block of PTQ1.61, the share of matrix products, and the factor over a plain implementation.
+"""Seconds per decoder block of PTQ1.61 or of learned codes, the share of products, the factor over a plain version.
 
     python benchmarks/ptq161_block.py                 # a SmolLM2-135M-shaped block, 32 x 512 tokens, 4 epochs
     python benchmarks/ptq161_block.py --width 4096    # a Llama-7B-shaped block, fewer tokens
+    python benchmarks/ptq161_block.py --method waterfill --samples 64  # learned codes, without a plain implementation
 
 The plain implementation is what the method's formulas say, term by term: float32, batch 1, eager attention, the whole
 fake-quantized weight rebuilt at each step, every gradient by autograd. Both run in one sitting on the same block; a
-block's weights are random, which changes no timing. Matrix products and attention are timed by torch's profiler.
+block's weights are random, which changes no timing. Matrix products are timed by torch's profiler.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ import ptq161
 from ptq161.allocation import keep_freed_memory
 from ptq161.methods.ptq161 import PTQ161, block_loss, initial_scales, quantize_salient, salient_mask
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmv_")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm_", "aten::addmv_", "mkldnn::_linear_pointwise")
 
 
 def main() -> None:
     """Print one line per implementation, then the factors."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=("ptq161", "waterfill"), default="ptq161")
     parser.add_argument("--width", type=int, choices=(576, 4096), default=576)
     parser.add_argument("--blocks", type=int, default=2, help="blocks to quantize; memory is printed after each")
     parser.add_argument("--samples", type=int, default=None)
@@ -42,6 +44,18 @@ def main() -> None:
     keep_freed_memory()  # as a run does
     samples = options.samples or (32 if options.width == 576 else 2)
     tokens = torch.randint(0, 1000, (samples, options.seq_len), generator=torch.Generator().manual_seed(0))
+    print(
+        f"{options.method}, width {options.width}, {samples} x {options.seq_len} tokens, {options.epochs} epochs, "
+        f"{torch.get_num_threads()} threads"
+    )
+    if options.method == "waterfill":
+        learned = ptq161.Waterfill(
+            level="linear", epochs=options.epochs, batch_size=min(2, samples), compute_dtype="bfloat16"
+        )
+        seconds = seconds_per_block(random_model(options.width, options.blocks), tokens, learned)
+        print(f"{'bfloat16':28} {seconds:8.1f} s per block")
+        print_share(random_model(options.width, 1), tokens, learned)
+        return
     method = PTQ161(
         epochs=options.epochs,
         batch_size=min(options.batch_size, samples),
@@ -49,18 +63,13 @@ def main() -> None:
         scale_lr=5e-3,
         angle_lr=1e-2,
     )
-    print(
-        f"width {options.width}, {samples} x {options.seq_len} tokens, {options.epochs} epochs, "
-        f"{torch.get_num_threads()} threads"
-    )
     plain = plain_seconds_per_step(random_model(options.width, 1), tokens[:1], options.plain_steps)
     plain_block = plain * samples * options.epochs
     print(f"plain float32, batch 1       {plain_block:8.1f} s per block ({1000 * plain:.0f} ms a step, extrapolated)")
     for name, used in (("float32", dataclasses.replace(method, compute_dtype="float32")), ("bfloat16", method)):
         seconds = seconds_per_block(random_model(options.width, options.blocks), tokens, used)
         print(f"{name:28} {seconds:8.1f} s per block, {plain_block / seconds:.1f} times faster than plain")
-    share = product_share(random_model(options.width, 1), tokens, method)
-    print(f"bfloat16: {100 * share:.0f} % of the time in matrix products and attention")
+    print_share(random_model(options.width, 1), tokens, method)
 
 
 def random_model(width: int, n_blocks: int) -> LlamaForCausalLM:
@@ -79,7 +88,7 @@ def random_model(width: int, n_blocks: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def seconds_per_block(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161) -> float:
+def seconds_per_block(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161 | ptq161.Waterfill) -> float:
     """Quantize; return the mean seconds of a block, and print the peak memory after each."""
     seconds: list[float] = []
 
@@ -93,14 +102,14 @@ def seconds_per_block(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161) -
     return sum(seconds) / len(seconds)
 
 
-def product_share(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161) -> float:
-    """Return the share of a block's CPU time that matrix products and attention take."""
+def print_share(model: LlamaForCausalLM, tokens: Tensor, method: PTQ161 | ptq161.Waterfill) -> None:
+    """Print the share of a block's CPU time that matrix products take, those of attention included."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         ptq161.quantize(model, tokens, dataclasses.replace(method, epochs=1))
     events = profiled.key_averages()
     total = sum(event.self_cpu_time_total for event in events)
     spent = sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS or "dot_product" in e.key)
-    return float(spent / total)
+    print(f"bfloat16: {100 * spent / total:.0f} % of the time in matrix products")
 
 
 class PlainLinear(nn.Module):
