@@ -23,9 +23,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from ptq161.kernels import native
 from ptq161.kernels.attention import chunked_attention
 
-_ROTATION = ("apply_rotary_pos_emb", "rotate_half")
-"""Functions of a modeling file that its attention calls."""
-
 
 @contextmanager
 def fused_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
@@ -215,23 +212,38 @@ def _halves(*tensors: Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
 
 
+_KNOWN: list[tuple[Any, str, Callable[..., Any]]] = [
+    (LlamaRMSNorm.forward, "dtype to torch float32 pow mean rsqrt variance_epsilon weight", _norm_forward),
+    (LlamaMLP.forward, "down_proj act_fn gate_proj up_proj", _mlp_forward),
+    (
+        LlamaAttention.forward,
+        "shape head_dim q_proj view transpose k_proj v_proj apply_rotary_pos_emb update layer_idx "
+        "ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation eager_attention_forward training "
+        "attention_dropout scaling reshape contiguous o_proj",
+        _attention_forward,
+    ),
+]
+"""Forward functions of Llama, the names that they used when the functions of this module were written, and these."""
+_ROTATION = {"apply_rotary_pos_emb": "unsqueeze rotate_half", "rotate_half": "shape torch cat"}
+"""Functions of a modeling file that its attention calls, and their names."""
+
+
 @functools.cache
 def _fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return the function that computes what the ``forward`` of a class does; None if that is not known."""
-    if not isinstance(forward, FunctionType):
-        return None
-    if _same(forward, LlamaRMSNorm.forward):
-        return _norm_forward
-    if _same(forward, LlamaMLP.forward):
-        return _mlp_forward
-    if _same(forward, LlamaAttention.forward):
-        called = [(forward.__globals__.get(name), LlamaAttention.forward.__globals__[name]) for name in _ROTATION]
-        if all(isinstance(ours, FunctionType) and _same(ours, llamas) for ours, llamas in called):
-            return _attention_forward
+    for llamas, names, fused in _KNOWN:
+        if _same(forward, llamas, names):
+            of_forward, of_llama = forward.__globals__, llamas.__globals__
+            called = _ROTATION if fused is _attention_forward else {}
+            if all(_same(of_forward.get(name), of_llama.get(name), used) for name, used in called.items()):
+                return fused
     return None
 
 
-def _same(function: Any, other: Any) -> bool:
-    """Whether two functions run the same instructions on the same names and constants."""
-    code, of_other = function.__code__, other.__code__
-    return all(getattr(code, part) == getattr(of_other, part) for part in ("co_code", "co_names", "co_consts"))
+def _same(function: Any, llamas: Any, names: str) -> bool:
+    """Whether a function runs the instructions of Llama's on the same names and constants, and Llama's is the known."""
+    if not (isinstance(function, FunctionType) and isinstance(llamas, FunctionType)):
+        return False
+    code, known = function.__code__, llamas.__code__
+    same = all(getattr(code, part) == getattr(known, part) for part in ("co_code", "co_names", "co_consts"))
+    return same and " ".join(known.co_names) == names

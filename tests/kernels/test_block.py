@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from ptq161.kernels import block as block_module
 from ptq161.kernels import native
 from ptq161.kernels.block import fused_blocks, gated, rms_norm, rotate
 
@@ -117,6 +118,17 @@ def test_modules_are_taken_over_inside_and_given_back(kind: str) -> None:
     with torch.autocast("cpu", torch.bfloat16), fused_blocks([block]):
         assert sum("forward" in module.__dict__ for module in block.modules()) == FUSED[kind]
     assert not any("forward" in module.__dict__ for module in block.modules())
+
+
+def test_another_version_of_llama_s_own_functions_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later transformers may compute something else in all of them."""
+    (block,) = decoder("llama").model.layers
+    known = [(llamas, f"{names} scale", fused) for llamas, names, fused in block_module._KNOWN]
+    monkeypatch.setattr(block_module, "_KNOWN", known)
+    block_module._fused_forward.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16), fused_blocks([block]):
+        assert not any("forward" in module.__dict__ for module in block.modules())
+    block_module._fused_forward.cache_clear()
 
 
 def test_a_forward_function_of_a_module_s_own_stays() -> None:
