@@ -1,5 +1,5 @@
 // What a decoder block computes between its matrix products, and the gradients: one pass each over the activations.
-// What is computed is told in block.py. Inside, all is float32; products read bfloat16.
+// What is computed is told in block.py. Inside, all is float32.
 
 #include "bfloat16.h"
 #include "exponential.h"
@@ -39,24 +39,23 @@ void of_dtype(const Tensor& x, const Tensor& y, What what) {
 }
 
 template <typename T>
-void norm_row(const T* x, const float* weight, int64_t n, float epsilon, uint16_t* out, float* inverse) {
+void norm_row(const T* x, const float* weight, int64_t n, float epsilon, float* out, float* inverse) {
   float squares = 0.0f;
 #pragma omp simd reduction(+ : squares)
   for (int64_t j = 0; j < n; ++j) squares += to_float(x[j]) * to_float(x[j]);
   const float r = 1.0f / std::sqrt(squares / static_cast<float>(n) + epsilon);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(out + j, weight[j] * (to_float(x[j]) * r));
+  for (int64_t j = 0; j < n; ++j) out[j] = weight[j] * (to_float(x[j]) * r);
   *inverse = r;
 }
 
 std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
   const int64_t n_tokens = x.size(0), n = x.size(1);
-  Tensor out = torch::stable::new_empty(x, {n_tokens, n}, ScalarType::BFloat16);
+  Tensor out = torch::stable::new_empty(x, {n_tokens, n}, ScalarType::Float);
   Tensor inverse = torch::stable::new_empty(x, {n_tokens}, ScalarType::Float);
   const float *w = floats(weight), e = static_cast<float>(epsilon);
-  uint16_t* outs = mutable_halves(out);
-  float* inverses = mutable_floats(inverse);
-  of_dtype(x, out, [&](const auto* xs, auto*) {
+  float *outs = mutable_floats(out), *inverses = mutable_floats(inverse);
+  of_dtype(x, x, [&](const auto* xs, auto*) {
     torch::stable::parallel_for(0, n_tokens, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) norm_row(xs + i * n, w, n, e, outs + i * n, inverses + i);
     });
@@ -65,20 +64,19 @@ std::tuple<Tensor, Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
 }
 
 template <typename T>
-void norm_row_gradient(const uint16_t* grad, const T* x, const float* weight, int64_t n, float r, T* of_x) {
+void norm_row_gradient(const float* grad, const T* x, const float* weight, int64_t n, float r, T* of_x) {
   float along = 0.0f;
 #pragma omp simd reduction(+ : along)
-  for (int64_t j = 0; j < n; ++j) along += to_float(grad[j]) * weight[j] * to_float(x[j]);
+  for (int64_t j = 0; j < n; ++j) along += grad[j] * weight[j] * to_float(x[j]);
   const float back = along * r * r / static_cast<float>(n);
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) store(of_x + j, r * (to_float(grad[j]) * weight[j] - back * to_float(x[j])));
+  for (int64_t j = 0; j < n; ++j) store(of_x + j, r * (grad[j] * weight[j] - back * to_float(x[j])));
 }
 
 Tensor rms_norm_gradient(Tensor grad, Tensor x, Tensor weight, Tensor inverse) {
   const int64_t n_tokens = x.size(0), n = x.size(1);
   Tensor result = torch::stable::empty_like(x);
-  const uint16_t* grads = halves(grad);
-  const float *w = floats(weight), *inverses = floats(inverse);
+  const float *grads = floats(grad), *w = floats(weight), *inverses = floats(inverse);
   of_dtype(x, result, [&](const auto* xs, auto* of_xs) {
     torch::stable::parallel_for(0, n_tokens, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -4,7 +4,7 @@ Norms, gates and rotated attention of a block in bfloat16 are some sixty passes 
 backward, which take longer than its matrix products. Inside :func:`fused_blocks` the modules that compute them as
 Llama's do, word for word (in transformers most do), take the operators of ``block.cpp`` and
 :mod:`ptq161.kernels.attention`; all others stay as they are. The results are those of the modules up to the order of
-sums and to what transformers rounds in between; norms return bfloat16, which is what the products read of them.
+sums and to what transformers rounds in between.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def fused_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """Return ``weight * x / rms(x)`` in bfloat16, differentiable in both.
+    """Return ``weight * x / rms(x)`` in float32, differentiable in both.
 
     Args:
         x: ``[..., n]`` float32 or bfloat16.
@@ -61,7 +61,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     if not native.usable("block", x, weight):
         size = x.float().square().mean(-1, keepdim=True)
-        return (weight * (x.float() * torch.rsqrt(size + epsilon))).to(torch.bfloat16)
+        return weight * (x.float() * torch.rsqrt(size + epsilon))
     # Function.apply has no annotations.
     out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon)  # type: ignore[no-untyped-call]  # as above
     return out.view(x.shape)
@@ -126,7 +126,7 @@ class _RMSNorm(torch.autograd.Function):
         grad = grad.contiguous()
         return (
             torch.ops.ptq161.rms_norm_gradient(grad, x, weight, inverse) if of_x else None,
-            (grad.float() * x).T @ inverse if of_weight else None,
+            (grad * x).T @ inverse if of_weight else None,
             None,
         )
 
