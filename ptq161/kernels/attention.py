@@ -56,14 +56,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
         ``[batch, heads, seq, head_dim]`` bfloat16.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return chunked_attention(query.to(torch.bfloat16), key.to(torch.bfloat16), value.to(torch.bfloat16), scale)
-
-
-def chunked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Softmax attention over the past of tensors in bfloat16; the rest as :func:`causal_attention`."""
     batch, heads, seq, head_dim = query.shape
-    shared = [t.reshape(-1, seq, head_dim) for t in (key, value)]
-    query = query.reshape(shared[0].shape[0], -1, seq, head_dim)
+    shared = [t.to(torch.bfloat16).reshape(-1, seq, head_dim) for t in (key, value)]
+    query = query.to(torch.bfloat16).reshape(shared[0].shape[0], -1, seq, head_dim)
     output: Tensor = _CausalAttention.apply(query, *shared, scale)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return output.view(batch, heads, seq, head_dim)
 

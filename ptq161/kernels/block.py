@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from ptq161.kernels import native
-from ptq161.kernels.attention import chunked_attention
+from ptq161.kernels.attention import causal_attention
 
 
 @contextmanager
@@ -62,8 +62,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     if not native.usable("block", x, weight):
         size = x.float().square().mean(-1, keepdim=True)
         return weight * (x.float() * torch.rsqrt(size + epsilon))
-    # Function.apply has no annotations.
-    out: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, epsilon)  # type: ignore[no-untyped-call]  # as above
+    flat = x.reshape(-1, x.shape[-1])
+    out: Tensor = _RMSNorm.apply(flat, weight, epsilon)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return out.view(x.shape)
 
 
@@ -159,11 +159,11 @@ class _Rotation(torch.autograd.Function):
 
 
 def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
-    weight = module.weight
-    if hidden_states.device.type != "cpu" or weight.dtype != torch.float32 or not _floats(hidden_states):
-        out: Tensor = type(module).forward(module, hidden_states)
-        return out
-    return rms_norm(hidden_states, weight, module.variance_epsilon)
+    floats = module.weight.dtype == torch.float32 and hidden_states.dtype in (torch.float32, torch.bfloat16)
+    if floats and hidden_states.device.type == "cpu":
+        return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    out: Tensor = type(module).forward(module, hidden_states)
+    return out
 
 
 def _mlp_forward(module: Any, x: Tensor) -> Tensor:
@@ -183,29 +183,30 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     plain = (
-        attention_mask is None
+        position_embeddings is not None
+        and attention_mask is None
         and past_key_values is None
-        and position_embeddings is not None
+        and hidden_states.device.type == "cpu"
         and module.is_causal
         and module.config._attn_implementation == "sdpa"
         and not (module.training and module.attention_dropout)
     )
-    if plain and position_embeddings is not None:
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        query, key, value = (part(hidden_states) for part in (module.q_proj, module.k_proj, module.v_proj))
-        if _halves(query, key, value):
-            angles = [part.float() for part in position_embeddings]
-            query, key = (rotate(x.view(shape), *angles) for x in (query, key))
-            attended = chunked_attention(query, key, value.view(shape).transpose(1, 2), module.scaling)
-            return module.o_proj(attended.transpose(1, 2).flatten(2)), None
-    found: tuple[Tensor, Tensor | None] = type(module).forward(
-        module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-    )
-    return found
-
-
-def _floats(x: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16)
+    if not plain:
+        found: tuple[Tensor, Tensor | None] = type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        return found
+    assert position_embeddings is not None  # plain
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    query, key, value = (part(hidden_states).view(shape) for part in (module.q_proj, module.k_proj, module.v_proj))
+    if _halves(query, key):
+        angles = [part.float() for part in position_embeddings]
+        query, key = (rotate(x, *angles) for x in (query, key))
+    else:
+        rotation = type(module).forward.__globals__["apply_rotary_pos_emb"]
+        query, key = rotation(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    attended = causal_attention(query, key, value.transpose(1, 2), module.scaling)
+    return module.o_proj(attended.transpose(1, 2).flatten(2)), None
 
 
 def _halves(*tensors: Tensor) -> bool:

@@ -149,6 +149,32 @@ def test_nothing_is_taken_over_in_another_dtype_or_without_a_compiler(request: p
         assert not any("forward" in module.__dict__ for module in block.modules())
 
 
+class Float(nn.Linear):
+    """A linear with float32 outputs, as those of a training arithmetic have, which counts its calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
+def test_linears_with_float32_outputs_are_called_once() -> None:
+    model = decoder("llama")
+    block = model.model.layers[0]
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = block.self_attn.get_submodule(name)
+        block.self_attn.set_submodule(name, Float(linear.in_features, linear.out_features, bias=False))
+    tokens = torch.arange(150).view(1, 150) % 11
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+        with fused_blocks([block]):
+            found = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    assert relative(found, expected) < 0.01
+    assert [module.calls for module in block.modules() if isinstance(module, Float)] == [2, 2, 2]
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_block_s_output_and_gradients_are_those_of_transformers(kind: str, masked: bool) -> None:
