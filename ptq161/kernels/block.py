@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from ptq161.kernels import native
 from ptq161.kernels.attention import causal_attention
@@ -167,8 +165,10 @@ def _norm_forward(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(module: Any, x: Tensor) -> Tensor:
+    from transformers.activations import SiLUActivation  # long imported where there is a model
+
     gate, up = module.gate_proj(x), module.up_proj(x)
-    is_silu = isinstance(module.act_fn, type(ACT2FN["silu"]))
+    is_silu = isinstance(module.act_fn, SiLUActivation)
     hidden = gated(gate, up) if is_silu and _halves(gate, up) else module.act_fn(gate) * up
     out: Tensor = module.down_proj(hidden)
     return out
@@ -213,18 +213,25 @@ def _halves(*tensors: Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
 
 
-_KNOWN: list[tuple[Any, str, Callable[..., Any]]] = [
-    (LlamaRMSNorm.forward, "dtype to torch float32 pow mean rsqrt variance_epsilon weight", _norm_forward),
-    (LlamaMLP.forward, "down_proj act_fn gate_proj up_proj", _mlp_forward),
-    (
-        LlamaAttention.forward,
-        "shape head_dim q_proj view transpose k_proj v_proj apply_rotary_pos_emb update layer_idx "
-        "ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation eager_attention_forward training "
-        "attention_dropout scaling reshape contiguous o_proj",
-        _attention_forward,
-    ),
-]
-"""Forward functions of Llama, the names that they used when the functions of this module were written, and these."""
+@functools.cache
+def _known() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return forward functions of Llama, the names that they used when this module was written, and its own."""
+    # It takes seconds to import, and only runs that load a model need it.
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+
+    return [
+        (LlamaRMSNorm.forward, "dtype to torch float32 pow mean rsqrt variance_epsilon weight", _norm_forward),
+        (LlamaMLP.forward, "down_proj act_fn gate_proj up_proj", _mlp_forward),
+        (
+            LlamaAttention.forward,
+            "shape head_dim q_proj view transpose k_proj v_proj apply_rotary_pos_emb update layer_idx "
+            "ALL_ATTENTION_FUNCTIONS get_interface config _attn_implementation eager_attention_forward training "
+            "attention_dropout scaling reshape contiguous o_proj",
+            _attention_forward,
+        ),
+    ]
+
+
 _ROTATION = {"apply_rotary_pos_emb": "unsqueeze rotate_half", "rotate_half": "shape torch cat"}
 """Functions of a modeling file that its attention calls, and their names."""
 
@@ -232,7 +239,7 @@ _ROTATION = {"apply_rotary_pos_emb": "unsqueeze rotate_half", "rotate_half": "sh
 @functools.cache
 def _fused_forward(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     """Return the function that computes what the ``forward`` of a class does; None if that is not known."""
-    for llamas, names, fused in _KNOWN:
+    for llamas, names, fused in _known():
         if _same(forward, llamas, names):
             of_forward, of_llama = forward.__globals__, llamas.__globals__
             called = _ROTATION if fused is _attention_forward else {}

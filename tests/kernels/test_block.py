@@ -123,8 +123,8 @@ def test_modules_are_taken_over_inside_and_given_back(kind: str) -> None:
 def test_another_version_of_llama_s_own_functions_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later transformers may compute something else in all of them."""
     (block,) = decoder("llama").model.layers
-    known = [(llamas, f"{names} scale", fused) for llamas, names, fused in block_module._KNOWN]
-    monkeypatch.setattr(block_module, "_KNOWN", known)
+    known = [(llamas, f"{names} scale", fused) for llamas, names, fused in block_module._known()]
+    monkeypatch.setattr(block_module, "_known", lambda: known)
     block_module._fused_forward.cache_clear()
     with torch.autocast("cpu", torch.bfloat16), fused_blocks([block]):
         assert not any("forward" in module.__dict__ for module in block.modules())
