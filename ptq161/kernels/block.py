@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from ptq161.kernels import native
-from ptq161.kernels.attention import causal_attention
+from ptq161.kernels.attention import FastCausalAttention, causal_attention
 
 
 @contextmanager
 def fused_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside this context, modules of blocks on the CPU take one pass where torch takes many, under bfloat16 autocast.
+
+    Causal attention of all other modules is :class:`~ptq161.kernels.attention.FastCausalAttention`.
 
     Args:
         blocks: whose modules; those with a ``forward`` of their own keep it.
@@ -39,7 +41,8 @@ def fused_blocks(blocks: Iterable[nn.Module]) -> Iterator[None]:
                     module.__dict__["forward"] = functools.partial(forward, module)
                     fused.append(module)
     try:
-        yield
+        with FastCausalAttention():
+            yield
     finally:
         for module in fused:
             del module.__dict__["forward"]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ptq161.checks import check_choice
 from ptq161.errors import UserError
-from ptq161.kernels.attention import FastCausalAttention
 from ptq161.kernels.block import fused_blocks
 from ptq161.kernels.matmul import FastLinear
 from ptq161.methods.rescaling import Rescaling
@@ -202,7 +201,7 @@ class Window:
             with FastLinear():
                 yield
             return
-        with torch.autocast(self.device.type, dtype), FastCausalAttention(), fused_blocks(self.blocks):
+        with torch.autocast(self.device.type, dtype), fused_blocks(self.blocks):
             yield
 
     def replace(self, name: str, module: nn.Module) -> None:

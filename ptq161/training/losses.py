@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptq161.kernels.attention import FastCausalAttention
 from ptq161.kernels.block import fused_blocks
 from ptq161.packed.model import cast_rest
 from ptq161.training.objectives import chunked_mean, cross_entropy_sum, divergence_sum, relative_error
@@ -106,11 +105,9 @@ def _autocast(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     if dtype == torch.float32:
         yield
         return
-    with torch.autocast(device.type, dtype), ExitStack() as fast:
-        # Gradient checkpointing repeats the forward pass outside of these contexts, and expects the same tensors.
-        if not model.is_activation_checkpointing:
-            fast.enter_context(FastCausalAttention())
-            fast.enter_context(fused_blocks([model]))
+    # Gradient checkpointing repeats the forward pass outside of this context, and expects the same tensors.
+    fast = nullcontext() if model.is_activation_checkpointing else fused_blocks([model])
+    with torch.autocast(device.type, dtype), fast:
         yield
 
 
