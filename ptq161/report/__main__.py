@@ -5,6 +5,7 @@ Usage::
     python -m ptq161.report multirun/2026-01-01/12-00-00 --out experiments/mask_ratio
     python -m ptq161.report RUNS... --out FOLDER --x calib.n_samples --metric ppl/boolq@512
     python -m ptq161.report RUNS... --out FOLDER --published experiments/baselines/published.csv
+    python -m ptq161.report RUNS... --out FOLDER --earlier experiments/baselines/results.csv
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ptq161.errors import UserError
 from ptq161.files.streams import never_fail_to_print
 from ptq161.report.collect import collect
 from ptq161.report.details import chosen_runs, read_details
+from ptq161.report.earlier import read_earlier
 from ptq161.report.keys import differing_keys, swept_numbers
 from ptq161.report.page import page
 from ptq161.report.published import compare, read_published
@@ -52,7 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        report(options.runs, options.out, x=options.x, metrics=options.metric, published_file=options.published)
+        report(
+            options.runs,
+            options.out,
+            x=options.x,
+            metrics=options.metric,
+            published_file=options.published,
+            earlier=options.earlier or (),
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return 1
@@ -66,6 +75,7 @@ def report(
     x: str | None = None,
     metrics: Sequence[str] | None = None,
     published_file: str | None = None,
+    earlier: Sequence[str] = (),
 ) -> None:
     """Write the page, the tables and the figures; and what cannot be read, to stderr.
 
@@ -79,6 +89,8 @@ def report(
             bits against perplexity where there is none or more than one.
         metrics: scores to show; None shows all in the table, and perplexities in the figure where there are any.
         published_file: CSV file of published figures (:mod:`ptq161.report.published`).
+        earlier: ``results.csv`` files of earlier reports, whose results are shown as well
+            (:mod:`ptq161.report.earlier`).
 
     Raises:
         UserError: a folder does not exist or holds no finished run, a key or metric is unknown, a file cannot be read
@@ -91,15 +103,18 @@ def report(
     if not found.runs:
         _warn(found.problems)
         raise UserError(f"no finished run is in {', '.join(folders)}.")
-    results = results_of(found.runs, found.problems)
-    runs = chosen_runs(results)
-    details = read_details(runs, found.problems)
+    runs = list(found.runs)
+    for file in earlier:
+        runs += read_earlier(file, runs, found.problems)
+    results = results_of(runs, found.problems)
+    chosen = chosen_runs(results)
+    details = read_details(chosen, found.problems)
     _warn(found.problems)
     _check(results, x, metrics)
     names = metric_names(results)
     perplexities = [name for name in names if name.startswith(ON_TEXTS)]
     scores = list(metrics or [name for name in names if not name.endswith("/acc_norm")])
-    shown = sections(results, runs, details, scores, metrics or perplexities or names, x=x, published=published)
+    shown = sections(results, chosen, details, scores, metrics or perplexities or names, x=x, published=published)
     table = result_table(results, metrics)
     highlights = [name for name in scores if name.startswith(ON_TEXTS)] or scores
     compared = compare(results, [figure for figure in published if not metrics or figure.metric in metrics])
@@ -183,6 +198,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", nargs="+", action="extend", metavar="NAME", help="scores to show")
     parser.add_argument(
         "--published", type=os.path.expanduser, metavar="CSV", help="published figures: adds paper, ours, difference"
+    )
+    parser.add_argument(
+        "--earlier",
+        type=os.path.expanduser,
+        nargs="+",
+        action="extend",
+        metavar="CSV",
+        help="results.csv of earlier reports: adds their results, whose records may be gone",
     )
     return parser
 

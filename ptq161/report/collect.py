@@ -52,6 +52,9 @@ class Run:
         identity: what decides its result but for the seed (:func:`ptq161.report.seeds.identity_without_seed`).
         started: when, in ISO format.
         reused_from: the run that computed its numbers, where it did not itself.
+        recorded_as: the name of its record in an earlier report's table, where the record is not at hand.
+        missing: what :meth:`value` gives for a key that the configuration lacks: None, which says that the method does
+            not read it, or pandas' NA, where it is not known.
     """
 
     run_dir: Path | None
@@ -71,6 +74,8 @@ class Run:
     identity: str = ""
     started: str | None = None
     reused_from: str | None = None
+    recorded_as: str | None = None
+    missing: Any = None
 
     @property
     def total_seconds(self) -> float | None:
@@ -80,13 +85,13 @@ class Run:
     def value(self, key: str) -> Any:
         """Return a configured value by its key; a group's key, such as ``calib``, gives its name.
 
-        A key that the run's method does not read, such as ``mask_ratio`` of a method without a mask, gives None.
+        A key that the run's method does not read, such as ``mask_ratio`` of a method without a mask, gives ``missing``.
         """
         if key == "method":
             return self.method
         if key in ("mask_ratio", "block_size"):
-            return self.config.get(f"method.{key}")
-        return self.config.get(f"{key}.name" if key in GROUPS else key)
+            return self.config.get(f"method.{key}", self.missing)
+        return self.config.get(f"{key}.name" if key in GROUPS else key, self.missing)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,8 @@ def differing_keys(config: pd.DataFrame) -> list[str]:
     """Return the configured keys in which results differ, ``method``, ``model`` and ``seed`` left out.
 
     Two results are compared on a group's keys only where both chose the same option of the group: BiLLM and RTN do not
-    differ in ``method.bits``. A key that repeats another one, as ``method.compute_dtype`` does ``dtype``, is left out.
+    differ in ``method.bits``; and on any key only where its value is known. A key that repeats another one, as
+    ``method.compute_dtype`` does ``dtype``, is left out.
     """
     texts = config.map(repr)
     found: list[str] = []
@@ -67,7 +68,7 @@ def differing_keys(config: pd.DataFrame) -> list[str]:
         if group in _UNREAD or key in (*_NAMES, *_WITHOUT_EFFECT):
             continue
         # Without a group, None says that the method does not read the key.
-        is_read = config[key].notna() | (group != key)
+        is_read = config[key].notna() | ((group != key) & (texts[key] != repr(pd.NA)))
         options = texts[group] if group != key and group in texts else pd.Series("", texts.index)
         if texts[key][is_read].groupby(options).nunique().max() > 1 and not any(
             (config[key].isna() | (texts[key] == texts[other])).all() for other in found
@@ -116,7 +117,7 @@ def _line_names(config: pd.DataFrame, x: str) -> pd.Series:
 
 
 def _named(key: str, value: Any) -> str:
-    if value is None:
+    if value is None or value is pd.NA:
         return ""
     text = Path(value).name if isinstance(value, str) else str(value)
     return f"{key.rpartition('.')[2]}={text if len(text) <= _LONGEST else text[: _LONGEST - 1] + '…'}"

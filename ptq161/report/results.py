@@ -88,10 +88,16 @@ def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> Result
         problems: takes a sentence that names the repetitions, but for those that took over an earlier run's numbers.
     """
     runs = _without_repetitions(runs, [] if problems is None else problems)
-    quantized = [run for run in runs if run.method != FULL_PRECISION]
-    kinds = {FULL: _full_precision(runs), RESTORED: _restored(quantized), QUANTIZED: [*quantized, *_before(quantized)]}
+    restored = [run for run in runs if run.method.endswith(NOT_QUANTIZED)]  # of an earlier report
+    quantized = [run for run in runs if not (run.method == FULL_PRECISION or run.method.endswith(NOT_QUANTIZED))]
+    kinds = {
+        FULL: _full_precision(runs),
+        RESTORED: [*restored, *_restored(quantized)],
+        QUANTIZED: [*quantized, *_before(quantized)],
+    }
     shown = [run for found in kinds.values() for run in found]
-    table = pd.DataFrame([vars(run) | {"run": run, "seconds": run.total_seconds} for run in shown], dtype=object)
+    derived = [{"run": run, "seconds": run.total_seconds, "folder": run.run_dir or run.recorded_as} for run in shown]
+    table = pd.DataFrame([vars(run) | more for run, more in zip(shown, derived, strict=True)], dtype=object)
     table = table.assign(kind=[kind for kind, found in kinds.items() for _ in found])
     rows = table.astype({"seconds": float, "peak_memory_bytes": float}).groupby("identity", sort=False)
     rows = rows.agg(
@@ -103,7 +109,7 @@ def results_of(runs: Sequence[Run], problems: list[str] | None = None) -> Result
         peak_memory_bytes=("peak_memory_bytes", "max"),
         seeds=("seed", _joined),
         commit=("commit", _joined),
-        run_dir=("run_dir", _joined),
+        run_dir=("folder", _joined),
         runs=("run", list),
     )
     config = config_of([found[0] for found in rows.runs], rows.index)
