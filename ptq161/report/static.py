@@ -251,21 +251,24 @@ def _add_color_bar(drawing: Figure, scale: Any) -> None:
 
 
 def _write_labels(axes: Axes, labels: Sequence[_Label]) -> None:
-    """Write labels beside their points, each as near as markers and the labels before it leave room."""
+    """Write labels beside their points, each as near as the panel, markers and the labels before it leave room."""
     height, to_points = 1.25 * _LABEL_SIZE, 72 / axes.figure.dpi
+    lowest, highest = axes.bbox.y0 * to_points + height / 2, axes.bbox.y1 * to_points
     marked = [line.get_xydata() for line in axes.lines if line.get_marker() in _MARKERS.values()]
     points = axes.transData.transform(np.concatenate([np.empty((0, 2)), *marked])) * to_points
     taken = [(x - 5, x + 5, y) for x, y in points]  # left end, right end and height of what is drawn already
     for label in sorted(labels, key=lambda label: label.y):
         x, y = axes.transData.transform((label.x, label.y)) * to_points
-        left = x - 4 - _width(label) if "left" in label.position else x + 7
-        level = y + (height / 2 if "top" in label.position else 0)
-        blocked = [at for begin, end, at in taken if begin < left + _width(label) and left < end]
-        levels = sorted((level + step * height / 4 for step in range(-200, 200)), key=lambda free: abs(free - level))
+        width, level = _width(label), y + (height / 2 if "top" in label.position else 0)
+        left = x - 4 - width if "left" in label.position else x + 7
+        blocked = [at for begin, end, at in taken if begin < left + width and left < end]
+        levels = sorted([level, *np.arange(lowest, highest, height / 4)], key=lambda free: abs(free - level))
         free = next((free for free in levels if all(abs(free - at) >= height for at in blocked)), level)
-        taken.append((left, left + _width(label), free))
+        taken.append((left, left + width, free))
         offset = (left - x, free - y - 0.35 * _LABEL_SIZE)
         style: dict[str, Any] = {"fontsize": _LABEL_SIZE, "color": label.color, "zorder": 3}
+        if abs(free - level) > height:  # a line leads back to the point
+            style["arrowprops"] = {"arrowstyle": "-", "color": label.color, "linewidth": 0.5, "relpos": (0, 0.5)}
         axes.annotate(label.text, (label.x, label.y), offset, textcoords="offset points", **style)
 
 
