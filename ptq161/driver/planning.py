@@ -29,7 +29,7 @@ from ptq161.methods.base import (
 )
 from ptq161.methods.rescaling import Rescaling
 from ptq161.models.architectures import decoder_blocks
-from ptq161.seeding import stage_generator
+from ptq161.seeding import draw, stage_generator
 
 
 def plan_statistics(
@@ -152,7 +152,7 @@ def _output_gradients(
         hidden = outputs[batch].to(model.device).requires_grad_()
         logits = logits_after(model, tokens[batch], hidden).float().flatten(0, 1)
         with torch.no_grad():
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator).to(logits.device).squeeze(1)
+            drawn = draw(logits.softmax(-1).cpu(), generator).to(logits.device)
         loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
         gradients[batch] = torch.autograd.grad(loss, hidden)[0].to("cpu", torch.float32)
     return gradients

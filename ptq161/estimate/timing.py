@@ -28,6 +28,7 @@ from ptq161.methods.codes.learn import held_out_batches
 from ptq161.models.architectures import decoder_blocks
 from ptq161.models.loading import auto_class
 from ptq161.numerics import plain_torch
+from ptq161.seeding import draw, stage_generator
 
 _LARGEST_BLOCK = 16e6
 """Weights of a block that is measured as it is."""
@@ -222,7 +223,7 @@ def _head_seconds(model: PreTrainedModel, seq_len: int) -> float:
     rows = torch.randn(seq_len, head.weight.shape[1]).to(head.weight.dtype).requires_grad_()
     began = time.perf_counter()
     logits = head(rows).float()
-    drawn = torch.multinomial(logits.detach().softmax(-1), 1).squeeze(1)
+    drawn = draw(logits.detach().softmax(-1), stage_generator(0, "estimate"))
     torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     return time.perf_counter() - began
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptq161.models.checks import check_head, evaluation_mode
 from ptq161.numerics import plain_torch
+from ptq161.seeding import draw
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -64,5 +65,5 @@ def _sample(model: PreTrainedModel, n: int, seq_len: int, generator: torch.Gener
         output = model(input_ids=read, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
         probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-        tokens[:, i] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        tokens[:, i] = draw(probabilities, generator)
     return tokens

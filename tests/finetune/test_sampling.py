@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ptq161.errors import UserError
 from ptq161.finetune.sampling import first_token, sample_text
+from ptq161.seeding import draw
 from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -45,7 +46,7 @@ def test_the_cache_changes_nothing(tiny_model: TinyModel, architecture: str) -> 
     with torch.no_grad():
         probabilities = model(found).logits.float().softmax(-1)
     for i in range(1, 40):
-        drawn = torch.multinomial(probabilities[:, i - 1], 1, generator=drawing)[:, 0]
+        drawn = draw(probabilities[:, i - 1], drawing)
         assert torch.equal(drawn, found[:, i])
 
 

@@ -18,7 +18,7 @@ from ptq161.methods.base import LinearStatistics
 from ptq161.models.architectures import decoder_blocks, quantized_linears
 from ptq161.packed.allotted import AllottedWeight
 from ptq161.packed.model import packed_linears, sha256_of_packed
-from ptq161.seeding import stage_generator
+from ptq161.seeding import draw, stage_generator
 from tests.conftest import TINY
 
 TinyModel = Callable[..., PreTrainedModel]
@@ -124,7 +124,7 @@ def test_statistics_are_those_of_the_whole_model_at_once(architecture: str, tiny
     generator = stage_generator(0, "plan", 0)
     for batch in TOKENS.split(method.batch_size):
         logits = model(batch).logits.flatten(0, 1)
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+        drawn = draw(logits.detach().softmax(-1), generator)
         nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
     assert found.keys() == squares.keys()
     for name, statistics in found.items():
