@@ -193,9 +193,11 @@ def test_an_index_without_a_centroid_is_seen() -> None:
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_many_rows_take_tiles_of_the_weight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     monkeypatch.setattr(linear, "_TILE_WEIGHTS", 4 * 97)
     packed, x = OTHERS[kind](13, 97), torch.randn(20, 97)
-    torch.testing.assert_close(tiled_product(packed, x), x @ packed.dequantize().T)
+    # A tile's sums may be taken in another order than those of the whole weight.
+    torch.testing.assert_close(tiled_product(packed, x), x @ packed.dequantize().T, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["structured_binary", "uniform 3 bits", "allotted"])
