@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ptq161.errors import UserError
@@ -34,6 +35,28 @@ def reading(path: Path, advice: str) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({one_line(error)}); {advice}.") from error
     except Exception as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); {advice}.") from error
+
+
+def read_rows(file: Path | str, columns: Sequence[str], what: str) -> list[tuple[str, dict[str, str]]]:
+    """Read the rows of a CSV file, each with its place, such as ``line 2 of FILE``; an empty or missing cell is ``""``.
+
+    Args:
+        file: in UTF-8, with a header.
+        columns: that it must have.
+        what: it holds, in the plural, for the sentences.
+
+    Raises:
+        UserError: the file cannot be read, or lacks a column.
+    """
+    try:
+        with Path(file).open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream, restval="")
+            names = reader.fieldnames or ()
+            if missing := [name for name in columns if name not in names]:
+                raise UserError(f"{file} has no column {missing[0]!r}: {what} need {', '.join(columns)}.")
+            return [(f"line {reader.line_num} of {file}", {name: row[name] for name in names}) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the {what} {file} cannot be read ({error}).") from error
 
 
 def one_line(error: Exception) -> str:

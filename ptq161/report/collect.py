@@ -87,11 +87,19 @@ class Run:
 
         A key that the run's method does not read, such as ``mask_ratio`` of a method without a mask, gives ``missing``.
         """
-        if key == "method":
-            return self.method
-        if key in ("mask_ratio", "block_size"):
-            return self.config.get(f"method.{key}", self.missing)
-        return self.config.get(f"{key}.name" if key in GROUPS else key, self.missing)
+        return self.method if key == "method" else self.config.get(configured_key(key), self.missing)
+
+
+def configured_key(key: str) -> str:
+    """Return the key of a configuration that a column or an axis means: of a group its name, of some keys the method's.
+
+    Example:
+        >>> configured_key("calib"), configured_key("mask_ratio"), configured_key("calib.n_samples")
+        ('calib.name', 'method.mask_ratio', 'calib.n_samples')
+    """
+    if key in GROUPS:
+        return f"{key}.name"
+    return f"method.{key}" if key in ("mask_ratio", "block_size") else key
 
 
 @dataclasses.dataclass(frozen=True)

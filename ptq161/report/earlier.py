@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from ptq161.errors import UserError
-from ptq161.report.collect import FULL_PRECISION, Run
-from ptq161.report.seeds import GROUPS
+from ptq161.files.reading import read_rows
+from ptq161.report.collect import FULL_PRECISION, Run, configured_key
 from ptq161.report.texts import NO_TEXT, UNKNOWN
 
 COLUMNS = ("method", "model", "seeds", "commit", "run_dir")
 """Columns that every ``results.csv`` has, and that say nothing that was measured."""
 _OTHERS = ("calibration_text", "seconds", "peak_memory_bytes")
 _STAGE, _ERROR, _INTERVAL = "seconds ", " standard_error", (" low", " high")
-_OF_METHOD = ("mask_ratio", "block_size")
-"""Keys that a run has as its method's own."""
 
 
 def read_earlier(file: Path | str, runs: Sequence[Run], problems: list[str]) -> list[Run]:
@@ -36,21 +32,11 @@ def read_earlier(file: Path | str, runs: Sequence[Run], problems: list[str]) -> 
         UserError: the file cannot be read, lacks a column, or has a number that is none.
     """
     known, found, means = [_facts(run) for run in runs], [], 0
-    try:
-        with Path(file).open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise UserError(f"{file} has no column {missing[0]!r}: it is no results.csv of a report.")
-            for row in reader:
-                cells = {name: value for name, value in row.items() if name and value}
-                if len(cells.get("seeds", "").split()) > 1:
-                    means += 1
-                    continue
-                run = _run(cells, list(reader.fieldnames or ()), f"line {reader.line_num} of {file}")
-                if _facts(run) not in known:
-                    found.append(run)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the earlier results {file} cannot be read ({error}).") from error
+    for where, row in read_rows(file, COLUMNS, "earlier results"):
+        if len(row["seeds"].split()) > 1:
+            means += 1
+        elif _facts(run := _run(row, where)) not in known:
+            found.append(run)
     if means:
         problems.append(f"{means} of the results in {file} are left out: they are means over several seeds.")
     return found
@@ -61,7 +47,8 @@ def _facts(run: Run) -> tuple[str, str, list[tuple[str, str]]]:
     return run.method, run.model, sorted((name, repr(float(value))) for name, value in run.metrics.items())
 
 
-def _run(cells: Mapping[str, str], columns: list[str], where: str) -> Run:
+def _run(row: Mapping[str, str], where: str) -> Run:
+    columns, cells = list(row), {name: text for name, text in row.items() if text}
     ends = [columns.index(name) for name in ("calibration_text", "seeds") if name in columns]
     keys = [name for name in columns[: min(ends)] if name not in COLUMNS]
     measured = [
@@ -82,7 +69,7 @@ def _run(cells: Mapping[str, str], columns: list[str], where: str) -> Run:
         run_dir=None,
         method=method,
         model=model,
-        config=named | {_configured(key): _value(cells[key]) if key in cells else None for key in keys},
+        config=named | {configured_key(key): _value(cells[key]) if key in cells else None for key in keys},
         metrics=numbers(measured),
         standard_errors=numbers([name for name in cells if name.endswith(_ERROR)], _ERROR),
         seconds=numbers([name for name in cells if name.startswith(_STAGE)], _STAGE),
@@ -94,13 +81,6 @@ def _run(cells: Mapping[str, str], columns: list[str], where: str) -> Run:
         recorded_as=cells.get("run_dir"),
         missing=pd.NA,
     )
-
-
-def _configured(key: str) -> str:
-    """Return the configured key of which a table's column has the value."""
-    if key in GROUPS:
-        return f"{key}.name"
-    return f"method.{key}" if key in _OF_METHOD else key
 
 
 def _value(text: str) -> str | int | float:
@@ -116,4 +96,4 @@ def _number(text: str, name: str, where: str) -> float:
     value = _value(text)
     if isinstance(value, str):
         raise UserError(f"{where}: {name} is {text!r}, which is no number.")
-    return math.nan if text == "nan" else value
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ptq161.errors import UserError
+from ptq161.files.reading import read_rows
 from ptq161.report.collect import FULL_PRECISION
 from ptq161.report.results import Results
 from ptq161.report.texts import NO_TEXT, UNKNOWN
@@ -64,14 +64,7 @@ def read_published(file: Path | str) -> list[Published]:
     Raises:
         UserError: the file cannot be read, lacks a column, or has a number that is none.
     """
-    try:
-        with Path(file).open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-                raise UserError(f"{file} has no column {missing[0]!r}: published figures need {', '.join(COLUMNS)}.")
-            return [_published(row, f"line {reader.line_num} of {file}") for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the published figures {file} cannot be read ({error}).") from error
+    return [_published(row, where) for where, row in read_rows(file, COLUMNS, "published figures")]
 
 
 def published_frame(published: Sequence[Published]) -> pd.DataFrame:
@@ -101,8 +94,8 @@ def compare(results: Results, published: Sequence[Published]) -> pd.DataFrame:
     return pairs.assign(difference=pairs.ours - pairs.published).reset_index(drop=True)
 
 
-def _published(row: dict[str, str | None], where: str) -> Published:
-    cells = {name: (row.get(name) or "").strip() for name in (*COLUMNS, *FURTHER_COLUMNS)}
+def _published(row: dict[str, str], where: str) -> Published:
+    cells = {name: row.get(name, "").strip() for name in (*COLUMNS, *FURTHER_COLUMNS)}
     none_read = NO_TEXT if cells["method"] == FULL_PRECISION else UNKNOWN
     try:
         figure = Published(
